@@ -1,0 +1,52 @@
+# Every target sets up what it needs: python3 and make are enough, and nothing has to be activated.
+#   make study    the main job, its report in $(OUT)     make test       all tests
+#   make lint     ruff and mypy                          make test-unit  the tests without processes of their own
+#   make format   rewrite the sources as ruff wants      make clean      remove the environment and all caches
+PYTHON ?= python3
+OUT ?= runs/quickstart
+# Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
+LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup study test test-unit lint format clean
+
+help:
+	@sed -n 's/^#   /  /p' Makefile
+
+setup:
+	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
+
+# Written last, so that a failed installation leaves no stamp and is tried again.
+$(STAMP): pyproject.toml constraints.txt
+	echo "setting up $(VENV) (once; a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+study: setup
+	$(BIN)/syncbn study run --config quickstart --out $(OUT)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
+	find configs launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# One node through accelerate: CONFIG=run.yaml [NPROC=8] launch/accelerate.sh [--key value ...]
+# Precision and the rest come from CONFIG, so accelerate's own settings are fixed here.
+set -euo pipefail
+: "${CONFIG:?is not set: the YAML file of the run, e.g. CONFIG=run.yaml}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+NPROC="${NPROC:-2}"
+
+# --multi_gpu is accelerate's word for torchrun, which serves CPUs too; port 0 is one that is free.
+exec "${PYTHON:-python}" -m accelerate.commands.launch $( ((NPROC < 2)) || echo --multi_gpu) --num_processes "$NPROC" \
+  --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no \
+  -m syncbn train --config "$CONFIG" "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Several nodes, the same command on each: CONFIG=run.yaml NNODES=2 RDZV_ENDPOINT=node0:29500 launch/torchrun_multinode.sh
+# NPROC processes a node, by default one a GPU. RDZV_ENDPOINT is a port that is free on one of the nodes; ranks are given
+# out there, so no node needs a number. RDZV_ID keeps apart jobs that share an endpoint.
+set -euo pipefail
+: "${CONFIG:?is not set: the YAML file of the run, e.g. CONFIG=run.yaml}"
+: "${NNODES:?is not set: the number of nodes, e.g. NNODES=2}"
+: "${RDZV_ENDPOINT:?is not set: where the nodes meet, host:port of one of them, e.g. RDZV_ENDPOINT=node0:29500}"
+[[ $RDZV_ENDPOINT =~ :[0-9]+$ ]] || { echo "RDZV_ENDPOINT: got '$RDZV_ENDPOINT', expected host:port" >&2; exit 1; }
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "${NPROC:-auto}" \
+  --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-syncbn}" \
+  -m syncbn train --config "$CONFIG" "$@"

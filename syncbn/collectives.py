@@ -1,0 +1,138 @@
+"""The one reduction, and which processes take part in it.
+
+A layer keeps a specification (:class:`Scope`): plain data that can be copied and pickled. The process group it stands for
+is looked up, or made, when the layer first needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The groups made here and those that users handed in, by their ranks, for as long as the world that they belong to lives.
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_groups_world: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which processes share statistics: the default world, runs of consecutive ranks, or given ranks."""
+
+    sync_group_size: int | None = None
+    """Consecutive ranks that share statistics; it divides the world size."""
+    ranks: tuple[int, ...] | None = None
+    """Global ranks of a process group, in its order."""
+
+    def __post_init__(self) -> None:
+        if self.sync_group_size is not None and self.ranks is not None:
+            raise ValueError("give process_group or sync_group_size, not both")
+        if self.sync_group_size is not None and self.sync_group_size < 1:
+            raise ValueError(f"sync_group_size must be a positive integer, got {self.sync_group_size!r}")
+
+
+def make_scope(process_group: Any = None, sync_group_size: int | None = None) -> Scope:
+    """The specification of a scope. ``process_group`` may be a :class:`ProcessGroup` or a sequence of global ranks."""
+    if process_group is None:
+        return Scope(sync_group_size=sync_group_size)
+    if isinstance(process_group, Sequence):
+        return Scope(sync_group_size=sync_group_size, ranks=tuple(process_group))
+    ranks = tuple(dist.get_process_group_ranks(process_group))
+    _known_groups()[ranks] = process_group
+    return Scope(sync_group_size=sync_group_size, ranks=ranks)
+
+
+def _known_groups() -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """The groups of the present world; those of an earlier one are forgotten."""
+    global _groups_world
+    if _groups_world is not dist.group.WORLD:
+        _groups.clear()
+        _groups_world = dist.group.WORLD
+    return _groups
+
+
+def _members(scope: Scope) -> tuple[int, ...]:
+    """Global ranks of the scope's group that this process is in."""
+    world = dist.get_world_size()
+    if scope.ranks is not None:
+        if dist.get_rank() not in scope.ranks:
+            raise ValueError(
+                f"process_group holds the ranks {scope.ranks}, and not this process's rank {dist.get_rank()}; "
+                "give each process a group that it is in"
+            )
+        return scope.ranks
+    size = scope.sync_group_size or world
+    if world % size:
+        raise ValueError(f"sync_group_size={size} does not divide the world size {world}; take a divisor of {world}")
+    first = dist.get_rank() // size * size
+    return tuple(range(first, first + size))
+
+
+def resolve(scope: Scope) -> dist.ProcessGroup | None:
+    """The process group that ``scope`` stands for here, or None where this process is alone in it.
+
+    Groups are made once for a world, on their own members only: ranks outside need not call. Every member makes the same
+    groups in the same order, as all ranks run the same model.
+
+    Raises:
+        ValueError: ``sync_group_size`` does not divide the world size, or this rank is not among the group's.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    ranks = _members(scope)
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size() and list(ranks) == sorted(ranks):
+        return dist.group.WORLD
+    groups = _known_groups()
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a group is fixed for as long as its world lives
+def resolve_name(scope: Scope) -> str | None:
+    """The name under which torch knows :func:`resolve`'s group: a plain string that a compiled graph can hold."""
+    group = resolve(scope)
+    return None if group is None else group.group_name
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over a process group, and the sum of its gradients backward: differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return _all_reduce(tensor, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduceSum.apply(grad, ctx.group_name), None
+
+
+def _all_reduce(tensor: Tensor, group_name: str) -> Tensor:
+    # torch's functional collective, as it is the one form that both eager mode and a compiled graph run.
+    result = torch.ops._c10d_functional.all_reduce(tensor.contiguous(), "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(result)  # type: ignore[no-any-return]
+
+
+def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
+    """The sum of ``tensor`` over the group, or ``tensor`` itself where there is none. One collective.
+
+    Differentiable, as often as one likes: the gradient of a sum over ranks is the sum of the ranks' gradients.
+    """
+    if group_name is None:
+        return tensor
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-any-return]
+    return _all_reduce(tensor, group_name)
+
+
+def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:
+    """The largest of the ranks' values. One collective and a host synchronization: for agreements made once."""
+    result = torch.ops._c10d_functional.all_reduce(torch.tensor(value, device=device), "max", group_name)
+    return int(torch.ops._c10d_functional.wait_tensor(result).item())

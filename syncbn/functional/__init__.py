@@ -1,0 +1,1 @@
+"""Pure tensor functions: the arithmetic of every layer, differentiable, on any device."""

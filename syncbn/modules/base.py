@@ -1,0 +1,244 @@
+"""What the layers have in common: parameters, buffers, checks, and the order in which the pieces are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.autograd import NormalizeWithStatistics, statistics
+from syncbn.collectives import Scope, make_scope, max_over_ranks, resolve_name
+from syncbn.functional.running import RunningUpdate, update_running
+from syncbn.functional.stats import WIRE_DTYPE
+
+Remainder = Literal["error", "smaller"]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleGroups:
+    """Which samples of a batch share statistics, where a layer's own rule does not say.
+
+    Set on a layer (:attr:`SmallBatchNorm.sample_groups`) it takes the place of ``ghost_batch_size`` until it is set anew.
+    """
+
+    index: Tensor | None
+    """Group of each sample, (N,) int64 on the input's device; None where all are in group 0."""
+    number: int
+    """Groups, those without a sample here included; the same on all ranks that share statistics."""
+    divisor: float | None = None
+    """What the sum over groups is divided by in the running statistics; None is the number of groups with samples."""
+    smallest: int = 0
+    """Fewest samples in a group that has any on this process; 0 is unknown, and checked on the values."""
+
+
+class SmallBatchNorm(_BatchNorm):
+    """Batch normalization over chosen groups of samples, on one or many processes. Base of this package's layers.
+
+    Use :class:`~syncbn.SyncBatchNorm`, :class:`~syncbn.GhostBatchNorm` or :class:`~syncbn.BatchRenorm`.
+    """
+
+    scope: Scope | None
+    """Which processes share statistics; None is this one alone."""
+    ghost_batch_size: int | None
+    remainder: Remainder
+    max_ghost_groups: int | None
+    running_update: RunningUpdate
+    sample_groups: SampleGroups | None
+    qualified_name: str | None
+    """Name within the model, for messages; set by :func:`syncbn.convert`."""
+    after: Callable[[Any, Tensor], Tensor] | None
+    """What a converted layer does to the normalized values (its activation, say); called with the layer and them."""
+    num_nonfinite_batches: Tensor
+    """() int64, not saved: batches whose statistics were not finite and so were kept out of the running ones."""
+
+    def _configure(
+        self,
+        *,
+        sync: bool,
+        process_group: Any = None,
+        sync_group_size: int | None = None,
+        ghost_batch_size: int | None = None,
+        remainder: Remainder = "error",
+        max_ghost_groups: int | None = None,
+        running_update: RunningUpdate = "mean",
+    ) -> None:
+        """Set all that is not ``_BatchNorm``'s own. Nothing is changed if an argument is wrong."""
+        scope = make_scope(process_group, sync_group_size) if sync else None
+        for name, value in (("ghost_batch_size", ghost_batch_size), ("max_ghost_groups", max_ghost_groups)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        for name, choice, known in (
+            ("remainder", remainder, ("error", "smaller")),
+            ("running_update", running_update, ("mean", "sequential", "total")),
+        ):
+            if choice not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {choice!r}")
+        self.scope = scope
+        self.ghost_batch_size = ghost_batch_size
+        self.remainder = remainder
+        self.max_ghost_groups = max_ghost_groups
+        self.running_update = running_update
+        self.sample_groups = None
+        self.qualified_name = None
+        self.after = None
+        self._agreed_groups: int | None = None
+        if self.running_mean is not None:
+            zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
+            self.register_buffer("num_nonfinite_batches", zero, persistent=False)
+
+    # -- torch.nn.Module's own -----------------------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.affine:
+            torch.nn.init.ones_(self.weight)
+            if self.bias is not None:
+                torch.nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `module.half()` must not narrow the running statistics: a moving average in bf16 stops moving.
+        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            self._fail(input, "expected (N, C) or (N, C, *), that is at least 2 dimensions")
+        if input.shape[1] != self.num_features:
+            self._fail(input, f"expected {self.num_features} channels in dimension 1, got {input.shape[1]}")
+        if not input.is_floating_point():
+            self._fail(input, f"expected a floating-point input, got {input.dtype}; convert it first")
+
+    def _fail(self, x: Tensor, problem: str) -> None:
+        name = type(self).__name__ if self.qualified_name is None else f"{type(self).__name__} '{self.qualified_name}'"
+        raise ValueError(f"{name} (num_features={self.num_features}), input of shape {tuple(x.shape)}: {problem}")
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.scope is not None:
+            where = self.scope.ranks if self.scope.ranks is not None else self.scope.sync_group_size
+            parts.append(f"sync={'world' if where is None else where}")
+        if self.ghost_batch_size is not None:
+            parts.append(f"ghost_batch_size={self.ghost_batch_size}, remainder={self.remainder!r}")
+        if self.running_update != "mean":
+            parts.append(f"running_update={self.running_update!r}")
+        return ", ".join(parts)
+
+    # -- the data path -------------------------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` (N, C) or (N, C, *); the output has its shape, dtype and memory format.
+
+        Raises:
+            ValueError: the input has the wrong number of dimensions or channels, the ghost groups leave a remainder, or
+                a group holds a single value a channel over all processes, which has no variance.
+        """
+        self._check_input_dim(input)
+        if self.training or self.running_mean is None:
+            output = self._normalize_by_batch(input)
+        else:
+            output = self._normalize_by_running(input)
+        return output if self.after is None else self.after(self, output)
+
+    def _normalize_by_running(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x.clone()
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _normalize_by_batch(self, x: Tensor) -> Tensor:
+        # Evaluation without running statistics uses the batch's, and still never communicates.
+        communicates = self.training and self.scope is not None
+        group_name = resolve_name(self.scope) if communicates and self.scope is not None else None
+        groups = self._groups(x, group_name)
+        count, mean, var = statistics(x, groups.index, groups.number, group_name)
+        if self.training:
+            self._check_count(x, count, groups)
+        scale, shift = self._scale_and_shift(mean, var)
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._update_running(count, mean, var, groups.divisor)
+        invstd = torch.rsqrt(var + self.eps)
+        output: Tensor = NormalizeWithStatistics.apply(
+            x, scale, shift, mean, invstd, count, groups.index, self.eps, group_name
+        )
+        return output
+
+    def _groups(self, x: Tensor, group_name: str | None) -> SampleGroups:
+        n = x.shape[0]
+        if self.sample_groups is not None:
+            return self.sample_groups
+        g = self.ghost_batch_size
+        if g is None or not self.training:
+            return SampleGroups(None, 1, smallest=n)
+        if n % g and self.remainder == "error":
+            self._fail(
+                x,
+                f"{n} samples are no multiple of ghost_batch_size={g}; drop the last samples, choose a divisor, "
+                "or pass remainder='smaller' for a smaller last group",
+            )
+        filled = -(-n // g)
+        number = max(1, filled if group_name is None else self._common_groups(x, filled, group_name))
+        index = None if number == 1 else torch.arange(n, device=x.device).div(g, rounding_mode="floor")
+        return SampleGroups(index, number, smallest=n % g or min(n, g))
+
+    def _common_groups(self, x: Tensor, filled: int, group_name: str) -> int:
+        """How many ghost groups travel: a number that all ranks agree on, though their batches may differ."""
+        number = self.max_ghost_groups or self._agreed_groups
+        if number is None:
+            if torch.compiler.is_compiling():
+                return filled
+            number = self._agreed_groups = max_over_ranks(filled, group_name, x.device)
+        if filled > number:
+            self._fail(
+                x,
+                f"{filled} ghost groups, but the ranks have agreed on {number} on the wire; pass "
+                f"max_ghost_groups={filled} (or more) when the first batch is not the largest",
+            )
+        return number
+
+    def _check_count(self, x: Tensor, count: Tensor, groups: SampleGroups) -> None:
+        """A single value a channel has no variance. Known from shapes in all but tiny cases; read from the count else.
+
+        Every rank of a group with a total of 1 comes here with 0 or 1 local values, so all of them raise.
+        """
+        if groups.smallest * math.prod(x.shape[2:]) > 1:
+            return
+        problem = (
+            "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
+            "batch or more processes in the group, or put the layer in eval mode"
+        )
+        if torch.compiler.is_compiling():
+            torch._assert_async((count != 1).all(), f"{type(self).__name__}: {problem}")
+        elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((count == 1).any()):
+            self._fail(x, problem)
+
+    def _scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """What weight and bias (and, in a subclass, corrections) amount to: two (G, C) float64 tensors."""
+        scale = mean.new_ones(mean.shape) if self.weight is None else self.weight.to(WIRE_DTYPE).expand_as(mean)
+        shift = mean.new_zeros(mean.shape) if self.bias is None else self.bias.to(WIRE_DTYPE).expand_as(mean)
+        return scale, shift
+
+    def _update_running(self, count: Tensor, mean: Tensor, var: Tensor, divisor: float | None) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        with torch.no_grad():
+            update_running(
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                self.num_nonfinite_batches,
+                count,
+                mean,
+                var,
+                self.momentum,
+                self.running_update,
+                divisor,
+            )

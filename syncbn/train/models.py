@@ -1,0 +1,226 @@
+"""Networks with the normalization left open.
+
+The weights drawn depend on the network and torch's global generator, not on the normalization: runs that differ in the
+normalization alone start from the same weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..compat import import_torchvision
+from .config import ConfigError, ModelConfig
+
+Norm = Callable[[int], nn.Module]
+"""Channels -> the layer that normalizes them; ``nn.Identity`` for none."""
+
+_OWN = ("convnet", "resnet20", "resnet56")
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    norm: Norm,
+    adapt: Callable[[nn.Module], nn.Module],
+    in_channels: int,
+    num_classes: int,
+    image_size: int,
+) -> nn.Module:
+    """The network that ``config`` names, on the CPU, in float32 and training mode.
+
+    One number is drawn from torch's global generator, whatever the network and the normalization; the weights follow
+    from it.
+
+    Args:
+        config: name, width, options.
+        norm: makes a normalization layer (`convnet`, `resnet20`, `resnet56`).
+        adapt: gives a torchvision model, which comes with BatchNorm, the normalization wanted.
+        in_channels: channels of an image, 1 or 3 for a torchvision model.
+        num_classes: width of the output.
+        image_size: side of an image in pixels.
+
+    Returns:
+        A module from (N, in_channels, image_size, image_size) to (N, num_classes).
+
+    Raises:
+        ConfigError: an unknown name, wrong options, or a network that does not take images of this size.
+        ImportError: a torchvision model without torchvision.
+    """
+    seed = int(torch.randint(2**63 - 1, ()))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if config.name not in _OWN:
+            return adapt(_torchvision_model(config, in_channels, num_classes, image_size))
+        if config.options:
+            raise ConfigError(
+                "model.options", config.options, f"none with model.name {config.name}: they are for torchvision's models"
+            )
+        if config.name == "convnet":
+            model = convnet(in_channels, num_classes, config.width, norm)
+        else:
+            depth = int(config.name.removeprefix("resnet"))
+            model = cifar_resnet(depth, in_channels, num_classes, config.width, norm)
+        # Again, as making the modules has drawn numbers, and the normalization may have too.
+        torch.default_generator.manual_seed(seed)
+        initialize(model)
+        return model
+
+
+def initialize(model: nn.Module) -> None:
+    """Weights of He et al. 2015 (arXiv 1502.01852, section 2.2): normal, variance 2 / fan-out; classifier 1 / fan-in."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+
+
+def convnet(in_channels: int, num_classes: int, width: int, norm: Norm) -> nn.Module:
+    """Six 3x3 convolutions, each normalized: (N, in_channels, H, W) -> (N, num_classes), H and W at least 4.
+
+    Channels w, w, 2w, 2w, 4w, 4w; max-pooling halves the image after the second and the fourth; then the average over
+    the image and a linear layer.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = in_channels
+    for number, factor in enumerate((1, 1, 2, 2, 4, 4), start=1):
+        layers[f"layer{number}"] = _normalized_conv(channels, factor * width, norm)
+        layers[f"relu{number}"] = nn.ReLU()
+        channels = factor * width
+        if number in (2, 4):
+            layers[f"pool{number}"] = nn.MaxPool2d(2)
+    return nn.Sequential(layers | _classifier(channels, num_classes))
+
+
+def cifar_resnet(depth: int, in_channels: int, num_classes: int, width: int, norm: Norm) -> nn.Module:
+    """The CIFAR ResNet of He et al. 2015 (arXiv 1512.03385, section 4.2): (N, in_channels, H, W) -> (N, num_classes).
+
+    6n + 2 layers: a 3x3 convolution, then three stages of n blocks with w, 2w and 4w channels, the last two stages each
+    halving the image; the average over it and a linear layer. Shortcuts have no parameters (option A). The paper's
+    width is 16.
+    """
+    assert depth % 6 == 2, depth
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=_normalized_conv(in_channels, width, norm), relu=nn.ReLU()
+    )
+    channels = width
+    for stage, factor in enumerate((1, 2, 4), start=1):
+        for block in range(1, depth // 6 + 1):
+            stride = 2 if stage > 1 and block == 1 else 1
+            layers[f"stage{stage}_block{block}"] = BasicBlock(channels, factor * width, stride, norm)
+            channels = factor * width
+    return nn.Sequential(layers | _classifier(channels, num_classes))
+
+
+def _normalized_conv(in_channels: int, channels: int, norm: Norm, stride: int = 1) -> nn.Sequential:
+    """A 3x3 convolution and its normalization.
+
+    A bias would be taken out again by the normalization's mean, so there is one only where nothing normalizes. It is
+    attached afterwards: with ``bias=True`` the convolution would draw it.
+    """
+    conv = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+    layer = norm(channels)
+    if isinstance(layer, nn.Identity):
+        conv.bias = nn.Parameter(torch.zeros(channels))
+    return nn.Sequential(OrderedDict(conv=conv, norm=layer))
+
+
+def _classifier(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
+    return OrderedDict(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, num_classes))
+
+
+class BasicBlock(nn.Module):
+    """relu(x' + norm(conv(relu(norm(conv(x)))))): (N, in_channels, H, W) -> (N, channels, H / stride, W / stride).
+
+    x' is x where the shape is kept; else every ``stride``-th pixel of x with zeros for the new channels (option A).
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.first = _normalized_conv(in_channels, channels, norm, stride)
+        self.second = _normalized_conv(channels, channels, norm)
+        self.stride = stride
+        self.new_channels = channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.stride != 1 or self.new_channels:
+            shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return functional.relu(shortcut + self.second(functional.relu(self.first(x))))
+
+
+# ---- torchvision
+
+
+def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    models = import_torchvision().models
+    known = models.list_models(module=models)  # the classifiers
+    if config.name not in known:
+        close = difflib.get_close_matches(config.name, [*_OWN, *known], n=5)
+        raise ConfigError(
+            "model.name",
+            config.name,
+            f"{', '.join(_OWN)} or a classifier of torchvision.models" + f" (close: {', '.join(close)})" * bool(close),
+        )
+    if in_channels not in (1, 3):
+        raise ValueError(f"in_channels: got {in_channels}, expected 1 or 3 with the torchvision model {config.name}")
+    options = _torchvision_options(config, image_size)
+    try:
+        model: nn.Module = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        if config.options:
+            expected = f"keyword arguments of torchvision's {config.name} ({_reason(error)})"
+            raise ConfigError("model.options", config.options, expected) from error
+        raise _wrong_size(config.name, image_size, error) from error
+    if in_channels == 1:
+        # A hook rather than another first layer or a wrapper: architecture and state_dict stay torchvision's.
+        model.register_forward_pre_hook(_grey_to_rgb)
+    _try_image(model, config.name, in_channels, image_size)
+    return model
+
+
+def _torchvision_options(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    options = dict(config.options)
+    for key in ("weights", "num_classes"):
+        if key in options:
+            raise ConfigError("model.options", config.options, f"no {key}: a run sets it")
+    if options.get("aux_logits"):
+        raise ConfigError("model.options", config.options, "aux_logits false: a run trains one output")
+    if config.name in ("googlenet", "inception_v3"):
+        options["aux_logits"] = False
+        options.setdefault("init_weights", True)  # what it does anyway, with a warning
+    if config.name.startswith("vit_"):
+        options.setdefault("image_size", image_size)
+    return options
+
+
+def _grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].expand(-1, 3, -1, -1),)
+
+
+def _try_image(model: nn.Module, name: str, in_channels: int, image_size: int) -> None:
+    """Find a network whose pooling leaves nothing of a small image here, rather than in the first step."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, in_channels, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise _wrong_size(name, image_size, error) from error
+    finally:
+        model.train()
+
+
+def _wrong_size(name: str, image_size: int, error: Exception) -> ConfigError:
+    return ConfigError("model.name", name, f"a network for images of {image_size}x{image_size} ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,287 @@
+"""What the repository promises about itself: pinned versions, the wheel, what an import pulls in, layers, sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "syncbn"
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("compat",),
+    ("functional",),
+    ("kernels",),
+    ("collectives",),
+    ("autograd",),
+    ("modules",),
+    ("convert", "population", "buffers"),
+    ("",),  # `syncbn` itself, the public surface of the layers above this line
+    ("train",),
+    ("study",),
+    ("experiments",),
+    ("bench",),
+    ("cli",),
+    ("__main__",),
+)
+"""Parts of the package from the bottom up: each imports itself, its own line and what stands above it here."""
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+# Written as patterns, so that this file does not match itself.
+REGISTRY_HOST = re.compile(
+    r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs\.org|deb\.debian\.org|(?:docker|ghcr|quay)\.io\b"
+)
+MACHINE_PATH = re.compile(r"(?<![\w.})\]-])/(?:work|root|home/\w+|Users/\w+|opt/wheels|opt/pypi)/")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """The requirements of an extra, with those of the extras that it names in turn."""
+    found: list[Requirement] = []
+    for requirement in map(Requirement, project()["optional-dependencies"][extra]):
+        if requirement.name == "syncbn":
+            found += [nested for name in requirement.extras for nested in requirements(name)]
+        else:
+            found.append(requirement)
+    return found + [Requirement(text) for text in project()["dependencies"]]
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    pins = constraints()
+    wrong = [
+        f"{requirement}: pinned {pins.get(canonicalize_name(requirement.name))}"
+        for requirement in requirements("dev")
+        if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
+    ]
+    assert not wrong
+
+
+def test_pins_name_no_build_of_torch() -> None:
+    # "2.13.0+cpu" as a pin would turn a CUDA build away.
+    assert all(Version(version).local is None for version in constraints().values())
+
+
+def test_pre_commit_uses_the_pinned_versions() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads .pre-commit-config.yaml")
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
+    pinned = {name: constraints()[name] for name in ("ruff", "mypy")}
+    for hook in hooks:
+        tool = hook["entry"].split()[0]
+        assert hook["additional_dependencies"] == [f"{tool}=={pinned[tool]}"], hook["id"]
+    assert {hook["entry"].split()[0] for hook in hooks} == set(pinned)
+
+
+def test_the_package_tells_the_version_of_the_project() -> None:
+    versions = [
+        node.value.value
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == "__version__"
+        and isinstance(node.value, ast.Constant)
+    ]
+    assert versions == [project()["version"]]
+
+
+# -- the wheel ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files of a wheel that is built, offline, from an sdist that is built from this tree."""
+    pytest.importorskip("hatchling", reason="the wheel is built by hatchling")
+    folder = tmp_path_factory.mktemp("build")
+    build = "import sys, hatchling.build as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
+
+    def run(kind: str, source: Path) -> Path:
+        command = [sys.executable, "-c", build, kind, str(folder)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return folder / done.stdout.split()[-1]
+
+    sdist = run("sdist", ROOT)
+    shutil.unpack_archive(sdist, folder, filter="data")
+    with zipfile.ZipFile(run("wheel", folder / sdist.name.removesuffix(".tar.gz"))) as wheel:
+        return wheel.namelist()
+
+
+def test_wheel_has_all_sources_and_the_type_marker(wheel_names: list[str]) -> None:
+    assert {"syncbn/py.typed", *map(relative, python_files("syncbn"))} <= set(wheel_names)
+
+
+def test_wheel_has_the_configs(wheel_names: list[str]) -> None:
+    expected = {f"syncbn/{relative(path)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert expected
+    assert expected <= set(wheel_names)
+
+
+def test_wheel_has_nothing_else(wheel_names: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert tops == {"syncbn", f"syncbn-{project()['version']}.dist-info"}
+    assert not [name for name in wheel_names if "test" in name.split("/")[1] or name.endswith(".pyc")]
+
+
+def test_every_config_is_valid_yaml() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads the configs")
+    files = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert path.suffix == ".yaml", f"{relative(path)}: only .yaml files belong here"
+        assert isinstance(yaml.safe_load(path.read_text()), dict), relative(path)
+
+
+# -- imports -----------------------------------------------------------------------------------------------------------
+
+TORCH_ALONE = '''
+import sys
+
+blocked = set(sys.argv[1].split(","))
+
+class Without:
+    """A finder to which the blocked modules are not installed; a finder that raises would also break find_spec."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *where):
+        return None if name.partition(".")[0] in blocked else self.finder.find_spec(name, *where)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import torch
+import syncbn
+
+model = torch.nn.Sequential(syncbn.SyncBatchNorm(3), syncbn.GhostBatchNorm(3, 2), syncbn.BatchRenorm(3))
+model(torch.arange(12.0).reshape(4, 3)).sum().backward()
+'''
+
+
+def required_by(distribution: str, found: set[str]) -> set[str]:
+    """A distribution and all that it requires, without extras."""
+    if distribution not in found:
+        found.add(distribution)
+        for requirement in map(Requirement, importlib.metadata.requires(distribution) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                required_by(canonicalize_name(requirement.name), found)
+    return found
+
+
+def test_the_layers_need_torch_alone() -> None:
+    allowed = {"syncbn", *required_by("torch", set())}
+    modules = importlib.metadata.packages_distributions().items()
+    blocked = {name for name, owners in modules if allowed.isdisjoint(map(canonicalize_name, owners))}
+    assert blocked >= {"numpy", "torchvision", "pytest"}
+    command = [sys.executable, "-W", "ignore", "-c", TORCH_ALONE, ",".join(sorted(blocked))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names under `syncbn` that a file imports, at its top or inside a function."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def part_of(module: str) -> str:
+    """`syncbn.train.loop` -> `train`; a name that `syncbn` itself defines -> the empty part."""
+    name = module.split(".")[1] if "." in module else ""
+    is_module = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+    return name if is_module else ""
+
+
+def test_imports_point_downwards_only() -> None:
+    wrong = []
+    for path in python_files("syncbn"):
+        top = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        importer = "" if top == "__init__" else top
+        assert importer in LEVEL, f"{relative(path)} has no place in LAYERS"
+        own = (module for module in imported_modules(path) if module.split(".")[0] == "syncbn")
+        wrong += [f"{relative(path)} imports {name}" for name in own if LEVEL[part_of(name)] > LEVEL[importer]]
+    assert not wrong
+
+
+# -- sizes and words ---------------------------------------------------------------------------------------------------
+
+
+def test_files_and_functions_are_small() -> None:
+    wrong = []
+    for path in python_files("syncbn", "tests"):
+        text = path.read_text()
+        lines = len(text.splitlines())
+        if lines > MAX_FILE_LINES:
+            wrong.append(f"{relative(path)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    wrong.append(f"{relative(path)}:{node.lineno} {node.name}: {length} lines")
+    assert not wrong
+
+
+def repository_files() -> list[Path]:
+    """Files that git knows or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not in a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("pattern", [REGISTRY_HOST, MACHINE_PATH], ids=["registry_host", "machine_path"])
+def test_no_file_names(pattern: re.Pattern[str]) -> None:
+    found = [
+        f"{relative(path)}: {match.group()}"
+        for path in repository_files()
+        if (match := pattern.search(path.read_text(errors="ignore")))
+    ]
+    assert not found
