@@ -4,9 +4,11 @@
 set -euo pipefail
 : "${CONFIG:?is not set: the YAML file of the run, e.g. CONFIG=run.yaml}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-NPROC="${NPROC:-2}"
+processes=(--num_processes "${NPROC:-2}")
+# accelerate's word for torchrun, which serves CPUs too; refused for a single process.
+((${NPROC:-2} < 2)) || processes+=(--multi_gpu)
 
-# --multi_gpu is accelerate's word for torchrun, which serves CPUs too; port 0 is one that is free.
-exec "${PYTHON:-python}" -m accelerate.commands.launch $( ((NPROC < 2)) || echo --multi_gpu) --num_processes "$NPROC" \
+# Port 0 is one that is free.
+exec "${PYTHON:-python}" -m accelerate.commands.launch "${processes[@]}" \
   --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no \
   -m syncbn train --config "$CONFIG" "$@"

@@ -94,11 +94,15 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     return groups[ranks]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a group is fixed for as long as its world lives
 def resolve_name(scope: Scope) -> str | None:
     """The name under which torch knows :func:`resolve`'s group: a plain string that a compiled graph can hold."""
     group = resolve(scope)
     return None if group is None else group.group_name
+
+
+# What torch.compiler.assume_constant_result does (a group is fixed for as long as its world lives, so tracing may run this
+# function and keep the name); the decorator itself imports the compiler, 1.5 s for every process that may never use it.
+resolve_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _AllReduceSum(torch.autograd.Function):

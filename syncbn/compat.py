@@ -20,6 +20,8 @@ _SCHEMAS = {
 # A schema lives as long as the Library that defined it.
 _libraries: list[torch.library.Library] = []
 
+_torch: Any = torch  # the parts used below have no annotations
+
 
 def import_torchvision(submodule: str | None = None) -> Any:
     """Import torchvision, also where its compiled operators do not fit the installed torch.
@@ -48,7 +50,7 @@ def import_torchvision(submodule: str | None = None) -> Any:
     try:
         return importlib.import_module(".".join(["torchvision", submodule] if submodule else ["torchvision"]))
     except ModuleNotFoundError as error:
-        raise ImportError(f"torchvision is needed here ({error}); install it with: pip install 'syncbn[train]'") from error
+        raise ImportError(f"torchvision is needed here ({error}); install: pip install 'syncbn[train]'") from error
     except (RuntimeError, AttributeError) as error:
         raise ImportError(
             f"torchvision cannot be imported beside torch {torch.__version__} ({error}); "
@@ -66,7 +68,7 @@ def _extension_loads(package_folders: Sequence[str]) -> bool:
     if spec is None or spec.origin is None:
         return False
     try:
-        torch.ops.load_library(spec.origin)
+        _torch.ops.load_library(spec.origin)
     except (ImportError, OSError):
         return False
     return True
@@ -75,6 +77,6 @@ def _extension_loads(package_folders: Sequence[str]) -> bool:
 def _declare_missing_operators() -> None:
     for name, schema in _SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, name):
-            library = torch.library.Library("torchvision", "FRAGMENT")
+            library = _torch.library.Library("torchvision", "FRAGMENT")
             library.define(name + schema)
             _libraries.append(library)

@@ -144,7 +144,7 @@ def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> 
     return iter(
         DataLoader(
             images,
-            batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for no more than an iterable of lists
+            batch_sampler=batches,
             collate_fn=_as_fetched,  # torch fetches a whole list through __getitems__: nothing is left to collate
             num_workers=workers,
             generator=torch.Generator(),  # else a number is drawn from the global generator for each loader
@@ -152,7 +152,7 @@ def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> 
     )
 
 
-def _as_fetched(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_fetched(batch: Any) -> Any:
     return batch
 
 
@@ -256,7 +256,10 @@ def _write_copy(path: Path, images: Tensor, labels: Tensor) -> None:
 def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:
     class_name, num_classes = _DOWNLOADED[config.name]
     make = getattr(import_torchvision().datasets, class_name)
-    root = Path(config.root) if config.root is not None else cache_folder()
+    try:
+        root = Path(config.root) if config.root is not None else cache_folder()
+    except RuntimeError as error:
+        raise ConfigError("data.root", config.root, f"a folder to download to ({error})") from error
     try:
         train, test = _fetch_once(make, root, config.name)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
@@ -301,7 +304,9 @@ def _image_folder(config: DataConfig) -> tuple[Labelled, Labelled, int]:
             sets[part] = read(folder)
         except OSError as error:
             raise ConfigError(
-                "data.root", config.root, f"a folder with images in train/CLASS and in test/CLASS or val/CLASS ({error})"
+                "data.root",
+                config.root,
+                f"a folder with images in train/CLASS/ and test/CLASS/ or val/CLASS/ ({error})",
             ) from error
     train, test = sets["train"], sets[test_name]
     if train.classes != test.classes:

@@ -60,7 +60,7 @@ def build_model(
             return adapt(_torchvision_model(config, in_channels, num_classes, image_size))
         if config.options:
             raise ConfigError(
-                "model.options", config.options, f"none with model.name {config.name}: they are for torchvision's models"
+                "model.options", config.options, f"none with model.name {config.name}, only torchvision's"
             )
         if config.name == "convnet":
             model = convnet(in_channels, num_classes, config.width, norm)
@@ -74,7 +74,7 @@ def build_model(
 
 
 def initialize(model: nn.Module) -> None:
-    """Weights of He et al. 2015 (arXiv 1502.01852, section 2.2): normal, variance 2 / fan-out; classifier 1 / fan-in."""
+    """Weights of He et al. 2015 (arXiv 1502.01852, section 2.2): normal, variance 2 / fan-out; linear: 1 / fan-in."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -108,9 +108,7 @@ def cifar_resnet(depth: int, in_channels: int, num_classes: int, width: int, nor
     width is 16.
     """
     assert depth % 6 == 2, depth
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=_normalized_conv(in_channels, width, norm), relu=nn.ReLU()
-    )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_normalized_conv(in_channels, width, norm), relu=nn.ReLU())
     channels = width
     for stage, factor in enumerate((1, 2, 4), start=1):
         for block in range(1, depth // 6 + 1):

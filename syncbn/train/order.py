@@ -65,7 +65,7 @@ def position_in_class(labels: Tensor) -> Tensor:
 
 
 def holdout_split(labels: Tensor, every: int = 5) -> tuple[Tensor, Tensor]:
-    """A fixed stratified split: each class's every ``every``-th sample is for testing. Indices (train, test), rising."""
+    """A fixed stratified split: each class's every ``every``-th sample is a test sample. (train, test) indices."""
     held_out = position_in_class(labels) % every == every - 1
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
