@@ -20,8 +20,6 @@ _SCHEMAS = {
 # A schema lives as long as the Library that defined it.
 _libraries: list[torch.library.Library] = []
 
-_torch: Any = torch  # the parts used below have no annotations
-
 
 def import_torchvision(submodule: str | None = None) -> Any:
     """Import torchvision, also where its compiled operators do not fit the installed torch.
@@ -68,7 +66,7 @@ def _extension_loads(package_folders: Sequence[str]) -> bool:
     if spec is None or spec.origin is None:
         return False
     try:
-        _torch.ops.load_library(spec.origin)
+        torch.ops.load_library(spec.origin)
     except (ImportError, OSError):
         return False
     return True
@@ -77,6 +75,6 @@ def _extension_loads(package_folders: Sequence[str]) -> bool:
 def _declare_missing_operators() -> None:
     for name, schema in _SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, name):
-            library = _torch.library.Library("torchvision", "FRAGMENT")
+            library = torch.library.Library("torchvision", "FRAGMENT")
             library.define(name + schema)
             _libraries.append(library)

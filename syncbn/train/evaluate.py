@@ -1,0 +1,53 @@
+"""Evaluation on all processes, every test image exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncbn.train.data import Images, Key, batch_loader
+from syncbn.train.logical import Placement
+
+
+def shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list[Key]]:
+    """This process's keys of each evaluation batch: nothing padded, nothing twice, some lists perhaps empty."""
+    rank, processes = placement.rank, placement.processes
+    for start in range(0, samples, batch_size):
+        n = min(batch_size, samples - start)
+        first, last = start + rank * n // processes, start + (rank + 1) * n // processes
+        yield [(0, i) for i in range(first, last)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: Images, batch_size: int, placement: Placement, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float, int]:
+    """Error (fraction wrong), mean cross entropy, and the number of images counted, over all processes.
+
+    The model is put into evaluation mode for the time; a test image is in exactly one process's share.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # wrong, loss, count
+    try:
+        for x, y in batch_loader(images, shares(len(images), batch_size, placement), workers=0):
+            if len(y):
+                totals += _batch_totals(model(x.to(device, dtype)), y.to(device))
+    finally:
+        model.train(was_training)
+    if placement.processes > 1:
+        dist.all_reduce(totals)
+    wrong, loss, count = totals.tolist()
+    assert count == len(images), f"counted {count} of {len(images)} test images"
+    return wrong / count, loss / count, int(count)
+
+
+def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = logits.to(torch.float64)
+    wrong = (logits.argmax(1) != labels).sum()
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack((wrong.to(torch.float64), loss, torch.full_like(loss, len(labels))))

@@ -1,0 +1,327 @@
+"""One run is one function: a configuration in, a result out, on however many processes were launched."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncbn.buffers import RunningStatistics, reconcile
+from syncbn.modules import BatchRenorm, SmallBatchNorm
+from syncbn.train.checkpoint import check_same, load_checkpoint, locked, save_checkpoint, save_weights
+from syncbn.train.config import ConfigError, RunConfig
+from syncbn.train.config_io import config_to_dict, save_config
+from syncbn.train.data import Data, Key, batch_loader, load_data
+from syncbn.train.evaluate import evaluate
+from syncbn.train.logical import Layout
+from syncbn.train.metrics import MetricsLog, ProgressBar, flatten
+from syncbn.train.models import build_model
+from syncbn.train.norms import adapt_model, norm_factory
+from syncbn.train.optim import make_optimizer, make_scheduler
+from syncbn.train.order import derive_seed
+from syncbn.train.result import RunResult, environment
+from syncbn.train.schedule import Schedule, Step
+from syncbn.train.session import open_session, placement
+
+# Losses stay on the device, and on their process, for this many steps; then one collective and one transfer for all.
+FLUSH_STEPS = 20
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        return any(not math.isfinite(loss) for loss in self.losses[-FLUSH_STEPS:])
+
+
+@dataclass
+class Run:
+    """What the parts of a run work on."""
+
+    config: RunConfig
+    layout: Layout
+    accelerator: Any
+    data: Data
+    schedule: Schedule
+    model: nn.Module
+    wrapped: nn.Module
+    """The model as accelerate prepared it (DDP, mixed precision)."""
+    optimizer: Any
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    shared: RunningStatistics
+    """The running statistics that the forward pass itself uses, and that are therefore shared after each."""
+    metrics: MetricsLog
+    bar: ProgressBar
+    progress: Progress
+    pending: list[Tensor] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+
+def train(
+    config: RunConfig,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    trackers: Sequence[str] = (),
+) -> RunResult:
+    """Train one configuration, in this process or, under a launcher, together with the others.
+
+    Args:
+        config: the run.
+        out: folder for the configuration, metrics, checkpoints, weights and result; None writes nothing. With several
+            nodes, one that all of them see.
+        resume: go on from the folder's last checkpoint; a finished run returns its result.
+        progress: show a progress bar (rank 0).
+        trackers: names of accelerate's trackers, such as ``tensorboard``, which write below ``out``.
+
+    Returns:
+        The result, the same on every process. A run whose loss is not finite ends there with status ``diverged``.
+
+    Raises:
+        ConfigError: a configuration that cannot be run here, or a folder that holds another run.
+    """
+    layout = Layout.of(config, placement())
+    first = layout.placement.rank == 0
+    if trackers and out is None:
+        raise ConfigError("out", None, "a folder, as trackers write to one")
+    with locked(out) if out is not None and first else nullcontext():
+        if out is not None and (done := _finished(config, out, resume)) is not None:
+            return done
+        with open_session(config, out, trackers) as accelerator:
+            run = _prepare(config, layout, accelerator, out, resume, progress)
+            if trackers:
+                accelerator.init_trackers("trackers", config=flatten(config_to_dict(config)))
+            with run.bar:
+                _train_epochs(run, out)
+            result = _result(run)
+            if out is not None and first:
+                save_weights(run.model, out / "model.safetensors")
+                result.to_json(out / "result.json")
+            accelerator.wait_for_everyone()
+    return result
+
+
+def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
+    path = out / "result.json"
+    if not path.exists():
+        if not resume and (out / "checkpoint").exists():
+            raise ConfigError("out", str(out), "an empty folder, or --resume to go on with the run in it")
+        return None
+    if not resume:
+        raise ConfigError("out", str(out), "an empty folder, or --resume; it holds a finished run")
+    result = RunResult.from_json(path)
+    check_same(result.config, config_to_dict(config), out)
+    return result
+
+
+def _prepare(
+    config: RunConfig, layout: Layout, accelerator: Any, out: Path | None, resume: bool, progress: bool
+) -> Run:
+    data = load_data(config.data, config.seed)
+    schedule = Schedule(config, data.train.labels)
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model,
+        norm=norm_factory(config.norm, layout),
+        adapt=partial(adapt_model, config=config.norm, layout=layout),
+        in_channels=data.shape[0],
+        num_classes=data.num_classes,
+        image_size=data.shape[1],
+    )
+    model.to(accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    optimizer = make_optimizer(config, model)
+    scheduler = make_scheduler(config, optimizer, schedule.total_steps)
+    state = load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    done = Progress()
+    if state is not None:
+        prepared.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        done = Progress(**state["progress"])
+    first = layout.placement.rank == 0
+    if out is not None and first:
+        save_config(config, out / "config.yaml")
+    return Run(
+        config=config,
+        layout=layout,
+        accelerator=accelerator,
+        data=data,
+        schedule=schedule,
+        model=model,
+        wrapped=wrapped,
+        optimizer=prepared,
+        scheduler=scheduler,
+        shared=RunningStatistics(model, BatchRenorm),
+        metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
+        bar=ProgressBar(schedule.total_steps, progress and first),
+        progress=done,
+    )
+
+
+def _train_epochs(run: Run, out: Path | None) -> None:
+    budget = run.config.budget
+    while run.progress.epoch < run.schedule.epochs and not run.progress.diverged:
+        _train_epoch(run)
+        run.progress.epoch += 1
+        if run.progress.diverged:
+            return
+        last = run.progress.epoch == run.schedule.epochs
+        reconcile(run.model)
+        if last or run.progress.epoch % budget.eval_every == 0:
+            _evaluate(run)
+        if out is not None and not last and budget.checkpoint_every and run.progress.epoch % budget.checkpoint_every == 0:
+            _checkpoint(run, out)
+
+
+def _train_epoch(run: Run) -> None:
+    steps = list(run.schedule.steps(run.progress.epoch))
+    batches = [batch for step in steps for batch in step.batches]
+    images = batch_loader(run.data.train, [_local(run, batch) for batch in batches], run.config.data.workers)
+    layers = [m for m in run.model.modules() if isinstance(m, SmallBatchNorm)]
+    run.wrapped.train()
+    started = time.perf_counter()
+    for step in steps:
+        # Dropout and the like: a function of the step, so that a resumed run draws as an unbroken one does.
+        torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.layout.placement.rank))
+        loss = torch.zeros((), dtype=torch.float64, device=run.device)
+        for number, batch in enumerate(step.batches, start=1):
+            groups = run.layout.groups(len(batch), run.device)
+            for layer in layers:
+                layer.sample_groups = groups
+            x, y = next(images)
+            loss += _forward_backward(run, x, y, step, last=number == len(step.batches))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.scheduler.step()
+        run.progress.step += 1
+        run.progress.samples += step.samples
+        run.pending.append(loss)
+        if len(run.pending) == FLUSH_STEPS or step is steps[-1]:
+            _flush(run)
+            if run.progress.diverged:
+                break
+    run.progress.seconds += time.perf_counter() - started
+
+
+def _local(run: Run, batch: list[Key]) -> list[Key]:
+    positions = run.layout.local_range(len(batch))
+    return batch[positions.start : positions.stop]
+
+
+def _forward_backward(run: Run, x: Tensor, y: Tensor, step: Step, last: bool) -> Tensor:
+    """Add a batch's gradients; returns this process's share of the step's mean loss."""
+    x, y = x.to(run.device, run.dtype, non_blocking=True), y.to(run.device, non_blocking=True)
+    processes = run.layout.placement.processes
+    # Gradients are exchanged once for each optimizer step, with its last batch.
+    with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
+        logits = run.wrapped(x)
+        # A sum over this process's samples over the whole step's number: the same loss however the samples are split.
+        total = F.cross_entropy(logits, y, reduction="sum", label_smoothing=run.config.optimizer.label_smoothing)
+        loss = total / step.samples
+        overlap = run.config.norm.name == "renorm" and len(run.layout.ranks) < processes
+        if overlap:
+            run.shared.start()
+        # DDP averages over the processes; the loss is a sum over them.
+        run.accelerator.backward(loss * processes)
+        if overlap:
+            run.shared.finish()
+    return loss.detach().to(torch.float64)
+
+
+def _flush(run: Run) -> None:
+    """Bring the pending losses together and to the host, and report them."""
+    losses = torch.stack(run.pending)
+    run.pending.clear()
+    if run.layout.placement.processes > 1:
+        dist.all_reduce(losses)
+    values: list[float] = losses.tolist()
+    first_step = run.progress.step - len(values)
+    run.progress.losses += values
+    lr = run.scheduler.get_last_lr()[0]
+    records = [
+        {"kind": "step", "step": first_step + i, "epoch": run.progress.epoch, "train_loss": value}
+        for i, value in enumerate(values, start=1)
+    ]
+    records[-1]["lr"] = lr
+    run.metrics.write(records)
+    run.accelerator.log({"train_loss": values[-1], "lr": lr}, step=run.progress.step)
+    run.bar.update(run.progress.step, f"epoch {run.progress.epoch + 1}/{run.schedule.epochs}  loss {values[-1]:.3f}")
+
+
+def _evaluate(run: Run) -> None:
+    size = run.config.budget.eval_batch_size
+    error, loss, count = evaluate(run.model, run.data.test, size, run.layout.placement, run.device, run.dtype)
+    recent = run.progress.losses[-run.schedule.steps_per_epoch :]
+    entry = {
+        "epoch": run.progress.epoch,
+        "step": run.progress.step,
+        "train_loss": sum(recent) / len(recent),
+        "test_error": error,
+        "test_loss": loss,
+    }
+    run.progress.history.append(entry)
+    run.metrics.write([{"kind": "eval", **entry, "test_images": count}])
+    run.accelerator.log({"test_error": error, "test_loss": loss}, step=run.progress.step)
+
+
+def _checkpoint(run: Run, out: Path) -> None:
+    if run.layout.placement.rank == 0:
+        scaler = run.accelerator.scaler
+        state = {
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "progress": vars(run.progress),
+        }
+        save_checkpoint(out / "checkpoint", run.progress.step, run.model, state, run.config)
+    run.accelerator.wait_for_everyone()
+
+
+def _result(run: Run) -> RunResult:
+    done = run.progress
+    final = {} if done.diverged else done.history[-1]
+    return RunResult(
+        status="diverged" if done.diverged else "ok",
+        test_error=final.get("test_error"),
+        test_loss=final.get("test_loss"),
+        steps=done.step,
+        samples=done.samples,
+        seconds=done.seconds,
+        images_per_second=done.samples / max(done.seconds, 1e-9),
+        parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        losses=done.losses,
+        history=done.history,
+        processes=run.layout.placement.processes,
+        environment=environment(run.device),
+        config=config_to_dict(run.config),
+    )

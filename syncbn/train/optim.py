@@ -1,0 +1,64 @@
+"""Optimizer and learning rate: pure functions of the configuration and the number of optimizer steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from syncbn.train.config import OptimizerConfig, RunConfig
+
+
+def peak_lr(config: RunConfig) -> float:
+    """The learning rate after scaling with the images of an optimizer step: linear (Goyal et al. 2017, arXiv 1706.02677,
+    section 2.1) or with the root (Hoffer et al. 2017, arXiv 1705.08741, section 7.1)."""
+    optimizer = config.optimizer
+    ratio = config.step_batch_size / optimizer.lr_reference_batch_size
+    return optimizer.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optimizer.lr_scaling]
+
+
+def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
+    """Factor on the peak learning rate of optimizer step ``step`` (from 0) of ``total``."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if config.schedule == "one_cycle":
+        return one_cycle(step, total)
+    if config.schedule == "step":
+        return config.step_gamma ** sum(step >= m * total for m in config.step_milestones)
+    return 1.0
+
+
+def one_cycle(step: int, total: int, rise: float = 0.3, start: float = 1 / 25, end: float = 1e-4 / 25) -> float:
+    """Cosine from ``start`` to 1 over the first ``rise`` of the steps, then to ``end`` (Smith and Topin 2017, arXiv
+    1708.07120; the defaults are those of ``torch.optim.lr_scheduler.OneCycleLR``, the momentum stays as it is)."""
+    peak = max(rise * total - 1, 1e-9)
+    if step <= peak:
+        low, high, t = start, 1.0, step / peak
+    else:
+        low, high, t = 1.0, end, min((step - peak) / max(total - 1 - peak, 1e-9), 1.0)
+    return high + (low - high) * 0.5 * (1 + math.cos(math.pi * t))
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, with normalization parameters and biases (all that has one dimension) in a group of their own."""
+    c = config.optimizer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat_decay = c.weight_decay if c.decay_norm_and_bias else 0.0
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": flat_decay},
+    ]
+    groups = [g for g in groups if g["params"]]
+    lr = peak_lr(config)
+    if c.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=c.betas)
+    return torch.optim.SGD(groups, lr=lr, momentum=c.momentum, nesterov=c.nesterov)
+
+
+def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule over ``total`` optimizer steps; its state is the number of steps taken."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))
