@@ -1,7 +1,18 @@
-"""Batch normalization for small per-GPU batches: synchronized, ghost and renormalized, exact on any number of processes."""
+"""Batch normalization for small per-GPU batches: synchronized, ghost, renormalized, exact on any number of processes."""
 
+from syncbn.convert import convert, revert
 from syncbn.modules import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn.registry import register_batchnorm
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchRenorm", "GhostBatchNorm", "SampleGroups", "SyncBatchNorm", "__version__"]
+__all__ = [
+    "BatchRenorm",
+    "GhostBatchNorm",
+    "SampleGroups",
+    "SyncBatchNorm",
+    "__version__",
+    "convert",
+    "register_batchnorm",
+    "revert",
+]

@@ -40,18 +40,23 @@ _WRAPPERS = (
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "syncbn.{verb}(model) first, then the FSDP wrapper"),
     ("torch.distributed.fsdp", "FSDPModule", "syncbn.{verb}(model) first, then fully_shard(model)"),
     ("torch._dynamo", "OptimizedModule", "syncbn.{verb}(model) first, then torch.compile(model)"),
-    ("torch.jit", "ScriptModule", "its code is fixed. Take the Python model that it was made from, and syncbn.{verb} that"),
+    (
+        "torch.jit",
+        "ScriptModule",
+        "its code is fixed. Take the Python model that it was made from, and syncbn.{verb} that",
+    ),
 )
 
 
 def convert(module: M, kind: Kind, *, where: Callable[[str, nn.Module], bool] | None = None, **options: Any) -> M:
     """Make every batch-normalization layer of ``module`` a layer of this package, in place.
 
-    Layers, parameters and buffers stay the same objects: optimizers made before, hooks, shared layers, ``requires_grad``,
-    training mode, device and dtype stay as they are, and checkpoints load in both directions. What the options do not name
-    is kept from each layer: ``eps``, ``momentum`` (for renorm too, whose paper has 0.01), and with whom it synchronizes
-    (an ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind; ``sync=False`` ends that). Called
-    again with the same kind and options it changes nothing; with others, layers are converted from what they were at first.
+    Layers, parameters and buffers stay the same objects: optimizers made before, hooks, shared layers,
+    ``requires_grad``, training mode, device and dtype stay as they are, and checkpoints load in both directions. What
+    the options do not name is kept from each layer: ``eps``, ``momentum`` (for renorm too, whose paper has 0.01), and
+    with whom it synchronizes (an ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind;
+    ``sync=False`` ends that). Called again with the same kind and options it changes nothing; with others, layers are
+    converted from what they were at first.
 
     Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) are no
     ``_BatchNorm`` of torch's and are left alone. A converted layer takes inputs of any number of dimensions.
@@ -67,8 +72,8 @@ def convert(module: M, kind: Kind, *, where: Callable[[str, nn.Module], bool] | 
         ``module`` itself.
 
     Raises:
-        ValueError: an option that the kind does not have, or a value that cannot be; a wrapper around or in the model; a
-            subclass of batch normalization that is not known (see :func:`syncbn.register_batchnorm`); a layer that is
+        ValueError: an option that the kind does not have, or a value that cannot be; a wrapper around or in the model;
+            a subclass of batch normalization that is not known (see :func:`syncbn.register_batchnorm`); a layer that is
             lazy, parametrized, sharded, or has a ``forward`` of its own. Nothing has been changed then.
     """
     cls = _layer_class(kind)
@@ -93,8 +98,8 @@ def convert(module: M, kind: Kind, *, where: Callable[[str, nn.Module], bool] | 
 def revert(module: M) -> M:
     """Undo :func:`convert`, in place: the converted layers of ``module`` get their first class and attributes back.
 
-    Parameters and buffers stay the same objects and keep their values. A layer that was made as one of this package's is
-    left as it was made. Works on a copy or an unpickled model as well.
+    Parameters and buffers stay the same objects and keep their values. A layer that was made as one of this package's
+    is left as it was made. Works on a copy or an unpickled model as well.
 
     Returns:
         ``module`` itself.
@@ -115,8 +120,8 @@ def revert(module: M) -> M:
         except ValueError as error:
             raise ValueError(f"{_describe(name, layer)} cannot be reverted: {error}") from error
         states.append((layer, original, state))
-    for layer, original, state in states:
-        set_state(layer, original, state)
+    for changed, first, state in states:
+        set_state(changed, first, state)
     return module
 
 
@@ -141,7 +146,9 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
     if not (momentum is None or (isinstance(momentum, float | int) and 0 <= momentum <= 1)):
         raise ValueError(f"momentum must be a number from 0 to 1, or None for a cumulative average, got {momentum!r}")
-    cls(num_features=1, device="meta", **options)  # the layer's own checks, before any layer can be named as the culprit
+    cls(
+        num_features=1, device="meta", **options
+    )  # the layer's own checks, before any layer can be named as the culprit
 
 
 def _refuse_wrappers(module: nn.Module, verb: str) -> None:
@@ -165,7 +172,9 @@ def _check_layer(layer: _BatchNorm) -> None:
     if parametrize.is_parametrized(layer):
         raise ValueError("it is parametrized; convert first and parametrize then, or remove the parametrizations")
     if "forward" in vars(layer):
-        raise ValueError("its forward was replaced on the instance, which the conversion would bypass; delete that first")
+        raise ValueError(
+            "its forward was replaced on the instance, which the conversion would bypass; delete that first"
+        )
     if "_conversion" not in vars(layer) and not is_convertible(cls):
         raise ValueError(
             f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what with "

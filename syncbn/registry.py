@@ -18,16 +18,16 @@ After = Callable[[Any, Tensor], Tensor]
 def register_batchnorm(cls: type[_BatchNorm], after: After | None = None) -> None:
     """Let :func:`syncbn.convert` change layers of class ``cls``, a subclass of torch's batch normalization.
 
-    A subclass may do more than normalize, and converting it as if it were plain would drop that silently. So only classes
-    that are known are converted: torch's ``BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm``, this package's layers,
-    timm's ``BatchNormAct2d`` and ``SyncBatchNormAct``, and those registered here. It holds for ``cls`` itself and not for
-    its subclasses. A second registration of a class replaces the first.
+    A subclass may do more than normalize, and converting it as if it were plain would drop that silently. So only
+    classes that are known are converted: torch's ``BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm``, this package's
+    layers, timm's ``BatchNormAct2d`` and ``SyncBatchNormAct``, and those registered here. It holds for ``cls`` itself
+    and not for its subclasses. A second registration of a class replaces the first.
 
     Args:
         cls: the class. Its ``forward`` must be ``after(self, batch_norm(x))``.
-        after: what it does after normalizing, called with the layer and the normalized (N, C, \\*) values; the layer still
-            has all its attributes and submodules. A function of a module, as it is pickled with the model. None where
-            the class normalizes and nothing else.
+        after: what it does after normalizing, called with the layer and the normalized (N, C, \\*) values; the layer
+            still has all its attributes and submodules. A function of a module, as it is pickled with the model. None
+            where the class normalizes and nothing else.
 
     Raises:
         ValueError: ``cls`` is no subclass of torch's batch normalization or needs no registration, or ``after`` is not
@@ -75,8 +75,8 @@ def _is_importable(function: Any) -> bool:
 _KNOWN = frozenset(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm, BatchRenorm)
 )
-# By name, so that timm need not be imported. Its frozen layers are no batch normalization to torch and stay as they are;
-# its SplitBatchNorm2d, which divides the batch among several layers, is left out on purpose.
+# By name, so that timm need not be imported. Its frozen layers are no batch normalization to torch and stay as they
+# are; its SplitBatchNorm2d, which divides the batch among several layers, is left out on purpose.
 _KNOWN_BY_NAME: dict[str, After] = {
     "timm.layers.norm_act.BatchNormAct2d": drop_then_act,
     "timm.layers.norm_act.SyncBatchNormAct": drop_then_act,

@@ -68,8 +68,8 @@ def converted_state(
 ) -> State | None:
     """The attributes of ``layer`` as a ``cls``, with the record that undoes them; None where it is just that already.
 
-    ``layer`` itself is not touched. The conversion runs on a stand-in that has its attributes, so that what can fail, the
-    change of class included, fails here.
+    ``layer`` itself is not touched. The conversion runs on a stand-in that has its attributes, so that what can fail,
+    the change of class included, fails here.
 
     Raises:
         ValueError: the layer cannot be a ``cls`` with these options.
@@ -122,11 +122,11 @@ def _scope_options(cls: type[SmallBatchNorm], before: State, options: dict[str, 
         return {}
     if "process_group" in before:
         group: RememberedGroup | None = before["process_group"]
-        scope = Scope() if group is None else Scope(ranks=group.ranks)
+        scope: Scope | None = Scope() if group is None else Scope(ranks=group.ranks)
     else:
         scope = before.get("scope")
-        if scope is None:
-            return {}
+    if scope is None:
+        return {}
     found: dict[str, Any] = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
     return found | ({"sync": True} if "sync" in layer_options(cls) else {})
 

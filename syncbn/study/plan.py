@@ -95,7 +95,7 @@ def load_study(path_or_name: str | Path) -> Study:
     path = _find_study(str(path_or_name))
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+            content = yaml.load(file, _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), re.sub(r"\s+", " ", str(error)), "a YAML file") from None
     return study_from_dict(content, str(path))

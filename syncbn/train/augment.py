@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..compat import import_torchvision
-from .order import derive_seed
+from syncbn.compat import import_torchvision
+from syncbn.train.order import derive_seed
 
 
 @dataclass(frozen=True)

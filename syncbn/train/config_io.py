@@ -25,7 +25,8 @@ def make_parser(**options: Any) -> Any:
     """A jsonargparse parser that raises instead of exiting."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(exit_on_error=False, **options)
+    # Abbreviations would take a misspelt key for another, and under torchrun its launcher's options for ours.
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
 
 
 def instantiate_run(parser: Any, namespace: Any) -> RunConfig:
@@ -88,6 +89,15 @@ def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+class _Unquoted(str):
+    """What stands in a message where there is no value to quote."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def config_error(error: Exception) -> ConfigError:
     """jsonargparse's several lines as a key, a value and what was expected."""
     text = str(error)
@@ -98,13 +108,21 @@ def config_error(error: Exception) -> ConfigError:
         key = unknown[1] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else top[1] if top else ""
         close = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
         expected = f"a known key, such as {', '.join(close)}" if close else "a known key (see --help)"
-        return ConfigError(key, unknown[2] if unknown else "an unknown key", expected)
+        value = unknown[2] if unknown and unknown[2] else _Unquoted("an unknown key")
+        return ConfigError(key, value, expected)
     key_match = re.search(r'[Kk]ey "([\w.]+)"', text)
     value_match = re.search(r"(?:Got value|Given value): (.+)", text)
     if key_match and value_match:
         return ConfigError(key_match[1], value_match[1].strip(), _expected(text))
+    if missing := re.search(r"File does not exist: '(.*)'", text):
+        return ConfigError(key_match[1] if key_match else "config", missing[1], "a file that exists")
+    if option := re.match(r"argument --?([\w.]+): (.*)", text):
+        return ConfigError(option[1], _Unquoted("no value"), option[2].removeprefix("expected "))
+    if "subcommand" in text:
+        choice = re.search(r"invalid choice: '(.*?)'", text)
+        return ConfigError("command", choice[1] if choice else _Unquoted("none"), "one of train, parity, study (--help)")
     key = key_match[1] if key_match else "config"
-    return ConfigError(key, "an unreadable value", re.sub(r"\s+", " ", text))
+    return ConfigError(key, _Unquoted("what cannot be read"), f"valid YAML ({' '.join(text.split())})")
 
 
 def _expected(text: str) -> str:

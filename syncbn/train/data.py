@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..compat import import_torchvision
-from .augment import Augmentation
-from .config import ConfigError, DataConfig
-from .order import derive_seed, holdout_split, spread_subset
+from syncbn.compat import import_torchvision
+from syncbn.train.augment import Augmentation
+from syncbn.train.config import ConfigError, DataConfig
+from syncbn.train.order import derive_seed, holdout_split, spread_subset
 
 Key = tuple[int, int]
 """(epoch, index): a sample of the set as it is seen in one epoch."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..compat import import_torchvision
-from .config import ConfigError, ModelConfig
+from syncbn.compat import import_torchvision
+from syncbn.train.config import ConfigError, ModelConfig
 
 Norm = Callable[[int], nn.Module]
 """Channels -> the layer that normalizes them; ``nn.Identity`` for none."""

@@ -42,7 +42,8 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
         )
         with torch.random.fork_rng(devices=rng_devices):
             yield accelerator
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # end_training() would also take down a world that is not ours
+                tracker.finish()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         if not had_world and dist.is_initialized():

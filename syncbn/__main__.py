@@ -1,0 +1,7 @@
+"""``python -m syncbn``."""
+
+import sys
+
+from syncbn.cli import main
+
+sys.exit(main())

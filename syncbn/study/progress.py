@@ -1,0 +1,106 @@
+"""Progress of a study on the terminal: a live bar on a TTY, one line a cell in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
+
+
+class Display:
+    """Shows how many cells are done, which ones run and about how long the rest takes. A context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.total = self.done = 0
+        self.workers = 1
+        self._running: dict[str, tuple[str, float]] = {}
+        self._seconds: list[float] = []
+        self._announced: set[str] = set()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            columns = (TextColumn("cells"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.description}", markup=False), console=self.console)
+            self._task = self._bar.add_task("starting", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def start(self, *, total: int, done: int, workers: int) -> None:
+        """``total`` runs, of which ``done`` were done before; the others go to ``workers`` processes."""
+        self.total, self.done, self.workers = total, done, workers
+        before = f"{done} of them done before, " if done else ""
+        side = f"{workers} side by side" if workers > 1 else "one at a time"
+        self._print(f"{total} runs: {before}{total - done} to do" + (f", {side}" if done < total else ""))
+        self.tick()
+
+    def began(self, key: str, label: str) -> None:
+        """A worker has taken a run."""
+        self._running[key] = (label, time.monotonic())
+
+    def waiting(self, key: str, label: str) -> None:
+        """Another study run is at this one."""
+        self._running.pop(key, None)
+        if key not in self._announced:
+            self._announced.add(key)
+            self._print(f"{label}: another study run is at it; waiting for its result")
+
+    def ended(self, key: str, label: str, result: RunResult | None, message: str, *, timed: bool) -> None:
+        """A run has ended with a result, or failed with a message; ``timed`` if the estimate may count on its time."""
+        self.done += 1
+        _, began = self._running.pop(key)
+        if timed:
+            self._seconds.append(time.monotonic() - began)
+        if result is None:
+            news = f"FAILED: {message}"
+        elif result.test_error is None or result.status == "diverged":
+            news = f"diverged after {result.steps} steps"
+        else:
+            news = f"test error {100 * result.test_error:.1f} %, {duration(result.seconds)}"
+        width = len(str(self.total))
+        left = self._left()
+        self._print(f"[{self.done:{width}}/{self.total}] {label}: {news}" + (f"; {left}" if left else ""))
+
+    def tick(self) -> None:
+        """Bring the live bar up to date."""
+        if self._bar is not None:
+            labels = " | ".join(label for label, _ in self._running.values()) or "waiting"
+            left = self._left()
+            description = labels + (f"; {left}" if left else "") if self.done < self.total else "done"
+            self._bar.update(self._task, completed=self.done, total=self.total, description=description)
+
+    def _left(self) -> str:
+        """About how long the rest takes, from the mean over the runs so far; empty while nothing is known."""
+        remaining = self.total - self.done
+        if not self._seconds or not remaining:
+            return ""
+        mean = sum(self._seconds) / len(self._seconds)
+        now = time.monotonic()
+        running = sum(max(mean - (now - began), 0.0) for _, began in self._running.values())
+        waiting = mean * (remaining - len(self._running))
+        return f"about {duration((running + waiting) / min(self.workers, remaining))} left"
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` in words, to two figures or so: 0.4 s, 24 s, 3 min, 1.5 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,63 @@
+"""Starting the processes of a run on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class LaunchError(RuntimeError):
+    """The processes failed; the message ends with what they printed."""
+
+
+def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None) -> None:
+    """Run ``python -m syncbn ARGUMENTS`` as ``processes`` processes under torchrun, on a free port, with one thread each.
+
+    What they print goes to ``log``. When this returns, or raises, none of them is left.
+
+    Raises:
+        LaunchError: they ended with an error, or not within ``timeout`` seconds.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "-m", "syncbn", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise LaunchError(f"no end after {timeout:.0f} s; see {log}\n{_tail(log)}") from None
+        finally:
+            _end(process)
+    if code:
+        raise LaunchError(f"{processes} processes ended with exit code {code}; see {log}\n{_tail(log)}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its children, which are a process group of their own, where any is left."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,92 @@
+"""A run gives the same answer on any number of processes: losses, weights, buffers, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from syncbn.train.config_io import config_from_dict
+from syncbn.train.loop import train
+from syncbn.train.parity import TOLERANCE, Trained, compare, parity_config
+
+# Class skew, augmentation, accumulation; 150 images in steps of 64: the last has 22, so a forward pass of 22, in which the
+# third process of four is given 6 images and the fourth none. One epoch of 3 steps, then a second one with other draws.
+BASE = {
+    "gpus": 8,
+    "per_gpu_batch_size": 4,
+    "accumulation_steps": 2,
+    "data": {"name": "digits", "class_skew": 4, "augment": "crop", "train_samples": 150},
+    "model": {"width": 4},
+    "optimizer": {"lr": 0.05, "weight_decay": 1e-3, "label_smoothing": 0.1},
+}
+
+NORMS = {
+    "none": {"name": "none"},
+    "batch": {"name": "batch"},
+    "batch-cumulative": {"name": "batch", "momentum": None},
+    "sync": {"name": "sync"},
+    "sync-2": {"name": "sync", "sync_group_size": 2},
+    "sync-4": {"name": "sync", "sync_group_size": 4},
+    "ghost": {"name": "ghost", "ghost_batch_size": 2},
+    "ghost-sync": {"name": "ghost", "ghost_batch_size": 2, "sync": True},
+    "ghost-sync-4": {"name": "ghost", "ghost_batch_size": 2, "sync": True, "sync_group_size": 4},
+    "renorm": {"name": "renorm", "warmup_steps": 3, "r_ramp_end": 8, "d_ramp_end": 6},
+    "renorm-sync": {"name": "renorm", "sync": True, "warmup_steps": 3, "r_ramp_end": 8, "d_ramp_end": 6},
+    "group": {"name": "group", "groups": 2},
+}
+
+
+def configured(norm, **changes):
+    norm = dict(norm)
+    changes = {"sync_group_size": norm.pop("sync_group_size", None), **changes}
+    return parity_config(config_from_dict({**BASE, "norm": norm, **changes}), steps=6)
+
+
+def train_into(config, out):
+    return train(config, out).test_error
+
+
+def check_same(pools, config, worlds, tmp_path):
+    errors = [train_into(config, tmp_path / "1")]
+    for world in worlds:
+        errors += pools(world).run(train_into, config, tmp_path / str(world))
+        difference = compare(Trained.read(tmp_path / "1"), Trained.read(tmp_path / str(world)))
+        assert difference.largest <= TOLERANCE, f"{world} processes: {difference}"
+    assert len(set(errors)) == 1, errors
+    return Trained.read(tmp_path / "1")
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_same_answer_on_1_2_4_processes(pools, name, tmp_path):
+    trained = check_same(pools, configured(NORMS[name]), (2, 4), tmp_path)
+    assert len(trained.losses) == 6
+    assert (name in ("none", "group")) == (not any("running_var" in key for key in trained.tensors))
+
+
+@pytest.mark.parametrize(("gpus", "sync_group_size", "world"), [(6, 2, 2), (6, 3, 3), (12, 4, 3)])
+def test_sync_groups_that_span_processes_unevenly(pools, gpus, sync_group_size, world, tmp_path):
+    config = configured({"name": "sync"}, gpus=gpus, sync_group_size=sync_group_size, per_gpu_batch_size=3)
+    check_same(pools, config, (world,), tmp_path)
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet18"])
+def test_same_answer_of_larger_models(pools, model, tmp_path):
+    config = configured({"name": "sync"}, model={"name": model}, data={"name": "synthetic", "synthetic_samples": 40})
+    check_same(pools, dataclasses.replace(config, per_gpu_batch_size=2), (2,), tmp_path)
+
+
+def test_evaluation_counts_every_image_once(pools, tmp_path):
+    """396 training images leave 99 test images, which four processes cannot share equally."""
+    config = config_from_dict(
+        {
+            "gpus": 4,
+            "per_gpu_batch_size": 16,
+            "data": {"name": "synthetic", "synthetic_samples": 396, "image_size": 8},
+            "model": {"width": 4},
+            "budget": {"epochs": None, "steps": 1, "eval_batch_size": 10},
+        }
+    )
+    pools(4).run(train_into, config, tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [r["test_images"] for r in records if r["kind"] == "eval"] == [99]
