@@ -1,4 +1,4 @@
-"""Batch normalization for small per-GPU batches: synchronized, ghost, renormalized, exact on any number of processes."""
+"""Batch normalization for small per-GPU batches: synchronized, ghost, renormalized, exact on many processes."""
 
 from syncbn.convert import convert, revert
 from syncbn.modules import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm

@@ -62,7 +62,7 @@ def convert(module: M, kind: Kind, *, where: Callable[[str, nn.Module], bool] | 
     ``_BatchNorm`` of torch's and are left alone. A converted layer takes inputs of any number of dimensions.
 
     Args:
-        module: a model or a single layer, before DistributedDataParallel, FSDP, torch.compile or the like is put around.
+        module: a model or a single layer, not yet wrapped by DistributedDataParallel, FSDP, torch.compile or the like.
         kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the layer's class.
         where: convert only the layers for which ``where(qualified_name, layer)`` is true.
         options: ``eps``, ``momentum``, and what :class:`~syncbn.SyncBatchNorm`, :class:`~syncbn.GhostBatchNorm` or
@@ -146,9 +146,8 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
     if not (momentum is None or (isinstance(momentum, float | int) and 0 <= momentum <= 1)):
         raise ValueError(f"momentum must be a number from 0 to 1, or None for a cumulative average, got {momentum!r}")
-    cls(
-        num_features=1, device="meta", **options
-    )  # the layer's own checks, before any layer can be named as the culprit
+    # The layer's own checks of the values, before any layer of the model can be named as the culprit.
+    cls(num_features=1, device="meta", **options)
 
 
 def _refuse_wrappers(module: nn.Module, verb: str) -> None:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -27,8 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from syncbn.study.plan import Cell, RepeatDistributed, Study
 from syncbn.study.progress import Display
-from syncbn.study.worker import STOP_SECONDS, Job, Reply, TrainFunction, last_error, load_record, worker_main
-from syncbn.train.config_io import save_config
+from syncbn.study.worker import STOP_SECONDS, Job, Reply, Trainer, last_error, load_record, worker_main
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult
@@ -60,7 +58,7 @@ def run_cells(
     out: Path,
     *,
     workers: int | None = None,
-    train: TrainFunction | None = None,
+    trainer: Trainer | None = None,
     display: Display | None = None,
 ) -> dict[str, Outcome]:
     """Run the cells that have no result yet, and the study's repeat under real processes after them.
@@ -72,7 +70,7 @@ def run_cells(
         cells: its cells; cells of one key are one run.
         out: the study's directory, made if need be.
         workers: processes side by side; by default one for each core, and no more than there are runs to do.
-        train: the trainer, by default ``syncbn.train.loop.train``.
+        trainer: what does the runs, by default the package's own.
         display: shows the progress.
 
     Returns:
@@ -96,23 +94,17 @@ def run_cells(
         else:
             outcomes[job.id] = Outcome(job=job, status="kept", result=result)
     side_by_side = workers if workers is not None else len(os.sched_getaffinity(0))
-    side_by_side = max(1, min(side_by_side, sum(job.command is None for job in missing)))
+    side_by_side = max(1, min(side_by_side, sum(job.processes is None for job in missing)))
     with display or Display() as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         if missing:
-            outcomes |= _run_jobs(missing, side_by_side, train, shown)
+            outcomes |= _run_jobs(missing, side_by_side, trainer or Trainer(), shown)
     return {job.id: outcomes[job.id] for job in jobs}
 
 
 def repeat_id(repeat: RepeatDistributed, cells: Sequence[Cell]) -> str:
     """Name of the repeat under real processes: the key of the cell it repeats, and the number of processes."""
     return f"{_repeated_cell(repeat, cells).key}-{repeat.processes}"
-
-
-def distributed_command(config: Path, out: Path, processes: int) -> tuple[str, ...]:
-    """The command that runs a configuration file under ``processes`` real processes on this machine."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    return sys.executable, *launcher, "-m", "syncbn", "train", "--config", str(config), "--out", str(out), "--resume"
 
 
 def _cell_job(cell: Cell, out: Path) -> Job:
@@ -129,20 +121,14 @@ def _cell_job(cell: Cell, out: Path) -> Job:
 def _repeat_job(repeat: RepeatDistributed, cells: Sequence[Cell], out: Path) -> Job:
     cell = _repeated_cell(repeat, cells)
     name = repeat_id(repeat, cells)
-    config = out / "distributed" / f"{name}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    draft = config.with_suffix(f".{os.getpid()}.tmp")
-    save_config(cell.config, draft)
-    draft.replace(config)  # never half-written for another study run's launcher
-    directory = out / "distributed" / name
     return Job(
         id=name,
         label=f"{cell.arm}, seed {cell.seed}, on {repeat.processes} processes",
         config=cell.config,
-        directory=directory,
+        directory=out / "distributed" / name,
         lock=out / "locks" / f"{name}.lock",
         log=out / "logs" / f"{name}.log",
-        command=distributed_command(config, directory, repeat.processes),
+        processes=repeat.processes,
         timeout=DISTRIBUTED_TIMEOUT,
     )
 
@@ -151,10 +137,10 @@ def _repeated_cell(repeat: RepeatDistributed, cells: Sequence[Cell]) -> Cell:
     return next(cell for cell in cells if (cell.arm, cell.seed) == (repeat.arm, repeat.seed))
 
 
-def _run_jobs(jobs: list[Job], workers: int, train: TrainFunction | None, display: Display) -> dict[str, Outcome]:
+def _run_jobs(jobs: list[Job], workers: int, trainer: Trainer, display: Display) -> dict[str, Outcome]:
     """Every job's outcome by id, from a pool of ``workers`` processes that is gone when this returns or raises."""
     outcomes: dict[str, Outcome] = {}
-    pool = _Pool(train=train, size=workers, queue=deque(jobs))
+    pool = _Pool(trainer=trainer, size=workers, queue=deque(jobs))
     finished = False
     try:
         while pool.queue or pool.busy():
@@ -196,7 +182,7 @@ class _Pool:
     Not a ``ProcessPoolExecutor``: there, one worker that dies takes all pending jobs with it.
     """
 
-    train: TrainFunction | None
+    trainer: Trainer
     size: int
     queue: deque[Job]
     workers: list[_Worker] = field(default_factory=list)
@@ -212,18 +198,16 @@ class _Pool:
         for job in list(self.queue):
             busy = self.busy()
             # A launched job has processes of its own: beside others, neither speed would mean anything.
-            alone = job.command is not None
-            if len(busy) >= self.size or any(w.job is not None and w.job.command is not None for w in busy):
+            alone = job.processes is not None
+            if len(busy) >= self.size or any(w.job is not None and w.job.processes is not None for w in busy):
                 break
             if (alone and busy) or time.monotonic() < self.retry_at.get(job.id, 0.0):
                 continue
             worker = next((worker for worker in self.workers if worker.job is None), None) or self._start()
             self.queue.remove(job)
             worker.job = job
-            try:
+            with suppress(OSError):  # if it has just died, `replies` finds and reports that
                 worker.connection.send(job)
-            except OSError:  # it has just died, which `replies` finds and reports
-                pass
             assigned.append(job)
         return assigned
 
@@ -254,7 +238,7 @@ class _Pool:
             worker.connection.close()  # an idle worker's signal to end
             if grace is None:
                 worker.process.terminate()
-        deadline = time.monotonic() + (STOP_SECONDS + 5.0 if grace is None else grace)
+        deadline = time.monotonic() + (STOP_SECONDS if grace is None else grace)
         for worker in self.workers:
             worker.process.join(max(deadline - time.monotonic(), 0.0))
             if worker.process.is_alive():
@@ -264,7 +248,7 @@ class _Pool:
 
     def _start(self) -> _Worker:
         here, there = self.context.Pipe()
-        process = self.context.Process(target=worker_main, args=(there, self.train), name="syncbn study worker")
+        process = self.context.Process(target=worker_main, args=(there, self.trainer), name="syncbn study worker")
         with _interrupts_ignored():
             process.start()
         there.close()  # else the end of the worker would not close the pipe

@@ -8,34 +8,52 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from syncbn.train.config_io import save_config
+
 if TYPE_CHECKING:
     from syncbn.train.config import RunConfig
     from syncbn.train.result import RunResult
 
-STOP_SECONDS = 20.0
-"""Time a launcher and its processes get to stop before they are killed."""
+STOP_SECONDS = 25.0
+"""Time a worker gets to stop before it is killed; a launcher and its processes may take most of it."""
 
 
 class TrainFunction(Protocol):
-    """What a worker calls for one run; it is looked up by name in the worker, so it must be a module's function."""
+    """``syncbn.train.loop.train``, as far as a worker needs it."""
 
     def __call__(self, config: RunConfig, out: Path | None = None, *, resume: bool = False) -> object: ...
 
 
+class LaunchFunction(Protocol):
+    """``syncbn.train.launch.launch``."""
+
+    def __call__(self, processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None) -> object: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """The two ways to do a run: here, or under real processes. A worker looks both up by name, as it is sent them."""
+
+    train: TrainFunction | None = None
+    """None is ``syncbn.train.loop.train``."""
+    launch: LaunchFunction | None = None
+    """None is ``syncbn.train.launch.launch``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run to be done: in the worker itself, or by a command that the worker starts."""
+    """One run to be done: in the worker itself, or under real processes that the worker launches."""
 
     id: str
     """Unique within a study; it names the lock and the log."""
@@ -45,10 +63,10 @@ class Job:
     """Where the trainer writes; a readable ``result.json`` in it means that the job is done."""
     lock: Path
     log: Path
-    command: tuple[str, ...] | None = None
-    """Launches the run under real processes; None trains in the worker."""
+    processes: int | None = None
+    """Real processes to launch; None trains in the worker."""
     timeout: float | None = None
-    """Seconds that ``command`` may take."""
+    """Seconds that the launched processes may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +88,8 @@ def load_record(directory: Path) -> RunResult | None:
 
 
 @contextmanager
-def job_lock(path: Path) -> Iterator[int | None]:
-    """Hold the advisory lock of one job: yields its file descriptor, or None if another process holds it.
+def job_lock(path: Path) -> Iterator[bool]:
+    """Hold an advisory lock; yields False if another process holds it.
 
     The kernel releases it when the holder ends, however it ends. The file stays: removing it would let two processes
     hold locks on two files of the same name.
@@ -85,7 +103,7 @@ def job_lock(path: Path) -> Iterator[int | None]:
         except BlockingIOError:
             held = False
         try:
-            yield descriptor if held else None
+            yield held
         finally:
             if held:  # explicitly, as a forked loader process may still hold a copy of the descriptor
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -93,34 +111,30 @@ def job_lock(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def execute(job: Job, train: TrainFunction | None = None) -> Literal["ran", "kept", "busy"]:
+def execute(job: Job, trainer: Trainer) -> Literal["ran", "kept", "busy"]:
     """Do one job unless it is done or another process is at it.
 
     Raises:
-        Exception: whatever the run raised; its traceback is in the job's log.
+        Exception: whatever the run raised; the details are in the job's log.
     """
-    with job_lock(job.lock) as lock:
-        if lock is None:
+    with job_lock(job.lock) as held:
+        if not held or not _is_free(job.directory):
             return "busy"
         # Under the lock: the process that held it before may just have finished this job.
         if load_record(job.directory) is not None:
             return "kept"
-        job.directory.mkdir(parents=True, exist_ok=True)
+        (job.directory / "result.json").unlink(missing_ok=True)  # half-written
         with _output_to(job.log):
-            try:
-                if job.command is not None:
-                    _launch(job, job.command, lock)
-                else:
-                    (train or _trainer())(job.config, job.directory, resume=True)
-                if load_record(job.directory) is None:
-                    raise RuntimeError(f"the run ended without a readable {job.directory / 'result.json'}")
-            except Exception:
-                traceback.print_exc()
-                raise
+            if job.processes is None:
+                _train_here(job, trainer)
+            else:
+                _launch(job, job.processes, trainer)
+        if load_record(job.directory) is None:
+            raise RuntimeError(f"the run ended without a readable {job.directory / 'result.json'}")
     return "ran"
 
 
-def worker_main(connection: Connection, train: TrainFunction | None) -> None:
+def worker_main(connection: Connection, trainer: Trainer) -> None:
     """Body of a worker process: answers each :class:`Job` it receives with a :class:`Reply`, until the pipe closes."""
     # A Ctrl-C reaches the whole foreground process group; only the runner acts on it, and stops the workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -133,7 +147,7 @@ def worker_main(connection: Connection, train: TrainFunction | None) -> None:
             job: Job = connection.recv()
         except EOFError:
             return
-        connection.send(_attempt(job, train))
+        connection.send(_attempt(job, trainer))
 
 
 def last_error(log: Path) -> str:
@@ -147,46 +161,37 @@ def last_error(log: Path) -> str:
     return next((line for line in reversed(errors or lines) if line), "")
 
 
-def _attempt(job: Job, train: TrainFunction | None) -> Reply:
+def _attempt(job: Job, trainer: Trainer) -> Reply:
     try:
-        return Reply(status=execute(job, train))
+        return Reply(status=execute(job, trainer))
     except Exception as error:  # whatever a run raises, the study goes on and reports it
-        return Reply(status="failed", message=f"{type(error).__name__}: {error}")
+        message, *more = f"{type(error).__name__}: {error}".splitlines()
+        return Reply(status="failed", message=f"{message}: {last_error(job.log)}" if more else message)
 
 
-def _trainer() -> TrainFunction:
+def _train_here(job: Job, trainer: Trainer) -> None:
     from syncbn.train.loop import train
 
-    return train
-
-
-_launched: list[subprocess.Popen[bytes]] = []
-"""The command this worker is waiting for, for the thread that has to stop it when the runner is gone."""
-
-
-def _launch(job: Job, command: tuple[str, ...], lock: int) -> None:
-    """Run a job's command to its end, or stop it at the timeout; it keeps the lock should this worker be killed."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(lock,))
-    _launched.append(process)
     try:
-        code = process.wait(job.timeout)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"took longer than {job.timeout:.0f} s and was stopped") from None
-    finally:
-        _stop(process)
-        _launched.remove(process)
-    if code != 0:
-        raise RuntimeError(f"exit code {code}: {last_error(job.log)}")
+        (trainer.train or train)(job.config, job.directory, resume=True)
+    except Exception:
+        traceback.print_exc()
+        raise
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()  # torchrun stops its own processes on SIGTERM
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _launch(job: Job, processes: int, trainer: Trainer) -> None:
+    from syncbn.train.launch import launch
+
+    config = job.directory.with_suffix(".yaml")
+    save_config(job.config, config)
+    arguments = ["train", "--config", str(config), "--out", str(job.directory), "--resume"]
+    (trainer.launch or launch)(processes, arguments, job.log, job.timeout)
+
+
+def _is_free(directory: Path) -> bool:
+    """False while processes that outlived their worker write to a run's directory: the trainer locks it too."""
+    with job_lock(directory / ".lock") as free:
+        return free
 
 
 @contextmanager
@@ -210,14 +215,15 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 def _exit_cleanly(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)  # as an exception, so that a launched command is stopped on the way out
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the clean-up short
+    sys.exit(128 + signal.SIGTERM)  # as an exception, so that launched processes are stopped on the way out
 
 
 def _exit_with_parent() -> None:
-    """Wait for the runner to end, even by SIGKILL, then end at once: the run goes on from its checkpoint."""
+    """Wait for the runner to end, even by SIGKILL, then stop: the run goes on from its checkpoint next time."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    for process in _launched:
-        process.terminate()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
     os._exit(1)

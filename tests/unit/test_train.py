@@ -1,0 +1,178 @@
+"""One run as a function: what it returns and writes, how it goes on after an interruption, how it ends when it diverges."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+
+import pytest
+import torch
+from syncbn.train import loop
+from syncbn.train.config import ConfigError
+from syncbn.train.config_io import config_from_dict, load_config
+from syncbn.train.loop import train
+from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
+from syncbn.train.parity import Trained, compare
+from syncbn.train.result import RunResult
+
+SMALL = {
+    "gpus": 4,
+    "per_gpu_batch_size": 8,
+    "precision": "fp64",
+    "device": "cpu",
+    "data": {"name": "digits", "train_samples": 150, "augment": "crop", "class_skew": 2},
+    "model": {"width": 4},
+    "norm": {"name": "renorm", "warmup_steps": 2, "r_ramp_end": 9, "d_ramp_end": 7},
+    "budget": {"epochs": 3},
+}
+
+
+def small(**changes):
+    return config_from_dict({**SMALL, **changes})
+
+
+def test_result_and_files(tmp_path):
+    config = small()
+    result = train(config, tmp_path, trackers=["tensorboard"])
+    assert result.status == "ok"
+    assert (result.steps, result.samples, len(result.losses)) == (15, 450, 15)
+    assert [h["epoch"] for h in result.history] == [1, 2, 3]
+    assert result.test_error == result.history[-1]["test_error"]
+    assert 0 <= result.test_error <= 1
+    assert result.environment["torch"].startswith(torch.__version__.split("+")[0])
+    assert RunResult.from_json(tmp_path / "result.json") == result
+    assert load_config(tmp_path / "config.yaml") == config
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["train_loss"] for r in records if r["kind"] == "step"] == result.losses
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [5, 10, 15]
+    assert list(tmp_path.rglob("events.out.tfevents*")), "TensorBoard wrote nothing"
+    tensors = Trained.read(tmp_path).tensors
+    assert sum(t.numel() for n, t in tensors.items() if "running" not in n and "tracked" not in n) == result.parameters
+
+
+@pytest.mark.parametrize("model", [{"width": 4}, {"name": "mobilenet_v3_small", "options": {"dropout": 0.5}}], ids=str)
+def test_interrupted_and_resumed_is_the_same_run(tmp_path, monkeypatch, model):
+    data = SMALL["data"] if "width" in model else {"name": "synthetic", "synthetic_samples": 64}
+    config = small(model=model, data=data, optimizer={"schedule": "one_cycle", "name": "adamw", "lr": 0.01})
+    train(config, tmp_path / "whole")
+    evaluate, calls = loop.evaluate, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(loop, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "broken")
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(ConfigError, match="resume"):
+        train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken", resume=True)
+    assert compare(Trained.read(tmp_path / "whole"), Trained.read(tmp_path / "broken")).largest == 0
+    whole, broken = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken"))
+    assert whole == broken
+
+
+def test_resume_of_a_finished_run_returns_its_result(tmp_path):
+    first = train(small(), tmp_path)
+    stamp = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assert train(small(), tmp_path, resume=True) == first
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ConfigError, match="finished run"):
+        train(small(), tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: got 0\.2, expected 0\.1"):
+        train(small(optimizer={"lr": 0.2}), tmp_path, resume=True)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="no other run"):
+            train(small(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
+
+
+def test_divergence_is_a_result(tmp_path):
+    result = train(small(norm={"name": "none"}, optimizer={"lr": 1e30}), tmp_path)
+    assert result.status == "diverged"
+    assert result.test_error is None
+    assert not math.isfinite(result.losses[-1])
+    read = RunResult.from_json(tmp_path / "result.json")
+    assert read.status == "diverged"
+    assert len(read.losses) == len(result.losses)
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+
+
+def test_global_state_is_left_as_found():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = train(small())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert train(small()).losses == first.losses
+    assert train(small(precision="bf16")).status == "ok", "one process can change the precision between runs"
+
+
+def test_drop_last_leaves_out_the_smaller_step():
+    data = {**SMALL["data"], "drop_last": True}
+    assert train(small(data=data)).samples == 3 * 128
+    with pytest.raises(ConfigError, match="per_gpu_batch_size"):
+        train(small(data=data, per_gpu_batch_size=64))
+
+
+def test_same_weights_for_every_norm():
+    """Arms of a comparison start from the same weights: the first loss of a run with lr ~ 0 differs by the norm alone."""
+    names = ({"name": "batch"}, {"name": "sync"}, {"name": "group", "groups": 2})
+    losses = [train(small(norm=n, budget={"epochs": None, "steps": 1}), None).losses[0] for n in names]
+    assert len({round(loss, 12) for loss in losses}) == 3
+    again = train(small(norm=names[0], budget={"epochs": None, "steps": 1})).losses[0]
+    assert again == losses[0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle", "step"])
+def test_schedules(schedule):
+    config = small(optimizer={"schedule": schedule}).optimizer
+    factors = [lr_factor(config, step, 100) for step in range(100)]
+    assert max(factors) == pytest.approx(1.0, abs=1e-3)
+    ends = {"constant": 1.0, "cosine": 0.0, "one_cycle": 0.0, "step": 0.01}
+    assert factors[-1] == pytest.approx(ends[schedule], abs=1e-3)
+
+
+def test_one_cycle_is_torchs():
+    config = small(optimizer={"schedule": "one_cycle"}).optimizer
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    truth = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50, cycle_momentum=False)
+    for step in range(50):
+        assert lr_factor(config, step, 50) == pytest.approx(truth.get_last_lr()[0], rel=1e-9, abs=1e-12)
+        optimizer.step()
+        if step < 49:
+            truth.step()
+
+
+def test_warmup_and_scaling():
+    config = small(optimizer={"warmup_steps": 4, "schedule": "constant", "lr": 0.1, "lr_scaling": "linear"})
+    assert [lr_factor(config.optimizer, s, 10) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert peak_lr(config) == pytest.approx(0.1 * 32 / 256)
+    root = dataclasses.replace(config.optimizer, lr_scaling="sqrt")
+    assert peak_lr(dataclasses.replace(config, optimizer=root)) == pytest.approx(0.1 * (32 / 256) ** 0.5)
+
+
+def test_weight_decay_spares_norms_and_biases_if_asked():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    spare = make_optimizer(small(optimizer={"weight_decay": 0.1, "decay_norm_and_bias": False}), model)
+    assert [(g["weight_decay"], len(g["params"])) for g in spare.param_groups] == [(0.1, 1), (0.0, 3)]
+
+
+def test_parity_comparison_sees_a_small_difference():
+    a = Trained([1.0, 0.5], {"w": torch.ones(3, dtype=torch.float64), "bn.running_var": torch.ones(2)})
+    moved = {"w": a.tensors["w"] + torch.tensor([0, 0, 2e-10]), "bn.running_var": torch.ones(2)}
+    assert compare(a, a).largest == 0
+    assert compare(a, Trained(a.losses, moved)).weights == pytest.approx(2e-10, rel=1e-3)
+    assert compare(a, Trained([1.0, 0.5 + 1e-9], a.tensors)).losses == pytest.approx(1e-9, rel=1e-3)
+    assert compare(a, Trained([1.0], a.tensors)).losses == math.inf
+    assert compare(a, Trained([1.0, math.nan], a.tensors)).losses == math.inf
+    assert compare(a, Trained(a.losses, {"w": a.tensors["w"]})).buffers == math.inf
