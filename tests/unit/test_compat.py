@@ -109,7 +109,7 @@ def test_absent_torchvision_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
         import_torchvision()
 
 
-def test_a_torchvision_for_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchvision_for_another_torch_is_named(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::new')")
     out = python(

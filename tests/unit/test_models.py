@@ -170,7 +170,8 @@ def test_torchvision_model_of_grey_images_keeps_its_architecture() -> None:
     grey, colour = (build("mobilenet_v3_small", lambda c: nn.Identity(), lambda m: m, channels=c) for c in (1, 3))
     assert {k: v.shape for k, v in grey.state_dict().items()} == {k: v.shape for k, v in colour.state_dict().items()}
     image = torch.rand(2, 1, 32, 32)
-    grey.eval(), colour.eval()
+    grey.eval()
+    colour.eval()
     assert torch.equal(grey(image), colour(image.repeat(1, 3, 1, 1)))
     assert torch.equal(copy.deepcopy(grey)(image), grey(image))
 

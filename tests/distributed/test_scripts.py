@@ -1,0 +1,157 @@
+"""The launch scripts and the command line with real processes, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from syncbn.cli import main
+from syncbn.train.config_io import load_config
+from syncbn.train.loop import train
+from syncbn.train.parity import TOLERANCE, Trained, compare
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launch scripts are for bash")
+
+CONFIG = """\
+gpus: 2
+per_gpu_batch_size: 8
+precision: fp64
+device: cpu
+data: {name: synthetic, synthetic_samples: 60, image_size: 8}
+model: {width: 4}
+norm: {name: sync}
+budget: {epochs: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def start(script, config, out, *arguments, **environment):
+    return subprocess.Popen(
+        ["bash", f"launch/{script}", "--out", str(out), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "CONFIG": str(config), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout=120):
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def check_run(config, out, processes):
+    """The run has the answer of one process, and was made by as many as were asked for."""
+    import json
+
+    assert json.loads((out / "result.json").read_text())["processes"] == processes
+    train(load_config(config), out.parent / "alone")
+    assert compare(Trained.read(out.parent / "alone"), Trained.read(out)).largest <= TOLERANCE
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
+def test_one_node(script, config, tmp_path):
+    code, output = finish(start(script, config, tmp_path / "out", NPROC="2"))
+    assert code == 0, output
+    assert "test error" in output
+    check_run(config, tmp_path / "out", 2)
+
+
+def test_two_nodes_on_one_host(config, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = [
+        start("torchrun_multinode.sh", config, tmp_path / "out", NNODES="2", NPROC="1", RDZV_ENDPOINT=endpoint)
+        for _ in range(2)
+    ]
+    for code, output in [finish(node) for node in nodes]:
+        assert code == 0, output
+    check_run(config, tmp_path / "out", 2)
+
+
+def test_slurm_with_stand_ins_for_its_commands(config, tmp_path):
+    for name, body in {
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "NPROC": "2"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    code, output = finish(start("slurm.sbatch", config, tmp_path / "out", PATH=path, **slurm))
+    assert code == 0, output
+    check_run(config, tmp_path / "out", 2)
+
+
+def workers_of(out):
+    """Processes, other than launchers, that run a training into ``out``."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words and b"torch.distributed.run" not in words and b"bash" not in words:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(config, tmp_path):
+    out = tmp_path / "out"
+    process = start("torchrun.sh", config, out, "--budget.epochs", "400", NPROC="2")
+    deadline = time.monotonic() + 90
+    while not (out / "checkpoint/latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = workers_of(out)
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)
+    code, output = finish(process)
+    assert code != 0, output
+    assert workers_of(out) == []
+    assert not (out / "result.json").exists()
+    code, output = finish(start("torchrun.sh", config, out, "--resume", "--budget.epochs", "400", NPROC="1"), 240)
+    assert code == 0, output
+
+
+def test_a_mistake_is_said_once_by_all_processes(config, tmp_path):
+    code, output = finish(start("torchrun.sh", config, tmp_path / "out", "--gpus", "3", NPROC="2"))
+    assert code != 0
+    assert output.count("syncbn: error: gpus: got 3, expected a multiple of the number of processes (2)") == 1
+
+
+def test_parity_command(config, capfd):
+    assert main(["parity", "--config", str(config), "--processes", "1,2", "--steps", "3"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("sync: 2 logical GPUs, 3 steps in fp64")
+    assert lines[1].startswith("  2 processes against 1 process:")
+    assert ": same (tolerance 1e-10)" in lines[1]
+
+
+def test_parity_command_fails_on_a_difference(config, capfd):
+    """Dropout is drawn on each process for itself, which is the one thing that a number of processes may change."""
+    words = ["--model.name", "mobilenet_v3_small", "--data.image_size", "32", "--model.options", "{dropout: 0.9}"]
+    assert main(["parity", "--config", str(config), "--processes", "1,2", "--steps", "2", *words]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert "DIFFERENT" in lines[1]
+    assert any(line.strip().startswith("classifier.3.weight: ") for line in lines[2:])
