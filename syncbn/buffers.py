@@ -13,8 +13,8 @@ class RunningStatistics:
     """The running means and variances of a model's layers, averaged over the ranks of the default world.
 
     A moving average is linear in what goes into it: the mean of the ranks' averages is the average of their means. So
-    layers that do not communicate may be reconciled at any time, before an evaluation or a checkpoint, and training goes
-    on from there as if they had been reduced at every step.
+    layers that do not communicate may be reconciled at any time, before an evaluation or a checkpoint; training goes on
+    from there as if they had been reduced at every step.
     """
 
     def __init__(self, model: nn.Module, kind: type[SmallBatchNorm] = SmallBatchNorm) -> None:
@@ -47,8 +47,8 @@ class RunningStatistics:
 def reconcile(model: nn.Module) -> None:
     """Set every layer's running statistics to their mean over the ranks of the default world. One collective.
 
-    Every rank must call it, with the same model. ``num_batches_tracked`` is left alone: it is the same on all ranks that
-    took the same number of steps.
+    Every rank must call it, with the same model. ``num_batches_tracked`` is left alone: it is the same on all ranks
+    that took the same number of steps.
     """
     statistics = RunningStatistics(model)
     statistics.start()

@@ -13,7 +13,7 @@ import syncbn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 a check failed, 2 the user's mistake, in one line, 130 interrupted."""
+    """Run a command; the exit code: 0 done, 1 a check failed, 2 the user's mistake (one line), 130 interrupted."""
     try:
         from jsonargparse import ArgumentError
     except ImportError as error:
@@ -62,7 +62,9 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
     parity.add_argument("--steps", type=int, default=20, help="Optimizer steps.")
     study = make_parser(description="Compare arms over seeds.")
     study_run = make_parser(description="Run what is missing of a study, and write its report.")
-    study_run.add_argument("--config", type=str, required=True, help="A study's YAML file, or the name of a packaged one.")
+    study_run.add_argument(
+        "--config", type=str, required=True, help="A study's YAML file, or the name of a packaged one."
+    )
     study_run.add_argument("--out", type=str, required=True, help="Folder of the study; run again, it goes on there.")
     study_run.add_argument("--workers", type=int | None, default=None, help="Runs side by side (default: one a core).")
     parsers = {"train": train, "parity": parity, "study": study}

@@ -72,7 +72,9 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, prefi
         if isinstance(a, dict) and isinstance(b, dict):
             check_same(a, b, folder, f"{prefix}{key}.")
         elif a != b:
-            raise ConfigError(f"{prefix}{key}", b, f"{a!r}, with which the run in {folder} was begun; use another --out")
+            raise ConfigError(
+                f"{prefix}{key}", b, f"{a!r}, with which the run in {folder} was begun; use another --out"
+            )
 
 
 @contextmanager

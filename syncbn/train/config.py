@@ -34,7 +34,7 @@ class DataConfig:
     """Which images, in which order."""
 
     name: DataName = "mnist5k"
-    """Data set. `mnist5k` and `digits` come with a package; `cifar10`, `cifar100` and `fashion_mnist` are downloaded."""
+    """Data set. `mnist5k` and `digits` come with a package; `cifar10`, `cifar100`, `fashion_mnist` are downloaded."""
     root: str | None = None
     """Folder of an `imagefolder` (it holds `train/CLASS/*` and `test/CLASS/*`), or where downloads are kept."""
     class_skew: int = 1
@@ -194,13 +194,9 @@ class OptimizerConfig:
         _require(
             not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false with a momentum of 0"
         )
-        _require(
-            all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)"
-        )
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(
-            0 <= self.label_smoothing < 1, "optimizer.label_smoothing", self.label_smoothing, "a number in [0, 1)"
-        )
+        _require(0 <= self.label_smoothing < 1, "optimizer.label_smoothing", self.label_smoothing, "a number in [0, 1)")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         _require(
             self.warmup_steps == 0 or self.schedule != "one_cycle",
@@ -318,7 +314,7 @@ class RunConfig:
 
     @property
     def normalization_batch_size(self) -> int | None:
-        """Samples that share one mean: b locally, b*k synchronized over k GPUs, g (times k) for ghost; None for no batch."""
+        """Samples that share one mean: b locally, b*k synchronized over k GPUs, ghost g or g*k; None for no batch."""
         if self.norm.name in ("none", "group"):
             return None
         samples = self.norm.ghost_batch_size or self.per_gpu_batch_size
@@ -327,6 +323,4 @@ class RunConfig:
 
     def check_processes(self, processes: int) -> None:
         """Raise :class:`ConfigError` unless ``processes`` divides ``gpus``."""
-        _require(
-            self.gpus % processes == 0, "gpus", self.gpus, f"a multiple of the number of processes ({processes})"
-        )
+        _require(self.gpus % processes == 0, "gpus", self.gpus, f"a multiple of the number of processes ({processes})")

@@ -62,7 +62,8 @@ def _parse(parse: Any) -> RunConfig:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values, which :func:`config_from_dict` reads back."""
-    return _plain(asdict(config))
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
 
 
 def _plain(value: Any) -> Any:
@@ -85,7 +86,7 @@ def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
     for f in fields(kind):
         keys.append(prefix + f.name)
         if is_dataclass(hints[f.name]):
-            keys += known_keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            keys += known_keys(hints[f.name], f"{prefix}{f.name}.")
     return keys
 
 
@@ -120,7 +121,9 @@ def config_error(error: Exception) -> ConfigError:
         return ConfigError(option[1], _Unquoted("no value"), option[2].removeprefix("expected "))
     if "subcommand" in text:
         choice = re.search(r"invalid choice: '(.*?)'", text)
-        return ConfigError("command", choice[1] if choice else _Unquoted("none"), "one of train, parity, study (--help)")
+        return ConfigError(
+            "command", choice[1] if choice else _Unquoted("none"), "one of train, parity, study (--help)"
+        )
     key = key_match[1] if key_match else "config"
     return ConfigError(key, _Unquoted("what cannot be read"), f"valid YAML ({' '.join(text.split())})")
 

@@ -15,7 +15,7 @@ class LaunchError(RuntimeError):
 
 
 def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None) -> None:
-    """Run ``python -m syncbn ARGUMENTS`` as ``processes`` processes under torchrun, on a free port, with one thread each.
+    """Run ``python -m syncbn ARGUMENTS`` as ``processes`` processes under torchrun, on a free port, one thread each.
 
     What they print goes to ``log``. When this returns, or raises, none of them is left.
 

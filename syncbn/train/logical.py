@@ -1,9 +1,9 @@
 """Logical GPUs: what a process holds of a global batch, and which of its samples share statistics with whose.
 
-An experiment names R logical GPUs of b samples each; W processes, W dividing R, execute it, each hosting R/W consecutive
-ones. Sample j of a global batch belongs to logical GPU j // b, so a smaller last batch fills the first GPUs and leaves the
-last ones empty, for every W alike. Statistics are kept in *rows*, one for each set of samples that share them; the rows are
-numbered over all logical GPUs, and each process is given those it takes part in.
+An experiment names R logical GPUs of b samples each; W processes, W dividing R, execute it, each hosting R/W
+consecutive ones. Sample j of a global batch belongs to logical GPU j // b, so a smaller last batch fills the first GPUs
+and leaves the last ones empty, for every W alike. Statistics are kept in *rows*, one for each set of samples that share
+them; the rows are numbered over all logical GPUs, and each process is given those it takes part in.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class Layout:
     def groups(self, samples: int, device: torch.device) -> SampleGroups:
         """What a layer on this process is told about a global batch of ``samples`` (at least 1).
 
-        The running statistics are means over all filled rows of all processes. Each process adds up its rows and divides
-        by the average number of rows a process, so that the mean over processes is that mean whatever their number.
+        The running statistics are means over all filled rows of all processes. Each process adds up its rows and
+        divides by the average number of rows a process, so the mean over processes is that mean, whatever their number.
         """
         return _groups(self, samples, device)
 

@@ -199,7 +199,12 @@ def _train_epochs(run: Run, out: Path | None) -> None:
         reconcile(run.model)
         if last or run.progress.epoch % budget.eval_every == 0:
             _evaluate(run)
-        if out is not None and not last and budget.checkpoint_every and run.progress.epoch % budget.checkpoint_every == 0:
+        if (
+            out is not None
+            and not last
+            and budget.checkpoint_every
+            and run.progress.epoch % budget.checkpoint_every == 0
+        ):
             _checkpoint(run, out)
 
 

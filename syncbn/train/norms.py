@@ -1,4 +1,4 @@
-"""The normalization that a run's configuration names, as a factory of layers and as a conversion of a finished model."""
+"""The normalization that a run's configuration names, as a factory of layers and as a conversion of a model."""
 
 from __future__ import annotations
 
@@ -59,12 +59,14 @@ def _group_norm(config: NormConfig, num_features: int) -> nn.Module:
 def adapt_model(model: nn.Module, config: NormConfig, layout: Layout) -> nn.Module:
     """Give a model built with BatchNorm the configured normalization.
 
-    Batch normalizations are converted: the layers keep their own eps, which belongs to the model. For `none` and `group`
-    each BatchNorm is replaced.
+    Batch normalizations are converted: the layers keep their own eps, which belongs to the model. For `none` and
+    `group` each BatchNorm is replaced.
     """
     if config.name in _KINDS:
         if not config.affine:
-            raise ConfigError("norm.affine", False, "true with a torchvision model, whose layers have a weight and bias")
+            raise ConfigError(
+                "norm.affine", False, "true with a torchvision model, whose layers have a weight and bias"
+            )
         return convert(model, _KINDS[config.name], momentum=config.momentum, **layer_options(config, layout))
     make = norm_factory(config, layout)
     for parent in list(model.modules()):

@@ -11,8 +11,11 @@ from syncbn.train.config import OptimizerConfig, RunConfig
 
 
 def peak_lr(config: RunConfig) -> float:
-    """The learning rate after scaling with the images of an optimizer step: linear (Goyal et al. 2017, arXiv 1706.02677,
-    section 2.1) or with the root (Hoffer et al. 2017, arXiv 1705.08741, section 7.1)."""
+    """The learning rate after scaling with the images of an optimizer step.
+
+    Linear as in Goyal et al. 2017 (arXiv 1706.02677, section 2.1), or with the root as in Hoffer et al. 2017 (arXiv
+    1705.08741, section 4).
+    """
     optimizer = config.optimizer
     ratio = config.step_batch_size / optimizer.lr_reference_batch_size
     return optimizer.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optimizer.lr_scaling]
@@ -59,6 +62,8 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, lr=lr, momentum=c.momentum, nesterov=c.nesterov)
 
 
-def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LambdaLR:
+def make_scheduler(
+    config: RunConfig, optimizer: torch.optim.Optimizer, total: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule over ``total`` optimizer steps; its state is the number of steps taken."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))

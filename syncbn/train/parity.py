@@ -103,7 +103,8 @@ def run_parity(
             trained.append(Trained.read(out))
             if index == 0:
                 reference = f"{number} process{'es' if number > 1 else ''}"
-                say(f"{config.norm.name}: {config.gpus} logical GPUs, {len(trained[0].losses)} steps in fp64, by {reference}")
+                taken = len(trained[0].losses)
+                say(f"{config.norm.name}: {config.gpus} logical GPUs, {taken} steps in fp64, by {reference}")
                 continue
             report(compare(trained[0], trained[-1]), number, reference, say)
     return all(compare(trained[0], other).largest <= TOLERANCE for other in trained[1:])
@@ -113,8 +114,8 @@ def report(difference: Difference, processes: int, reference: str, say: Callable
     """Say how two trainings differ, by tensor where the tolerance is exceeded."""
     verdict = "same" if difference.largest <= TOLERANCE else "DIFFERENT"
     say(
-        f"  {processes} processes against {reference}: losses {difference.losses:.1e}, weights {difference.weights:.1e}, "
-        f"buffers {difference.buffers:.1e}: {verdict} (tolerance {TOLERANCE:.0e})"
+        f"  {processes} processes against {reference}: losses {difference.losses:.1e}, "
+        f"weights {difference.weights:.1e}, buffers {difference.buffers:.1e}: {verdict} (tolerance {TOLERANCE:.0e})"
     )
     for name, distance in difference.by_tensor.items():
         if distance > TOLERANCE:

@@ -77,7 +77,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What the numbers may depend on: versions, device, threads, git commit of the code."""
-    found = {"python": platform.python_version(), "device": _device_name(device), "threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "device": _device_name(device),
+        "threads": str(torch.get_num_threads()),
+    }
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from syncbn.cli import main
 from syncbn.train.config_io import load_config
 from syncbn.train.loop import train

@@ -6,12 +6,13 @@ import dataclasses
 import json
 
 import pytest
+
 from syncbn.train.config_io import config_from_dict
 from syncbn.train.loop import train
 from syncbn.train.parity import TOLERANCE, Trained, compare, parity_config
 
-# Class skew, augmentation, accumulation; 150 images in steps of 64: the last has 22, so a forward pass of 22, in which the
-# third process of four is given 6 images and the fourth none. One epoch of 3 steps, then a second one with other draws.
+# Class skew, augmentation, accumulation; 150 images in steps of 64: the last has 22, so a forward pass of 22, in which
+# the third process of four is given 6 images and the fourth none. One epoch of 3 steps, then a second with other draws.
 BASE = {
     "gpus": 8,
     "per_gpu_batch_size": 4,

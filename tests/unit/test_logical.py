@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from syncbn.train.config_io import config_from_dict
 from syncbn.train.logical import Layout, Placement
 
@@ -72,7 +73,9 @@ def test_mean_over_processes_is_the_mean_over_filled_rows(case, samples):
         made = layouts(case, processes)
         total = 0.0
         for layout in made:
-            filled = {row for other in layout.ranks for row in made[other].rows(made[other].local_range(samples)).tolist()}
+            filled = {
+                row for other in layout.ranks for row in made[other].rows(made[other].local_range(samples)).tolist()
+            }
             divisor = layout.groups(samples, torch.device("cpu")).divisor
             total += sum(float(values[row]) for row in filled) / divisor
         assert total / processes == pytest.approx(float(expected), rel=1e-6)

@@ -1,4 +1,4 @@
-"""One run as a function: what it returns and writes, how it goes on after an interruption, how it ends when it diverges."""
+"""One run as a function: what it returns and writes, how it goes on when interrupted, how it diverges."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+
 from syncbn.train import loop
 from syncbn.train.config import ConfigError
 from syncbn.train.config_io import config_from_dict, load_config
@@ -125,7 +126,7 @@ def test_drop_last_leaves_out_the_smaller_step():
 
 
 def test_same_weights_for_every_norm():
-    """Arms of a comparison start from the same weights: the first loss of a run with lr ~ 0 differs by the norm alone."""
+    """Arms of a comparison start from the same weights and data: their first losses differ by the norm alone."""
     names = ({"name": "batch"}, {"name": "sync"}, {"name": "group", "groups": 2})
     losses = [train(small(norm=n, budget={"epochs": None, "steps": 1}), None).losses[0] for n in names]
     assert len({round(loss, 12) for loss in losses}) == 3

@@ -1,0 +1,433 @@
+"""convert and revert: what stays, what changes, and that it is undone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm, convert, revert
+from syncbn.collectives import Scope
+from syncbn.modules import SmallBatchNorm
+from syncbn.registry import drop_then_act
+
+KINDS: dict[str, dict[str, Any]] = {"sync": {}, "ghost": {"ghost_batch_size": 2}, "renorm": {"r_max": 2.0}}
+LAYERS = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class ScaledBatchNorm(nn.BatchNorm2d):
+    """A subclass with behaviour of its own after normalizing."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.factor = 3.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.factor
+
+
+def scale(layer: Any, x: Tensor) -> Tensor:
+    return x * layer.factor
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, eps=1e-3, momentum=0.2), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), stage, nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5)
+    )
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    return model
+
+
+def batch() -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def tensors(model: nn.Module) -> dict[str, int]:
+    """Parameters and saved buffers, by the object that they are."""
+    return {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Class and attributes of every module, containers included, to be compared as a whole."""
+    found = {}
+    for name, module in model.named_modules():
+        attributes = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        attributes["tensors"] = {k: id(v) for k, v in (module._parameters | module._buffers).items()}
+        attributes["not saved"] = set(module._non_persistent_buffers_set)
+        attributes["hooks"] = list(module._forward_hooks.values())
+        attributes["names"] = set(vars(module))
+        found[name] = (type(module), attributes)
+    return found
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[None]:
+    """A world of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_layers_change_class_and_nothing_else(kind: str) -> None:
+    model = make_model()
+    modules, before, names = list(model.modules()), tensors(model), list(model.state_dict())
+    assert convert(model, kind, **KINDS[kind]) is model
+    assert [id(m) for m in model.modules()] == [id(m) for m in modules]
+    assert tensors(model) == before
+    assert list(model.state_dict()) == names
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert {type(m) for m in layers.values()} == {LAYERS[kind]}
+    assert [m.qualified_name for m in layers.values()] == list(layers) == ["1", "2.1", "5"]
+    assert [(m.eps, m.momentum) for m in layers.values()] == [(1e-5, 0.1), (1e-3, 0.2), (1e-5, 0.1)]
+    model(batch()).sum().backward()
+
+
+@every_kind
+def test_revert_restores_every_attribute(kind: str) -> None:
+    model = make_model()
+    before = snapshot(model)
+    assert revert(convert(model, kind, eps=0.1, momentum=None, **KINDS[kind])) is model
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model[1](torch.zeros(2, 4))  # nn.BatchNorm2d's own check
+
+
+def test_a_class_is_a_kind_as_well() -> None:
+    assert type(convert(nn.BatchNorm2d(3), GhostBatchNorm, ghost_batch_size=2)) is GhostBatchNorm
+
+
+@every_kind
+def test_an_optimizer_made_before_moves_the_weights(kind: str) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    convert(model, kind, **KINDS[kind])
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model[:3](batch()).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+    assert moved >= {"0.weight", "1.weight", "1.bias", "2.0.weight", "2.1.weight", "2.1.bias"}
+
+
+def test_every_sort_of_hook_fires() -> None:
+    model, fired = make_model(), []
+    layer = model[1]
+    layer.register_forward_pre_hook(lambda *_: fired.append("forward pre"))
+    layer.register_forward_hook(lambda *_: fired.append("forward"))
+    layer.register_full_backward_pre_hook(lambda *_: fired.append("backward pre"))
+    layer.register_full_backward_hook(lambda *_: fired.append("backward"))
+    layer.register_state_dict_pre_hook(lambda *_: fired.append("state_dict pre"))
+    layer.register_state_dict_post_hook(lambda *_: fired.append("state_dict"))
+    layer.register_load_state_dict_pre_hook(lambda *_: fired.append("load pre"))
+    layer.register_load_state_dict_post_hook(lambda *_: fired.append("load"))
+    layer.weight.register_hook(lambda _: fired.append("weight"))
+    for change in (lambda m: convert(m, "sync"), revert):
+        change(model)
+        fired.clear()
+        model(batch()).sum().backward()
+        model.load_state_dict(model.state_dict())
+        order = ["forward pre", "forward", "backward pre", "weight", "backward", "state_dict pre", "state_dict"]
+        assert sorted(fired) == sorted([*order, "load pre", "load"])
+
+
+def test_a_module_in_two_places_stays_one() -> None:
+    shared = nn.BatchNorm2d(4)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    kept = [shared]
+    convert(model, "sync")
+    assert model["a"][0] is model["b"][0] is kept[0]
+    assert shared.qualified_name == "a.0"
+    revert(model)
+    assert model["a"][0] is model["b"][0]
+    assert type(shared) is nn.BatchNorm2d
+
+
+def test_training_mode_and_requires_grad_are_each_layers_own() -> None:
+    model = make_model()
+    model[1].eval()
+    model[1].weight.requires_grad_(False)
+    model[5].bias.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    for change in (lambda m: convert(m, "sync"), revert):
+        change(model)
+        assert [m.training for m in model.modules()] == modes
+        assert [p.requires_grad for p in model.parameters()] == grads
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@every_kind
+def test_dtype_stays(kind: str, dtype: torch.dtype) -> None:
+    layer = nn.BatchNorm2d(3, dtype=dtype)
+    convert(layer, kind, **KINDS[kind])
+    assert [t.dtype for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var)] == [dtype] * 4
+    x = torch.randn(4, 3, 2, 2, dtype=dtype)
+    assert layer(x).dtype is dtype
+    assert layer.eval()(x).dtype is dtype
+
+
+@every_kind
+def test_a_layer_on_the_meta_device(kind: str) -> None:
+    model = make_model().to("meta")
+    convert(model, kind, **KINDS[kind])
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+    model.to_empty(device="cpu").load_state_dict(make_model().state_dict())
+    assert model(batch()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"affine": False}, {"bias": False}, {"momentum": None}, {"track_running_stats": False}], ids=str
+)
+def test_variants_of_a_layer(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3, **options, dtype=torch.float64)
+    plain = copy.deepcopy(layer)
+    convert(layer, "sync")
+    for _ in range(3):
+        x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dict(revert(layer).state_dict()), dict(plain.state_dict()), rtol=1e-12, atol=1e-12)
+
+
+def test_where_chooses_layers() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), ScaledBatchNorm(4), nn.BatchNorm2d(4))
+    seen = []
+
+    def first(name: str, layer: nn.Module) -> bool:
+        seen.append((name, layer))
+        return name == "0"
+
+    convert(model, "sync", where=first)
+    assert [type(m) for m in model] == [SyncBatchNorm, ScaledBatchNorm, nn.BatchNorm2d]
+    assert seen == list(model.named_children())
+
+
+def test_what_is_no_batch_normalization_stays() -> None:
+    others = nn.ModuleList(
+        [
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            nn.GroupNorm(2, 4),
+            nn.LayerNorm(4),
+            nn.Identity(),
+        ]
+    )
+    before = snapshot(others)
+    assert snapshot(convert(others, "sync")) == before
+    assert snapshot(revert(others)) == before
+
+
+# -- again, otherwise, and back ----------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_the_same_again_changes_nothing(kind: str) -> None:
+    model = convert(make_model(), kind, **KINDS[kind])
+    model(torch.full((4, 3, 8, 8), torch.inf))
+    assert model[1].num_nonfinite_batches == 1
+    model[1]._agreed_groups = 7
+    before, conversion = snapshot(model), vars(model[1])["_conversion"]
+    convert(model, kind, **KINDS[kind])
+    assert snapshot(model) == before
+    assert vars(model[1])["_conversion"] is conversion
+    assert model[1]._agreed_groups == 7
+    convert(model[2], kind, **KINDS[kind])
+    assert model[2][1].qualified_name == "2.1"  # and not "1", its name in the part
+
+
+def test_defaults_spelled_out_are_the_same_options() -> None:
+    model = convert(make_model(), "ghost", ghost_batch_size=2)
+    model[1]._agreed_groups = 7
+    convert(model, GhostBatchNorm, ghost_batch_size=2, remainder="error", running_update="mean", sync=False)
+    assert model[1]._agreed_groups == 7
+    convert(model, "ghost", ghost_batch_size=4)
+    assert model[1]._agreed_groups is None
+    assert model[1].ghost_batch_size == 4
+
+
+def test_another_kind_starts_from_the_first_class() -> None:
+    model = make_model()
+    before = snapshot(model)
+    for kind, options in [*KINDS.items(), ("ghost", {"ghost_batch_size": 4, "eps": 0.5}), ("sync", {"momentum": None})]:
+        convert(model, kind, **options)
+        layer = model[2][1]
+        assert type(layer) is LAYERS[kind]
+        assert layer.eps == options.get("eps", 1e-3)
+        assert layer.momentum == options.get("momentum", 0.2)
+        assert ("r_max" in vars(layer)) == (kind == "renorm")
+        assert layer.ghost_batch_size == options.get("ghost_batch_size")
+    model(torch.full((4, 3, 8, 8), torch.inf))
+    convert(model, "sync")
+    assert model[1].num_nonfinite_batches == 1
+    model[1].reset_running_stats()
+    assert {k: v[0] for k, v in snapshot(revert(model)).items()} == {k: v[0] for k, v in before.items()}
+    assert snapshot(model) == before
+
+
+def test_a_layer_made_by_hand() -> None:
+    model = nn.Sequential(
+        GhostBatchNorm(4, 2, remainder="smaller"), SyncBatchNorm(4, sync_group_size=2), BatchRenorm(4)
+    )
+    before = snapshot(model)
+    assert snapshot(revert(model)) == before
+    convert(model, "ghost", ghost_batch_size=2, remainder="smaller")
+    assert [type(m) for m in model] == [GhostBatchNorm] * 3
+    assert "_conversion" not in vars(model[0])
+    assert model[0].qualified_name == "0"
+    assert "r_max" not in vars(model[2])
+    model[0].qualified_name = None
+    assert snapshot(revert(model)) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
+@every_kind
+def test_a_copy_works_and_can_be_reverted(kind: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    syncbn.register_batchnorm(ScaledBatchNorm, scale)
+    model = make_model()
+    model[1] = ScaledBatchNorm(4)
+    classes = [type(m) for m in model.modules()]
+    other = copied(convert(model, kind, momentum=0.5, **KINDS[kind]))
+    assert not {id(t) for t in other.state_dict(keep_vars=True).values()} & set(tensors(model).values())
+    torch.testing.assert_close(other(batch()), model(batch()), rtol=0, atol=0)
+    revert(other)
+    assert [type(m) for m in other.modules()] == classes
+    assert [m.momentum for m in other.modules() if hasattr(m, "momentum")] == [0.1, 0.2, 0.1]
+    assert isinstance(model[2][1], SmallBatchNorm)
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    other(batch())
+
+
+@every_kind
+def test_checkpoints_load_in_both_directions(kind: str) -> None:
+    plain, converted = make_model(), convert(make_model(), kind, **KINDS[kind])
+    torch_sync = nn.SyncBatchNorm.convert_sync_batchnorm(make_model())
+    converted(batch())
+    for target in (plain, torch_sync):
+        target.load_state_dict(converted.state_dict())
+        torch.testing.assert_close(dict(target.state_dict()), dict(converted.state_dict()), rtol=0, atol=0)
+    plain(batch())
+    fresh = convert(make_model(), kind, **KINDS[kind])
+    fresh.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fresh.eval()(batch()), plain.eval()(batch()), rtol=0, atol=0)
+    fresh.load_state_dict(torch_sync.state_dict())
+    torch.testing.assert_close(dict(fresh.state_dict()), dict(converted.state_dict()), rtol=0, atol=0)
+
+
+# -- who shares statistics ---------------------------------------------------------------------------------------------
+
+
+def test_torch_sync_batchnorm_stays_synchronized() -> None:
+    for kind, options in KINDS.items():
+        assert convert(nn.SyncBatchNorm(4), kind, **options).scope == Scope()
+        assert convert(nn.BatchNorm2d(4), kind, **options).scope == (Scope() if kind == "sync" else None)
+        assert convert(nn.SyncBatchNorm(4), kind, sync_group_size=2, **options).scope == Scope(sync_group_size=2)
+        by_hand = SyncBatchNorm(4, sync_group_size=2)
+        assert convert(by_hand, kind, **options).scope == Scope(sync_group_size=2)
+        assert convert(by_hand, kind, process_group=[0, 1], **options).scope == Scope(ranks=(0, 1))
+        assert revert(by_hand).scope == Scope(sync_group_size=2)
+    assert convert(nn.SyncBatchNorm(4), "ghost", ghost_batch_size=2, sync=False).scope is None
+
+
+@pytest.mark.usefixtures("world")
+@every_kind
+def test_the_process_group_of_torch_sync_batchnorm(kind: str) -> None:
+    group = dist.new_group([0])
+    layer = nn.SyncBatchNorm(4, process_group=group)
+    before = snapshot(layer)
+    convert(layer, kind, **KINDS[kind])
+    assert layer.scope == Scope(ranks=(0,))
+    assert not hasattr(layer, "process_group")
+    layer(torch.randn(4, 4))
+    assert snapshot(revert(copy.deepcopy(layer)))[""][1]["process_group"] is group
+    unpickled = revert(pickled(layer))
+    assert dist.get_process_group_ranks(unpickled.process_group) == [0]
+    assert unpickled.process_group is not None
+    convert(layer, kind, sync_group_size=1, **KINDS[kind])
+    assert layer.scope == Scope(sync_group_size=1)
+    assert snapshot(revert(layer)) == before
+    assert layer.process_group is group
+
+
+def test_a_process_group_is_not_guessed(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4, process_group=dist.new_group([0])))
+        other = pickled(convert(model, "sync"))
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"SyncBatchNorm '1' cannot be reverted.*ranks \(0,\).*init_process_group"):
+        revert(other)
+    assert [type(m) for m in other] == [SyncBatchNorm] * 2
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_registered_class_keeps_its_behaviour(kind: str) -> None:
+    syncbn.register_batchnorm(ScaledBatchNorm, scale)
+    layer = ScaledBatchNorm(3)
+    layer.factor = 5.0
+    plain = copy.deepcopy(layer)
+    convert(layer, kind, ghost_batch_size=4) if kind == "ghost" else convert(layer, kind)
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
+    assert type(revert(layer)) is ScaledBatchNorm
+
+
+def test_a_registration_is_for_the_class_alone() -> None:
+    class Child(ScaledBatchNorm):
+        pass
+
+    syncbn.register_batchnorm(ScaledBatchNorm, scale)
+    with pytest.raises(ValueError, match="Child"):
+        convert(Child(3), "sync")
+    syncbn.register_batchnorm(Child)
+    assert convert(Child(3), "sync").after is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "after", "message"),
+    [
+        (nn.Linear, None, "expected a subclass of torch's batch normalization.*Linear"),
+        (nn.InstanceNorm2d, None, "expected a subclass of torch's batch normalization.*InstanceNorm2d"),
+        ("ScaledBatchNorm", None, "expected a subclass.*'ScaledBatchNorm'"),
+        (nn.BatchNorm2d, scale, "BatchNorm2d is converted as it is"),
+        (SyncBatchNorm, drop_then_act, "SyncBatchNorm is converted as it is"),
+        (ScaledBatchNorm, lambda layer, x: x, "cannot be imported by its name.*top level"),
+    ],
+    ids=["linear", "instance norm", "name", "plain", "own", "lambda"],
+)
+def test_what_cannot_be_registered(cls: Any, after: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        syncbn.register_batchnorm(cls, after)
