@@ -24,17 +24,19 @@ class NormalizeWithStatistics(torch.autograd.Function):
     * grad_x = invstd * (scale * dy - sum(scale * dy) / count - xhat * sum(scale * dy * xhat) / count)
     * grad_scale = sum over this process of dy * xhat; grad_shift = sum over this process of dy
 
-    One collective of 2C numbers a group. The products with ``scale`` are what is summed, so the gradient is right even
-    where the processes' scales differ. Saved: x (not a copy), mean, invstd, scale and count.
+    One collective of 2C numbers a group, taken part in also where this process's x needs no gradient: another's may (an
+    empty batch made by hand has no history). The products with ``scale`` are what is summed, so the gradient is right
+    even where the processes' scales differ. Saved: x (not a copy), mean, invstd, scale and count.
 
     ``mean`` and ``invstd`` come in as constants, their part in the gradient being the second and third term above. A
-    second derivative needs them as functions of x: when the backward pass is itself recorded (``create_graph=True``) they
-    are computed anew from x, by the same functions, with the reductions recorded too.
+    second derivative needs them as functions of x: when the backward pass is itself recorded (``create_graph=True``)
+    they are computed anew from x, by the same functions, with the reductions recorded too.
+
+    Forward and context are apart because the transforms of ``torch.func`` ask for it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         scale: Tensor,
         shift: Tensor,
@@ -45,10 +47,12 @@ class NormalizeWithStatistics(torch.autograd.Function):
         eps: float,
         group_name: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, mean, invstd, count, groups)
-        ctx.eps = eps
-        ctx.group_name = group_name
         return normalize(x, mean, invstd, scale, shift, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, _, mean, invstd, count, groups, ctx.eps, ctx.group_name = inputs
+        ctx.save_for_backward(x, scale, mean, invstd, count, groups)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,9 +64,10 @@ class NormalizeWithStatistics(torch.autograd.Function):
             invstd = torch.rsqrt(var + ctx.eps)
         sum_dy, sum_dy_xhat = backward_sums(grad_output, x, mean, invstd, groups, num_groups)
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] or ctx.group_name is not None:
             packed = all_reduce_sum(torch.cat((scale * sum_dy, scale * sum_dy_xhat), 1), ctx.group_name)
             mean_dy, mean_dy_xhat = (packed / count.clamp(min=1)).chunk(2, 1)
+        if ctx.needs_input_grad[0]:
             grad_x = grad_input(grad_output, x, mean, invstd, scale, mean_dy, mean_dy_xhat, groups)
         return grad_x, sum_dy_xhat, sum_dy, None, None, None, None, None, None
 

@@ -1,11 +1,12 @@
 """The one reduction, and which processes take part in it.
 
-A layer keeps a specification (:class:`Scope`): plain data that can be copied and pickled. The process group it stands for
-is looked up, or made, when the layer first needs it.
+A layer keeps a specification (:class:`Scope`): plain data that can be copied and pickled. The process group it stands
+for is looked up, or made, when the layer first needs it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The groups made here and those that users handed in, by their ranks, for as long as the world that they belong to lives.
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-_groups_world: dist.ProcessGroup | None = None
+# The groups made here and those that users handed in, by their ranks, while the world that they belong to lives. Held
+# weakly: torch keeps those that are alive, and what it has destroyed must not live on here, sockets and all.
+_groups: weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = weakref.WeakValueDictionary()
+_groups_world: weakref.ref[dist.ProcessGroup] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,44 @@ class Scope:
     def __post_init__(self) -> None:
         if self.sync_group_size is not None and self.ranks is not None:
             raise ValueError("give process_group or sync_group_size, not both")
-        if self.sync_group_size is not None and self.sync_group_size < 1:
-            raise ValueError(f"sync_group_size must be a positive integer, got {self.sync_group_size!r}")
+        check_positive("sync_group_size", self.sync_group_size)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a positive integer or None."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
 
 
 def make_scope(process_group: Any = None, sync_group_size: int | None = None) -> Scope:
-    """The specification of a scope. ``process_group`` may be a :class:`ProcessGroup` or a sequence of global ranks."""
+    """The specification of a scope. ``process_group`` may be a :class:`ProcessGroup` or a sequence of global ranks.
+
+    Raises:
+        ValueError: it is neither, such as what ``dist.new_group`` returns on ranks that are not in the new group.
+    """
     if process_group is None:
         return Scope(sync_group_size=sync_group_size)
     if isinstance(process_group, Sequence):
         return Scope(sync_group_size=sync_group_size, ranks=tuple(process_group))
-    ranks = tuple(dist.get_process_group_ranks(process_group))
+    try:
+        ranks = tuple(dist.get_process_group_ranks(process_group))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "process_group must be a process group that this process is in, or a sequence of global ranks, "
+            f"got {process_group!r}"
+        ) from error
     _known_groups()[ranks] = process_group
     return Scope(sync_group_size=sync_group_size, ranks=ranks)
 
 
-def _known_groups() -> dict[tuple[int, ...], dist.ProcessGroup]:
+def _known_groups() -> weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]:
     """The groups of the present world; those of an earlier one are forgotten."""
     global _groups_world
-    if _groups_world is not dist.group.WORLD:
+    world = dist.group.WORLD
+    assert world is not None, "groups are asked for once the world is there"
+    if _groups_world is None or _groups_world() is not world:
         _groups.clear()
-        _groups_world = dist.group.WORLD
+        _groups_world = weakref.ref(world)
     return _groups
 
 
@@ -75,8 +94,8 @@ def _members(scope: Scope) -> tuple[int, ...]:
 def resolve(scope: Scope) -> dist.ProcessGroup | None:
     """The process group that ``scope`` stands for here, or None where this process is alone in it.
 
-    Groups are made once for a world, on their own members only: ranks outside need not call. Every member makes the same
-    groups in the same order, as all ranks run the same model.
+    Groups are made once for a world, on their own members only: ranks outside need not call. Every member makes the
+    same groups in the same order, as all ranks run the same model.
 
     Raises:
         ValueError: ``sync_group_size`` does not divide the world size, or this rank is not among the group's.
@@ -89,9 +108,10 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     if len(ranks) == dist.get_world_size() and list(ranks) == sorted(ranks):
         return dist.group.WORLD
     groups = _known_groups()
-    if ranks not in groups:
-        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return groups[ranks]
+    group = groups.get(ranks)
+    if group is None:
+        groups[ranks] = group = dist.new_group(list(ranks), use_local_synchronization=True)
+    return group
 
 
 def resolve_name(scope: Scope) -> str | None:
@@ -100,8 +120,8 @@ def resolve_name(scope: Scope) -> str | None:
     return None if group is None else group.group_name
 
 
-# What torch.compiler.assume_constant_result does (a group is fixed for as long as its world lives, so tracing may run this
-# function and keep the name); the decorator itself imports the compiler, 1.5 s for every process that may never use it.
+# What torch.compiler.assume_constant_result does (a group is fixed for as long as its world lives, so tracing may run
+# this function and keep the name). The decorator itself imports the compiler: 1.5 s in processes that may never use it.
 resolve_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -115,7 +135,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllReduceSum.apply(grad, ctx.group_name), None
+        return _AllReduceSum.apply(grad, ctx.group_name), None  # type: ignore[no-untyped-call]
 
 
 def _all_reduce(tensor: Tensor, group_name: str) -> Tensor:
@@ -132,7 +152,7 @@ def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
     if group_name is None:
         return tensor
     if tensor.requires_grad and torch.is_grad_enabled():
-        return _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-any-return]
+        return _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-any-return, no-untyped-call]
     return _all_reduce(tensor, group_name)
 
 

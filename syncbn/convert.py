@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from syncbn.modules import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 from syncbn.registry import is_convertible
-from syncbn.swap import RememberedGroup, State, converted_state, layer_options, original_state, set_state
+from syncbn.swap import State, converted_state, layer_options, reverted_state, set_state
 
 M = TypeVar("M", bound=nn.Module)
 Kind = Literal["sync", "ghost", "renorm"] | type[SmallBatchNorm]
@@ -98,8 +98,9 @@ def convert(module: M, kind: Kind, *, where: Callable[[str, nn.Module], bool] | 
 def revert(module: M) -> M:
     """Undo :func:`convert`, in place: the converted layers of ``module`` get their first class and attributes back.
 
-    Parameters and buffers stay the same objects and keep their values. A layer that was made as one of this package's
-    is left as it was made. Works on a copy or an unpickled model as well.
+    Parameters and buffers stay the same objects and keep their values. (One exception: where the model was made
+    ``half()`` in between, the statistics, which a converted layer keeps wide, become half as well.) A layer that was
+    made as one of this package's is left as it was made. Works on a copy or an unpickled model as well.
 
     Returns:
         ``module`` itself.
@@ -114,12 +115,9 @@ def revert(module: M) -> M:
         if "_conversion" not in vars(layer):
             continue
         try:
-            original, state = original_state(layer)
-            if isinstance(group := state.get("process_group"), RememberedGroup):
-                state["process_group"] = group.group()
+            states.append((layer, *reverted_state(layer)))
         except ValueError as error:
             raise ValueError(f"{_describe(name, layer)} cannot be reverted: {error}") from error
-        states.append((layer, original, state))
     for changed, first, state in states:
         set_state(changed, first, state)
     return module

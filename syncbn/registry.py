@@ -25,9 +25,9 @@ def register_batchnorm(cls: type[_BatchNorm], after: After | None = None) -> Non
 
     Args:
         cls: the class. Its ``forward`` must be ``after(self, batch_norm(x))``.
-        after: what it does after normalizing, called with the layer and the normalized (N, C, *) values. The layer still
-            has the attributes and submodules that were set on it, but no methods of ``cls``. A function of a module, as
-            it is pickled with the model. None where the class normalizes and nothing else.
+        after: what it does after normalizing, called with the layer and the normalized (N, C, *) values. The layer
+            still has the attributes and submodules that were set on it, but no methods of ``cls``. A function of a
+            module, as it is pickled with the model. None where the class normalizes and nothing else.
 
     Raises:
         ValueError: ``cls`` is no subclass of torch's batch normalization or needs no registration, or ``after`` is not
@@ -57,7 +57,7 @@ def after_of(cls: type) -> After | None:
 
 def drop_then_act(layer: Any, x: Tensor) -> Tensor:
     """What timm's layers do after normalizing: ``layer.act(layer.drop(x))``, each where the layer has it."""
-    for name in ("drop", "act"):
+    for name in ("act",):
         if hasattr(layer, name):
             x = getattr(layer, name)(x)
     return x

@@ -98,6 +98,25 @@ def converted_state(
     return None if unchanged else state
 
 
+def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
+    """The class and the attributes with which a converted ``layer`` is again what it was.
+
+    Raises:
+        ValueError: as :func:`original_state`; or its process group cannot be had here.
+    """
+    original, state = original_state(layer)
+    if isinstance(group := state.get("process_group"), RememberedGroup):
+        state["process_group"] = group.group()
+    weight = state["_parameters"].get("weight")
+    if weight is not None and not issubclass(original, SmallBatchNorm):
+        # `half()` leaves a converted layer its wide statistics, which torch's layers cannot use with narrow parameters.
+        for name in ("running_mean", "running_var"):
+            buffer = state["_buffers"][name]
+            if buffer is not None and buffer.dtype.itemsize > weight.dtype.itemsize:
+                state["_buffers"][name] = buffer.to(weight.dtype)
+    return original, state
+
+
 def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
     """Make ``layer`` a ``cls`` with exactly these attributes."""
     layer.__class__ = cls

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def ramp(steps: Tensor, start: int, end: int) -> Tensor:
-    """0 until ``start`` steps, 1 from ``end`` on, linear in between; ``steps`` is a () int64 tensor, the result float64."""
+    """0 until ``start`` steps, 1 from ``end`` on, linear in between. ``steps`` is () int64, the result () float64."""
     position = (steps.to(torch.float64) - start) / max(end - start, 1)
     # With start == end the limit applies from that step on, which `position` alone would place one step later.
     return torch.where(steps >= end, 1.0, position.clamp(0.0, 1.0))

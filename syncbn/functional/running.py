@@ -15,9 +15,7 @@ def unbiased(var: Tensor, count: Tensor) -> Tensor:
     return var * (count / (count - 1).clamp(min=1))
 
 
-def group_average(
-    count: Tensor, mean: Tensor, var: Tensor, divisor: float | None = None
-) -> tuple[Tensor, Tensor]:
+def group_average(count: Tensor, mean: Tensor, var: Tensor, divisor: float | None = None) -> tuple[Tensor, Tensor]:
     """Mean over the groups that hold samples of their means and of their unbiased variances, each (C,).
 
     ``divisor`` replaces the number of such groups: where the processes of a run hold different numbers of groups, each
@@ -48,7 +46,7 @@ def sequential_weights(filled: Tensor, momentum: float | None, tracked: Tensor) 
     if momentum is None:
         return tracked / (tracked + number).clamp(min=1), filled / (tracked + number).clamp(min=1)
     later = number - filled.cumsum(0)
-    keep = torch.as_tensor(1.0 - momentum, dtype=filled.dtype, device=filled.device)
+    keep = 1.0 - momentum
     return keep**number, filled * momentum * keep**later
 
 
@@ -76,8 +74,8 @@ def update_running(
             1705.08741, algorithm 1); ``total`` one update with the mean and variance of all samples together.
         divisor: see :func:`group_average`; given, the step counts as one with samples even if this process has none.
 
-    A step without any sample changes nothing. A step with a non-finite statistic changes nothing either, save that it is
-    counted in ``num_nonfinite_batches``.
+    A step without any sample changes nothing. A step with a non-finite statistic changes nothing either, save that it
+    is counted in ``num_nonfinite_batches``.
     """
     tracked = num_batches_tracked.to(mean.dtype)
     filled = (count > 0).to(mean.dtype)

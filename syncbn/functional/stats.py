@@ -1,7 +1,8 @@
 """Statistics of groups of samples: what travels between processes, and what is made of it.
 
-Shapes used throughout: ``x`` is (N, C, *) with any number of further dimensions; ``groups`` is an int64 tensor (N,) with
-the group of each sample, 0 <= groups[i] < num_groups, or None where all samples are in group 0. G is ``num_groups``.
+Shapes used throughout: ``x`` is (N, C, *) with any number of further dimensions; ``groups`` is an int64 tensor (N,)
+with the group of each sample, 0 <= groups[i] < num_groups, or None where all samples are in group 0. G is
+``num_groups``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-# The one dtype of everything that is reduced, whatever the input: ranks whose inputs differ in dtype (autocast, an empty
-# batch) still send the same bytes, counts are exact to 2^53, and E[x^2] - E[x]^2 loses (mean/std)^2 * 1e-16 only.
+# The one dtype of everything that is reduced, whatever the input: ranks whose inputs differ in dtype (autocast, an
+# empty batch) still send the same bytes, counts are exact to 2^53, and E[x^2] - E[x]^2 loses (mean/std)^2 * 1e-16 only.
 WIRE_DTYPE = torch.float64
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.autograd import NormalizeWithStatistics, statistics
-from syncbn.collectives import Scope, make_scope, max_over_ranks, resolve_name
+from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.running import RunningUpdate, update_running
-from syncbn.functional.stats import WIRE_DTYPE
+from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
 
 Remainder = Literal["error", "smaller"]
 
@@ -24,7 +24,8 @@ Remainder = Literal["error", "smaller"]
 class SampleGroups:
     """Which samples of a batch share statistics, where a layer's own rule does not say.
 
-    Set on a layer (:attr:`SmallBatchNorm.sample_groups`) it takes the place of ``ghost_batch_size`` until it is set anew.
+    Set on a layer (:attr:`SmallBatchNorm.sample_groups`) it takes the place of ``ghost_batch_size`` in training until
+    it is set anew.
     """
 
     index: Tensor | None
@@ -34,7 +35,8 @@ class SampleGroups:
     divisor: float | None = None
     """What the sum over groups is divided by in the running statistics; None is the number of groups with samples."""
     smallest: int = 0
-    """Fewest samples in a group that has any on this process; 0 is unknown, and checked on the values."""
+    """Fewest samples in any group that has some, over all ranks that share statistics; 0 is unknown, and then read from
+    the counts."""
 
 
 class SmallBatchNorm(_BatchNorm):
@@ -57,6 +59,26 @@ class SmallBatchNorm(_BatchNorm):
     num_nonfinite_batches: Tensor
     """() int64, not saved: batches whose statistics were not finite and so were kept out of the running ones."""
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # an argument of torch's own only from 2.12 on
+            self.register_parameter("bias", None)
+        for name in ("running_mean", "running_var"):
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.dtype.itemsize < 4:
+                setattr(self, name, buffer.float())
+
     def _configure(
         self,
         *,
@@ -71,8 +93,7 @@ class SmallBatchNorm(_BatchNorm):
         """Set all that is not ``_BatchNorm``'s own. Nothing is changed if an argument is wrong."""
         scope = make_scope(process_group, sync_group_size) if sync else None
         for name, value in (("ghost_batch_size", ghost_batch_size), ("max_ghost_groups", max_ghost_groups)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+            check_positive(name, value)
         for name, choice, known in (
             ("remainder", remainder, ("error", "smaller")),
             ("running_update", running_update, ("mean", "sequential", "total")),
@@ -94,6 +115,15 @@ class SmallBatchNorm(_BatchNorm):
 
     # -- torch.nn.Module's own -----------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What the ranks have agreed on holds for these processes and this training, and is no part of a copy or a file.
+        return {**vars(self), "_agreed_groups": None}
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if self._buffers.get("num_nonfinite_batches") is not None:
+            self.num_nonfinite_batches.zero_()
+
     def reset_parameters(self) -> None:
         self.reset_running_stats()
         if self.affine:
@@ -101,10 +131,10 @@ class SmallBatchNorm(_BatchNorm):
             if self.bias is not None:
                 torch.nn.init.zeros_(self.bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `module.half()` must not narrow the running statistics: a moving average in bf16 stops moving.
         before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
             if new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
@@ -119,12 +149,12 @@ class SmallBatchNorm(_BatchNorm):
         if not input.is_floating_point():
             self._fail(input, f"expected a floating-point input, got {input.dtype}; convert it first")
 
-    def _fail(self, x: Tensor, problem: str) -> None:
+    def _fail(self, x: Tensor, problem: str) -> NoReturn:
         name = type(self).__name__ if self.qualified_name is None else f"{type(self).__name__} '{self.qualified_name}'"
         raise ValueError(f"{name} (num_features={self.num_features}), input of shape {tuple(x.shape)}: {problem}")
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr()]
+        parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
         if self.scope is not None:
             where = self.scope.ranks if self.scope.ranks is not None else self.scope.sync_group_size
             parts.append(f"sync={'world' if where is None else where}")
@@ -151,32 +181,34 @@ class SmallBatchNorm(_BatchNorm):
         return output if self.after is None else self.after(self, output)
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
-        if x.numel() == 0:
+        if self.num_features == 0:  # torch looks at channel 0 of an empty input
             return x.clone()
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        # One dtype for all four, as torch wants it: they differ after half(), or from the input.
+        dtype = compute_dtype(x)
+        mean, var, weight, bias = (
+            None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _normalize_by_batch(self, x: Tensor) -> Tensor:
         # Evaluation without running statistics uses the batch's, and still never communicates.
-        communicates = self.training and self.scope is not None
-        group_name = resolve_name(self.scope) if communicates and self.scope is not None else None
+        group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         groups = self._groups(x, group_name)
         count, mean, var = statistics(x, groups.index, groups.number, group_name)
-        if self.training:
-            self._check_count(x, count, groups)
+        self._check_count(x, count, groups)
         scale, shift = self._scale_and_shift(mean, var)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._update_running(count, mean, var, groups.divisor)
         invstd = torch.rsqrt(var + self.eps)
-        output: Tensor = NormalizeWithStatistics.apply(
+        output: Tensor = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
             x, scale, shift, mean, invstd, count, groups.index, self.eps, group_name
         )
         return output
 
     def _groups(self, x: Tensor, group_name: str | None) -> SampleGroups:
-        n = x.shape[0]
-        if self.sample_groups is not None:
+        n, g = x.shape[0], self.ghost_batch_size
+        if self.training and self.sample_groups is not None:
             return self.sample_groups
-        g = self.ghost_batch_size
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)
         if n % g and self.remainder == "error":
@@ -188,7 +220,10 @@ class SmallBatchNorm(_BatchNorm):
         filled = -(-n // g)
         number = max(1, filled if group_name is None else self._common_groups(x, filled, group_name))
         index = None if number == 1 else torch.arange(n, device=x.device).div(g, rounding_mode="floor")
-        return SampleGroups(index, number, smallest=n % g or min(n, g))
+        # A group that is empty here may hold a single sample elsewhere, unless each group is known to be whole.
+        whole = self.remainder == "error" and g > 1
+        smallest = g if whole else 0 if filled < number else n % g or g
+        return SampleGroups(index, number, smallest=smallest)
 
     def _common_groups(self, x: Tensor, filled: int, group_name: str) -> int:
         """How many ghost groups travel: a number that all ranks agree on, though their batches may differ."""
@@ -208,13 +243,13 @@ class SmallBatchNorm(_BatchNorm):
     def _check_count(self, x: Tensor, count: Tensor, groups: SampleGroups) -> None:
         """A single value a channel has no variance. Known from shapes in all but tiny cases; read from the count else.
 
-        Every rank of a group with a total of 1 comes here with 0 or 1 local values, so all of them raise.
+        All ranks raise, or none: a rank that is satisfied with its shapes knows that no group has a total of 1.
         """
         if groups.smallest * math.prod(x.shape[2:]) > 1:
             return
         problem = (
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
-            "batch or more processes in the group, or put the layer in eval mode"
+            "batch, more processes in the group, or eval mode with running statistics"
         )
         if torch.compiler.is_compiling():
             torch._assert_async((count != 1).all(), f"{type(self).__name__}: {problem}")
@@ -228,7 +263,9 @@ class SmallBatchNorm(_BatchNorm):
         return scale, shift
 
     def _update_running(self, count: Tensor, mean: Tensor, var: Tensor, divisor: float | None) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.no_grad():
             update_running(
                 self.running_mean,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -107,7 +108,12 @@ class GhostBatchNorm(SmallBatchNorm):
         )
 
     def _configure(  # type: ignore[override]
-        self, *, ghost_batch_size: int, sync: bool = False, process_group: Any = None, sync_group_size: int | None = None,
+        self,
+        *,
+        ghost_batch_size: int,
+        sync: bool = False,
+        process_group: Any = None,
+        sync_group_size: int | None = None,
         **options: Any,
     ) -> None:
         super()._configure(
@@ -122,10 +128,10 @@ class GhostBatchNorm(SmallBatchNorm):
 class BatchRenorm(SmallBatchNorm):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275): batch statistics pulled towards the running ones.
 
-    ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias`` with r and d clipped and constant for the gradient; they use
-    the running statistics from before the step's update. Evaluation is plain batch normalization. The limits of r and d
-    rise with the number of training forwards, which is ``num_batches_tracked`` and so survives a checkpoint. Checkpoints
-    are BatchNorm's: the variance is stored, sigma = sqrt(running_var + eps).
+    ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias`` with r and d clipped and constant for the gradient; they
+    use the running statistics from before the step's update. Evaluation is plain batch normalization. The limits of r
+    and d rise with the number of training forwards, which is ``num_batches_tracked`` and so survives a checkpoint.
+    Checkpoints are BatchNorm's: the variance is stored, sigma = sqrt(running_var + eps).
 
     Args:
         num_features, eps, affine, device, dtype, bias: as :class:`SyncBatchNorm`'s.
@@ -133,7 +139,8 @@ class BatchRenorm(SmallBatchNorm):
         track_running_stats: must be True, as the corrections need the running statistics.
         r_max, d_max: limits of r and d after their ramps.
         warmup_steps: training forwards with r = 1 and d = 0.
-        r_ramp_end, d_ramp_end: training forward at which each limit reaches its maximum, linearly from the warm-up's end.
+        r_ramp_end, d_ramp_end: training forward at which each limit reaches its maximum, linearly from the warm-up's
+            end.
         sync, process_group, sync_group_size: renormalize statistics that are synchronized among ranks.
         ghost_batch_size, remainder, max_ghost_groups: renormalize each ghost group, as :class:`GhostBatchNorm`.
 
@@ -157,7 +164,12 @@ class BatchRenorm(SmallBatchNorm):
         warmup_steps: int = 5_000,
         r_ramp_end: int = 40_000,
         d_ramp_end: int = 25_000,
-        **options: Any,
+        sync: bool = False,
+        process_group: Any = None,
+        sync_group_size: int | None = None,
+        ghost_batch_size: int | None = None,
+        remainder: Remainder = "error",
+        max_ghost_groups: int | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._configure(
@@ -166,7 +178,12 @@ class BatchRenorm(SmallBatchNorm):
             warmup_steps=warmup_steps,
             r_ramp_end=r_ramp_end,
             d_ramp_end=d_ramp_end,
-            **options,
+            sync=sync,
+            process_group=process_group,
+            sync_group_size=sync_group_size,
+            ghost_batch_size=ghost_batch_size,
+            remainder=remainder,
+            max_ghost_groups=max_ghost_groups,
         )
 
     def _configure(  # type: ignore[override]
@@ -180,14 +197,18 @@ class BatchRenorm(SmallBatchNorm):
         sync: bool = False,
         process_group: Any = None,
         sync_group_size: int | None = None,
-        **options: Any,
+        ghost_batch_size: int | None = None,
+        remainder: Remainder = "error",
+        max_ghost_groups: int | None = None,
     ) -> None:
         if self.running_mean is None:
-            raise ValueError("BatchRenorm needs track_running_stats=True: r and d are relative to the running statistics")
-        if not r_max >= 1:
-            raise ValueError(f"r_max must be at least 1, got {r_max!r}")
-        if not d_max >= 0:
-            raise ValueError(f"d_max must be at least 0, got {d_max!r}")
+            raise ValueError(
+                "BatchRenorm needs track_running_stats=True: r and d are relative to the running statistics"
+            )
+        for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+            # Infinity is no limit that a ramp could rise to: 0 * inf is not a number.
+            if not (limit >= least and math.isfinite(limit)):
+                raise ValueError(f"{name} must be a finite number of at least {least}, got {limit!r}")
         for name, end in (("r_ramp_end", r_ramp_end), ("d_ramp_end", d_ramp_end)):
             if not 0 <= warmup_steps <= end:
                 raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
@@ -195,7 +216,9 @@ class BatchRenorm(SmallBatchNorm):
             sync=sync or process_group is not None or sync_group_size is not None,
             process_group=process_group,
             sync_group_size=sync_group_size,
-            **options,
+            ghost_batch_size=ghost_batch_size,
+            remainder=remainder,
+            max_ghost_groups=max_ghost_groups,
         )
         self.r_max = r_max
         self.d_max = d_max
@@ -204,7 +227,9 @@ class BatchRenorm(SmallBatchNorm):
         self.d_ramp_end = d_ramp_end
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         scale, shift = super()._scale_and_shift(mean, var)
         if not self.training:
             return scale, shift

@@ -6,8 +6,9 @@ Every check raises :class:`ConfigError`, which names the key, the value and what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 DataName = Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"]
@@ -22,6 +23,17 @@ class ConfigError(ValueError):
         self.key = key
         self.value = value
         self.expected = expected
+
+
+def _check_values(config: Any, prefix: str) -> None:
+    """What a type says of a value, for configurations made in Python: a choice among names, and finite numbers."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        if get_origin(hint) is Literal:
+            _require(value in get_args(hint), prefix + f.name, value, f"one of {', '.join(map(repr, get_args(hint)))}")
+        if isinstance(value, float):
+            _require(math.isfinite(value), prefix + f.name, value, "a finite number")
 
 
 def _require(ok: bool, key: str, value: object, expected: str) -> None:
@@ -55,6 +67,7 @@ class DataConfig:
     """Loader processes (for image folders; sets held in memory are faster without)."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "data.")
         _require(self.class_skew >= 1, "data.class_skew", self.class_skew, "an integer of at least 1")
         _require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
         _require(self.synthetic_samples >= 4, "data.synthetic_samples", self.synthetic_samples, "at least 4")
@@ -67,7 +80,7 @@ class DataConfig:
         )
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         _require(
-            self.name != "imagefolder" or self.root is not None,
+            self.name != "imagefolder" or bool(self.root),
             "data.root",
             self.root,
             "a folder holding train/CLASS/* and test/CLASS/*, as data.name is imagefolder",
@@ -119,6 +132,7 @@ class NormConfig:
     """`group`: channel groups of GroupNorm."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "norm.")
         _require(
             self.momentum is None or 0.0 <= self.momentum <= 1.0,
             "norm.momentum",
@@ -189,12 +203,15 @@ class OptimizerConfig:
     """`step`: factor at each milestone."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "optimizer.")
         _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
         _require(
             not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false with a momentum of 0"
         )
-        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        betas_ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _require(betas_ok, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        self.betas = (self.betas[0], self.betas[1])  # a list where it comes from a file
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.label_smoothing < 1, "optimizer.label_smoothing", self.label_smoothing, "a number in [0, 1)")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
@@ -277,6 +294,7 @@ class RunConfig:
     """Length of the run, evaluation, checkpoints."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "")
         _require(self.gpus >= 1, "gpus", self.gpus, "a positive integer")
         _require(self.per_gpu_batch_size >= 1, "per_gpu_batch_size", self.per_gpu_batch_size, "a positive integer")
         _require(self.accumulation_steps >= 1, "accumulation_steps", self.accumulation_steps, "a positive integer")

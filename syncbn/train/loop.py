@@ -156,6 +156,9 @@ def _prepare(
         num_classes=data.num_classes,
         image_size=data.shape[1],
     )
+    for name, module in model.named_modules():
+        if isinstance(module, SmallBatchNorm):
+            module.qualified_name = name  # for its messages; conversion has set those of converted models
     model.to(accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
     optimizer = make_optimizer(config, model)
     scheduler = make_scheduler(config, optimizer, schedule.total_steps)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from syncbn.cli import main
-from syncbn.train.config import ConfigError, RunConfig
+from syncbn.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig
 from syncbn.train.config_io import config_from_dict, config_to_dict, known_keys, load_config, save_config
 
 
@@ -94,6 +94,27 @@ def test_a_mistake_in_a_file(text, message, capsys, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
     assert capsys.readouterr().err.startswith(f"syncbn: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"precision": "fp8"}, "precision"),
+        ({"data": {"augment": "x"}}, "data.augment"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas"),
+        ({"data": {"name": "imagefolder", "root": ""}}, "data.root"),
+    ],
+    ids=str,
+)
+def test_values_are_checked_without_a_parser_too(values, key):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(values)
+    assert error.value.key == key
+    sections = {"data": DataConfig, "optimizer": OptimizerConfig}
+    with pytest.raises(ConfigError) as error:
+        RunConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})
+    assert error.value.key == key
 
 
 def test_processes_must_divide_gpus(capsys):

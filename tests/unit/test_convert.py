@@ -194,6 +194,20 @@ def test_dtype_stays(kind: str, dtype: torch.dtype) -> None:
     assert layer.eval()(x).dtype is dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_made_half_in_between_can_be_reverted(dtype: torch.dtype) -> None:
+    model, plain = convert(make_model(), "sync").to(dtype), make_model().to(dtype)
+    assert model[1].running_var.dtype is torch.float32
+    revert(model)
+    assert {name: t.dtype for name, t in model.state_dict().items()} == {
+        n: t.dtype for n, t in plain.state_dict().items()
+    }
+    x = batch().to(dtype)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=0)
+    by_hand = nn.Sequential(SyncBatchNorm(4)).to(dtype)
+    assert revert(convert(by_hand, "renorm"))[0].running_var.dtype is torch.float32
+
+
 @every_kind
 def test_a_layer_on_the_meta_device(kind: str) -> None:
     model = make_model().to("meta")

@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_written_is_read(
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(FileLock, "acquire", read_only)
-    with pytest.raises(ConfigError, match="data.root"):
+    with pytest.raises(ConfigError, match=r"^data\.root"):
         load_data(DataConfig(name="cifar10", root=str(tmp_path)), seed=0)
     (tmp_path / "brought").touch()
     assert len(load_data(DataConfig(name="cifar10", root=str(tmp_path)), seed=0).train) == 30

@@ -42,7 +42,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 def build(
     name: str,
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    adapt: Callable[[nn.Module], nn.Module] = nn.Identity(),
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model,
     *,
     channels: int = 3,
     size: int = 32,
@@ -167,7 +167,7 @@ def test_torchvision_model_is_adapted_with_the_weights_it_drew() -> None:
 
 
 def test_torchvision_model_of_grey_images_keeps_its_architecture() -> None:
-    grey, colour = (build("mobilenet_v3_small", lambda c: nn.Identity(), lambda m: m, channels=c) for c in (1, 3))
+    grey, colour = (build("mobilenet_v3_small", lambda c: nn.Identity(), channels=c) for c in (1, 3))
     assert {k: v.shape for k, v in grey.state_dict().items()} == {k: v.shape for k, v in colour.state_dict().items()}
     image = torch.rand(2, 1, 32, 32)
     grey.eval()
@@ -180,14 +180,14 @@ def test_torchvision_model_of_grey_images_keeps_its_architecture() -> None:
 def test_torchvision_models_give_one_output(name: str, size: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = build(name, adapt=lambda m: m, size=size, classes=3)
+        model = build(name, size=size, classes=3)
     out = model(torch.randn(2, 3, size, size))
     assert isinstance(out, torch.Tensor)
     assert out.shape == (2, 3)
 
 
 def test_options_reach_torchvision() -> None:
-    model = build("mobilenet_v2", adapt=lambda m: m, classes=3, width_mult=0.25)
+    model = build("mobilenet_v2", classes=3, width_mult=0.25)
     assert parameters(model) < 300_000
 
 

@@ -1,0 +1,194 @@
+"""Real models, converted: the same outputs, gradients and buffers as the model that was not, and back again.
+
+All in float64 with random weights and small images. Evaluation runs the same operator on the same numbers, so it is
+equal to the bit. In training the two compute the statistics in different orders; the difference, some 1e-16 a layer,
+grows through up to 121 normalizations to at most 2e-11 of a tensor's largest value. The tolerance is 1e-9; a dropped
+activation, a wrong variance or a wrong eps is above 1e-3.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import syncbn
+from syncbn import SyncBatchNorm, convert, revert
+from syncbn.compat import import_torchvision
+
+import_torchvision()  # timm needs it, and may fail to import it by itself
+timm = pytest.importorskip("timm")
+from timm.layers import norm_act  # noqa: E402
+from timm.layers.split_batchnorm import SplitBatchNorm2d  # noqa: E402
+
+TOLERANCE = 1e-9
+
+
+def from_torchvision(name: str, **options: Any) -> nn.Module:
+    return import_torchvision("models").get_model(name, weights=None, **options)
+
+
+def inception() -> nn.Module:
+    """With its second output, whose layers ask for images of 299 pixels; they are given enlarged features instead."""
+    model = from_torchvision("inception_v3", aux_logits=True, init_weights=False)
+    model.AuxLogits.register_forward_pre_hook(lambda _, args: F.interpolate(args[0], 17))
+    return model
+
+
+def from_timm(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, pretrained=False, **options)
+
+
+# Model, image size, and how many normalizations it has.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "resnet50": (lambda: from_torchvision("resnet50"), 32, 53),
+    "mobilenet_v3_small": (lambda: from_torchvision("mobilenet_v3_small"), 32, 34),
+    "mobilenet_v3_large": (lambda: from_torchvision("mobilenet_v3_large"), 32, 46),
+    "densenet121": (lambda: from_torchvision("densenet121"), 32, 121),
+    "densenet121, checkpointed": (lambda: from_torchvision("densenet121", memory_efficient=True), 32, 121),
+    "inception_v3": (inception, 75, 96),
+    "timm resnet10t": (lambda: from_timm("resnet10t"), 32, 14),
+    "timm resnet18, drop path": (lambda: from_timm("resnet18", drop_path_rate=0.2, drop_block_rate=0.1), 64, 20),
+    "timm efficientnet_b0": (lambda: from_timm("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2), 32, 49),
+    "timm efficientnet_lite0": (lambda: from_timm("efficientnet_lite0"), 32, 49),
+    "timm regnetx_002": (lambda: from_timm("regnetx_002"), 32, 44),
+    "timm regnety_002": (lambda: from_timm("regnety_002"), 32, 44),
+    "timm regnetz_005": (lambda: from_timm("regnetz_005"), 32, 65),
+}
+
+
+def make(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build().double()
+
+
+def images(size: int, number: int = 4) -> Tensor:
+    return torch.randn(number, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(2)  # dropout and drop path draw the same
+    y = model(x)
+    return list(y) if isinstance(y, tuple) else [y]
+
+
+def train_step(model: nn.Module, x: Tensor) -> dict[str, dict[str, Tensor]]:
+    x = x.clone().requires_grad_()
+    y = outputs(model, x)
+    generator = torch.Generator().manual_seed(3)
+    sum((o * torch.randn(o.shape, dtype=o.dtype, generator=generator)).sum() for o in y).backward()
+    return {
+        "outputs": {str(i): o.detach() for i, o in enumerate(y)},
+        "gradient of the input": {"input": x.grad},
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "buffers": dict(model.state_dict()),
+    }
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Within the tolerance of each tensor's largest value, or of a thousandth of all tensors' largest.
+
+    The latter is for what is zero but for rounding, such as the gradient of a bias before another normalization.
+    """
+    assert actual.keys() == expected.keys()
+    largest = max(t.double().abs().max() for t in expected.values())
+    for name, t in expected.items():
+        error = (actual[name] - t).double().abs().max() / (t.double().abs().max() + 1e-3 * largest)
+        assert error < TOLERANCE, f"{what}: {name} differs by {error:.1e}"
+
+
+def batchnorms(model: nn.Module) -> Iterable[nn.Module]:
+    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_model_computes_the_same(name: str) -> None:
+    build, size, number = MODELS[name]
+    plain, x = make(build), images(size)
+    model = copy.deepcopy(plain)
+    classes, objects = [type(m) for m in model.modules()], [id(t) for t in (*model.modules(), *model.parameters())]
+    saved = {key: id(t) for key, t in model.state_dict(keep_vars=True).items()}
+
+    convert(model, "sync")
+    layers = list(batchnorms(model))
+    assert {type(m) for m in layers} == {SyncBatchNorm}
+    assert len(layers) == number
+    named = dict(model.named_modules())
+    assert all(named[m.qualified_name] is m for m in layers)
+    with torch.no_grad():
+        for actual, expected in zip(outputs(model.eval(), x), outputs(plain.eval(), x), strict=True):
+            assert torch.equal(actual, expected)
+    expected = train_step(plain.train(), x)
+    for what, actual in train_step(model.train(), x).items():
+        assert_near(actual, expected[what], what)
+
+    revert(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [id(t) for t in (*model.modules(), *model.parameters())] == objects
+    assert {key: id(t) for key, t in model.state_dict(keep_vars=True).items()} == saved
+    model.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(outputs(model.eval(), x)[0], outputs(plain.eval(), x)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("ghost", {"ghost_batch_size": 4}), ("renorm", {})],
+    ids=["one ghost batch", "renorm's warm-up"],
+)
+def test_other_kinds_where_they_are_plain_batch_normalization(kind: Any, options: dict[str, Any]) -> None:
+    plain, x = make(lambda: from_timm("test_efficientnet")), images(32)
+    model = convert(copy.deepcopy(plain), kind, **options)
+    expected = train_step(plain, x)
+    for what, actual in train_step(model, x).items():
+        assert_near(actual, expected[what], what)
+
+
+# -- timm's own layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, None], ids=str)
+def test_timm_layer_keeps_drop_and_activation(act: type[nn.Module] | None) -> None:
+    torch.manual_seed(0)
+    layer = norm_act.BatchNormAct2d(3, apply_act=act is not None, act_layer=act or nn.ReLU, drop_layer=nn.Dropout)
+    plain, x = copy.deepcopy(layer), torch.randn(4, 3, 5, 5)
+    convert(layer, "sync")
+    for mode in (True, False):
+        torch.testing.assert_close(outputs(layer.train(mode), x), outputs(plain.train(mode), x))
+    assert type(revert(layer)) is norm_act.BatchNormAct2d
+    assert [name for name, _ in layer.named_children()] == ["drop", "act"]
+
+
+def test_timm_synchronized_layer() -> None:
+    model = norm_act.convert_sync_batchnorm(nn.Sequential(norm_act.BatchNormAct2d(3), nn.BatchNorm2d(3)))
+    x = torch.randn(4, 3, 5, 5)
+    expected = model.eval()(x)
+    assert torch.equal(convert(model, "sync")(x), expected)
+    assert [type(m) for m in model] == [SyncBatchNorm, SyncBatchNorm]
+    assert [type(m) for m in revert(model)] == [norm_act.SyncBatchNormAct, nn.SyncBatchNorm]
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    torchvision_frozen = import_torchvision("ops").FrozenBatchNorm2d
+    model = nn.Sequential(norm_act.FrozenBatchNormAct2d(3), torchvision_frozen(3), nn.BatchNorm2d(3))
+    convert(model, "sync")
+    assert [type(m) for m in model] == [norm_act.FrozenBatchNormAct2d, torchvision_frozen, SyncBatchNorm]
+
+
+def test_timm_split_layer_is_not_known() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), SplitBatchNorm2d(3, num_splits=2))
+    with pytest.raises(ValueError, match=r"SplitBatchNorm2d '1' cannot be converted.*register_batchnorm"):
+        convert(model, "sync")
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_timm_is_not_imported_for_its_registration() -> None:
+    assert "timm" not in vars(syncbn.registry)
+    assert all(isinstance(name, str) for name in syncbn.registry._KNOWN_BY_NAME)
+    for name in syncbn.registry._KNOWN_BY_NAME:
+        assert hasattr(norm_act, name.rpartition(".")[2]), f"timm has no {name} any more"
