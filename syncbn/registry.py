@@ -57,7 +57,7 @@ def after_of(cls: type) -> After | None:
 
 def drop_then_act(layer: Any, x: Tensor) -> Tensor:
     """What timm's layers do after normalizing: ``layer.act(layer.drop(x))``, each where the layer has it."""
-    for name in ("act",):
+    for name in ("drop", "act"):
         if hasattr(layer, name):
             x = getattr(layer, name)(x)
     return x

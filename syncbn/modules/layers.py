@@ -227,12 +227,12 @@ class BatchRenorm(SmallBatchNorm):
         self.d_ramp_end = d_ramp_end
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         scale, shift = super()._scale_and_shift(mean, var)
         if not self.training:
             return scale, shift
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.no_grad():
             limits = correction_limits(
                 self.num_batches_tracked, self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end

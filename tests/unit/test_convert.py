@@ -302,6 +302,7 @@ def test_another_kind_starts_from_the_first_class() -> None:
     model(torch.full((4, 3, 8, 8), torch.inf))
     convert(model, "sync")
     assert model[1].num_nonfinite_batches == 1
+    assert model[1].momentum == 0.1  # no longer given, so the first layer's again
     model[1].reset_running_stats()
     assert {k: v[0] for k, v in snapshot(revert(model)).items()} == {k: v[0] for k, v in before.items()}
     assert snapshot(model) == before

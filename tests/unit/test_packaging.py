@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collectives",),
     ("autograd",),
     ("modules",),
+    ("registry", "swap"),
     ("convert", "population", "buffers"),
     ("",),  # `syncbn` itself, the public surface of the layers above this line
     ("train",),
