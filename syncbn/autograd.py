@@ -32,8 +32,10 @@ class NormalizeWithStatistics(torch.autograd.Function):
     second derivative needs them as functions of x: when the backward pass is itself recorded (``create_graph=True``)
     they are computed anew from x, by the same functions, with the reductions recorded too.
 
-    Forward and context are apart because the transforms of ``torch.func`` ask for it.
+    Forward and context are apart, and the rule for ``vmap`` derived, for the transforms of ``torch.func``.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(

@@ -252,7 +252,7 @@ def _forward_backward(run: Run, x: Tensor, y: Tensor, step: Step, last: bool) ->
     processes = run.layout.placement.processes
     # Gradients are exchanged once for each optimizer step, with its last batch.
     with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-        logits = run.wrapped(x)
+        logits = _forward(run, x)
         # A sum over this process's samples over the whole step's number: the same loss however the samples are split.
         total = F.cross_entropy(logits, y, reduction="sum", label_smoothing=run.config.optimizer.label_smoothing)
         loss = total / step.samples
@@ -264,6 +264,16 @@ def _forward_backward(run: Run, x: Tensor, y: Tensor, step: Step, last: bool) ->
         if overlap:
             run.shared.finish()
     return loss.detach().to(torch.float64)
+
+
+def _forward(run: Run, x: Tensor) -> Tensor:
+    try:
+        logits: Tensor = run.wrapped(x)
+    except ValueError as error:
+        # A layer that cannot normalize what it is given, such as a last batch with a single 1x1 map on some logical GPU.
+        size = run.config.per_gpu_batch_size
+        raise ConfigError("per_gpu_batch_size", size, f"batches that every layer can normalize: {error}") from error
+    return logits
 
 
 def _flush(run: Run) -> None:

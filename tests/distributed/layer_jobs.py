@@ -71,12 +71,20 @@ def train_layer(case: Case) -> dict[str, Any]:
     return {"y": outputs, "dx": gradients, "grad": parameters, "buffers": buffers, "layout": all(formats)}
 
 
-def reference(case: Case) -> dict[str, Any]:
-    """float64 ``nn.BatchNorm`` in one process on the whole batch."""
+def batchnorm(case: Case) -> nn.Module:
+    """torch's layer for the case, in float64."""
     kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(case.shape) - 1]
-    known = {k: v for k, v in case.options.items() if k in ("eps", "momentum", "affine", "track_running_stats", "bias")}
+    known = {k: v for k, v in case.options.items() if k in ("eps", "momentum", "affine", "track_running_stats")}
     layer = kind(case.shape[0], **known, dtype=torch.float64)
+    if case.options.get("bias") is False:
+        layer.register_parameter("bias", None)  # an argument of torch's own only from 2.12 on
     set_affine(layer, torch.float64)
+    return layer
+
+
+def reference(case: Case, layer: nn.Module | None = None) -> dict[str, Any]:
+    """``layer``, or else float64 ``nn.BatchNorm``, in one process on the whole batch."""
+    layer = batchnorm(case) if layer is None else layer
     outputs, gradients = [], []
     for step in range(case.steps):
         x, dy = (t.detach().double() for t in batch(case, step))

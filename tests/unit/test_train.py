@@ -125,6 +125,14 @@ def test_drop_last_leaves_out_the_smaller_step():
         train(small(data=data, per_gpu_batch_size=64))
 
 
+def test_a_last_batch_that_cannot_be_normalized_is_a_mistake_with_a_remedy():
+    """33 images: the second step has one, and resnet18 ends in 1x1 maps at this size."""
+    data = {"name": "synthetic", "synthetic_samples": 33}
+    config = small(model={"name": "resnet18"}, data=data, norm={"name": "batch"}, budget={"epochs": 1})
+    with pytest.raises(ConfigError, match=r"per_gpu_batch_size: got 8.*'layer4\.0\.bn1'.*one value per channel"):
+        train(config)
+
+
 def test_same_weights_for_every_norm():
     """Arms of a comparison start from the same weights and data: their first losses differ by the norm alone."""
     names = ({"name": "batch"}, {"name": "sync"}, {"name": "group", "groups": 2})
