@@ -6,6 +6,7 @@ for is looked up, or made, when the layer first needs it.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +53,15 @@ def make_scope(process_group: Any = None, sync_group_size: int | None = None) ->
         return Scope(sync_group_size=sync_group_size)
     if isinstance(process_group, Sequence):
         return Scope(sync_group_size=sync_group_size, ranks=tuple(process_group))
-    try:
-        ranks = tuple(dist.get_process_group_ranks(process_group))
-    except (KeyError, TypeError) as error:
+    ranks: tuple[int, ...] = ()
+    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        with contextlib.suppress(KeyError):  # a group that was destroyed
+            ranks = tuple(dist.get_process_group_ranks(process_group))
+    if not ranks:
         raise ValueError(
             "process_group must be a process group that this process is in, or a sequence of global ranks, "
             f"got {process_group!r}"
-        ) from error
+        )
     _known_groups()[ranks] = process_group
     return Scope(sync_group_size=sync_group_size, ranks=ranks)
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import syncbn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+import syncbn
 
 
 @dataclass(frozen=True)

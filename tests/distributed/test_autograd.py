@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import syncbn
 import torch
 import torch.distributed as dist
 from layer_jobs import Case, batchnorm, set_affine
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncbn
 
 # As in test_sync: exact but for summation.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -167,9 +168,7 @@ def images_of_other_sizes():
 def test_images_of_other_sizes(pools):
     results = pools(3).run(images_of_other_sizes)
     # (N, C, H, W) as (1, C, N * H * W): all that batch normalization knows.
-    x, dy, y, dx = (
-        torch.cat([r[i].transpose(0, 1).flatten(1) for r in results], 1).unsqueeze(0) for i in range(4)
-    )
+    x, dy, y, dx = (torch.cat([r[i].transpose(0, 1).flatten(1) for r in results], 1).unsqueeze(0) for i in range(4))
     truth = batchnorm(Case("", (), shape=(3, 1)))
     x.requires_grad_()
     expected = truth(x)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import syncbn
 import torch
 import torch.distributed as dist
 from layer_jobs import Case, batch, batchnorm, check_against, reference, set_affine, train_layer
+
+import syncbn
 from syncbn.collectives import max_over_ranks
 
 # As in test_sync: exact but for summation.
@@ -80,7 +81,6 @@ def test_without_sync_each_rank_is_alone(pools):
     first, second = pools(2).run(train_layer, case)
     rows = [slice(0, 5), slice(5, 9)]
     for result, part, own in zip((first, second), rows, alone, strict=True):
-        y = torch.empty(0)
         layer = syncbn.GhostBatchNorm(3, **options, dtype=torch.float64)
         set_affine(layer, torch.float64)
         for step in range(own.steps):

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from syncbn.functional.normalize import backward_sums, grad_input, normalize
 from syncbn.functional.renorm import correction_limits, corrections, ramp
 from syncbn.functional.running import update_running
 from syncbn.functional.stats import group_sums, moments
-from torch import nn
 
 # Sums of some hundred float64 terms, taken in two orders.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -270,7 +271,9 @@ def test_nonfinite_statistics_are_counted_and_kept_out(bad, dtype, mode):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_step_without_samples_changes_nothing(mode, momentum):
     state = buffers()
-    update_running(*state, *moments(group_sums(torch.empty(0, 3, 2), torch.empty(0, dtype=torch.int64), 2)), momentum, mode)
+    update_running(
+        *state, *moments(group_sums(torch.empty(0, 3, 2), torch.empty(0, dtype=torch.int64), 2)), momentum, mode
+    )
     assert all(torch.equal(a, b) for a, b in zip(state, buffers(), strict=True))
 
 

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 import torch
-from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
 from torch import nn
+
+from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
 
 LAYERS = {
     "sync": lambda c=3, **options: SyncBatchNorm(c, **options),
@@ -128,8 +129,12 @@ def test_running_statistics_stay_wide(make, dtype):
         assert layer.weight.dtype == layer.bias.dtype == dtype
         assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
         for seed in range(300):  # a moving average in bf16 stops some 1e-2 short of this
-            layer(torch.full((6, 3, 4, 5), 1.0).to(dtype) + torch.tensor([-1.0, 1.0] * 3).to(dtype)[:, None, None, None])
-        torch.testing.assert_close(layer.running_mean, torch.ones(3), rtol=1e-6 if layer.momentum == 0.1 else 0.1, atol=0)
+            layer(
+                torch.full((6, 3, 4, 5), 1.0).to(dtype) + torch.tensor([-1.0, 1.0] * 3).to(dtype)[:, None, None, None]
+            )
+        torch.testing.assert_close(
+            layer.running_mean, torch.ones(3), rtol=1e-6 if layer.momentum == 0.1 else 0.1, atol=0
+        )
         layer.eval()
         assert layer(sample().to(dtype)).dtype == dtype
     assert make().double().running_mean.dtype == torch.float64
@@ -235,7 +240,10 @@ def test_single_value_in_evaluation_on_batch_statistics():
     [
         (lambda: SyncBatchNorm(3, sync_group_size=0), "sync_group_size must be a positive integer or None, got 0"),
         (lambda: SyncBatchNorm(3, sync_group_size=2.0), "sync_group_size must be .* got 2.0"),
-        (lambda: SyncBatchNorm(3, process_group=[0, 1], sync_group_size=2), "process_group or sync_group_size, not both"),
+        (
+            lambda: SyncBatchNorm(3, process_group=[0, 1], sync_group_size=2),
+            "process_group or sync_group_size, not both",
+        ),
         (lambda: SyncBatchNorm(3, process_group=-100), "process_group must be a process group that .* got -100"),
         (lambda: GhostBatchNorm(3, 0), "ghost_batch_size must be a positive integer or None, got 0"),
         (lambda: GhostBatchNorm(3, True), "ghost_batch_size must be .* got True"),

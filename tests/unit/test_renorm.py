@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from syncbn import BatchRenorm
 from torch import Tensor, nn
+
+from syncbn import BatchRenorm
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
