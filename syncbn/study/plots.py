@@ -1,7 +1,8 @@
-"""The figures of a study's report, for colour-blind readers too: position and labels carry the meaning, colour helps."""
+"""The figures of a study's report, for colour-blind readers too: place and labels carry the meaning, colour helps."""
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import os
@@ -9,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +26,7 @@ _PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"
 
 
 def arm_colours(names: Sequence[str], reference: str | None) -> dict[str, str]:
-    """A colour for each arm, by its place in the study, so that it keeps it whatever the order shown; grey reference."""
+    """A colour for each arm by its place in the study, so that it keeps it in any order; the reference is grey."""
     others = [name for name in names if name != reference]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
     return colours | ({reference: MUTED} if reference is not None else {})
@@ -87,7 +89,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def inline_svg(figure: Figure, prefix: str, description: str) -> str:
-    """A figure as an SVG element for an HTML page: in the page's colours and font, its ids made unique by ``prefix``."""
+    """A figure as an SVG element of a page: in the page's colours and font, its ids made unique by ``prefix``."""
     buffer = io.StringIO()
     with _style():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -101,7 +103,7 @@ def inline_svg(figure: Figure, prefix: str, description: str) -> str:
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", svg)
     for colour, on_page in _PAGE_COLOURS.items():
         svg = svg.replace(colour, on_page)
-    label = description.translate(str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}))
+    label = html.escape(description)
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
@@ -136,16 +138,16 @@ def _curves(row: Row) -> list[dict[float, float]]:
     """For each seed the test error at each epoch that was evaluated."""
     return [
         {
-            float(entry["epoch"]): float(entry["test_error"])
+            float(epoch): float(error)
             for entry in (result.history if result is not None else [])
-            if entry.get("epoch") is not None and entry.get("test_error") is not None
+            if (epoch := entry.get("epoch")) is not None and (error := entry.get("test_error")) is not None
         }
         for result in row.results
     ]
 
 
 def _error_axis(axes: Axes, errors: Sequence[float], axis: str) -> None:
-    """Scale, limits and percentages of an axis of errors (fractions): logarithmic where they span it and are above 0."""
+    """Scale, limits and percentages of an axis of errors (fractions): logarithmic where they span it and exceed 0."""
     low, high = (min(errors), max(errors)) if errors else (0.0, 1.0)
     logarithmic = low > 0 and high > 4 * low
     if logarithmic:
@@ -168,7 +170,7 @@ def _error_axis(axes: Axes, errors: Sequence[float], axis: str) -> None:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    settings = {
+    settings: Any = {
         "font.size": 10.5,
         "axes.edgecolor": MUTED,
         "axes.labelcolor": MUTED,

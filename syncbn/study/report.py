@@ -99,9 +99,7 @@ def print_table(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outc
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for line in table_lines(rows, {row.name: "" for row in rows}):
         label = f"{line.label} (reference)" if line.reference else line.label
-        table.add_row(
-            label, line.normalization_batch_size, line.error, "  ".join(line.seeds), line.images_per_second
-        )
+        table.add_row(label, line.normalization_batch_size, line.error, "  ".join(line.seeds), line.images_per_second)
     Console(width=None if Console().is_terminal else 110).print(table)
 
 

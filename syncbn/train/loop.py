@@ -270,7 +270,7 @@ def _forward(run: Run, x: Tensor) -> Tensor:
     try:
         logits: Tensor = run.wrapped(x)
     except ValueError as error:
-        # A layer that cannot normalize what it is given, such as a last batch with a single 1x1 map on some logical GPU.
+        # A layer that cannot normalize what it is given, such as a last batch with one 1x1 map on some logical GPU.
         size = run.config.per_gpu_batch_size
         raise ConfigError("per_gpu_batch_size", size, f"batches that every layer can normalize: {error}") from error
     return logits

@@ -1,0 +1,68 @@
+"""A small study and a stand-in for training, for the study's tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from syncbn.study.plan import study_from_dict
+from syncbn.train.config_io import config_to_dict
+from syncbn.train.result import RunResult
+
+
+def small_study(**changes):
+    content = {
+        "name": "small",
+        "title": "Small <study> & more",
+        "question": "What?",
+        "base": {"gpus": 4, "per_gpu_batch_size": 4, "data": {"name": "digits"}},
+        "arms": {
+            "batch": {"label": "Local BatchNorm", "overrides": {"norm": {"name": "batch"}}},
+            "sync": {"label": "SyncBatchNorm", "overrides": {"norm": {"name": "sync"}}},
+            "iid": {"label": "Reference <b>", "overrides": {"norm": {"name": "batch", "eps": 2e-5}}, "reference": True},
+        },
+        "seeds": [0, 1],
+    }
+    return study_from_dict({**content, **changes})
+
+
+def fake_result(config, error=0.1, status="ok", losses=(1.0, 0.5)):
+    diverged = status == "diverged"
+    entry = {"epoch": 1, "step": 2, "train_loss": 0.5, "test_error": error, "test_loss": 0.3}
+    return RunResult(
+        status=status,
+        test_error=None if diverged else error,
+        test_loss=None if diverged else 0.3,
+        steps=2,
+        samples=8,
+        seconds=0.1,
+        images_per_second=80.0,
+        parameters=10,
+        losses=list(losses),
+        history=[] if diverged else [entry],
+        processes=1,
+        environment={"torch": "2"},
+        config=config_to_dict(config),
+    )
+
+
+def train(config, out=None, *, resume=False):
+    """Takes a moment, records the call, and has an error that depends on the arm."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out.parent.parent / "calls.txt").open("a") as file:
+        file.write(f"{out.name}\n")
+    time.sleep(0.2)
+    error = {"batch": 0.4, "sync": 0.03}[config.norm.name] if config.norm.eps == 1e-5 else 0.02
+    fake_result(config, error + 0.01 * config.seed).to_json(out / "result.json")
+
+
+def train_with_accidents(config, out=None, *, resume=False):
+    """Raises in one cell, kills its worker in another, and diverges in a third."""
+    if config.norm.name == "sync" and config.seed == 0:
+        raise RuntimeError("no luck")
+    if config.norm.name == "sync":
+        os.kill(os.getpid(), signal.SIGKILL)
+    out.mkdir(parents=True, exist_ok=True)
+    status = "diverged" if config.norm.eps == 1e-5 else "ok"
+    fake_result(config, 0.02, status).to_json(out / "result.json")

@@ -1,0 +1,106 @@
+"""The report: the numbers that were measured, in a page that stands alone."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+import shutil
+import subprocess
+
+import pytest
+from study_fakes import fake_result, small_study
+
+from syncbn.study import commands
+from syncbn.study.plan import study_cells
+from syncbn.study.report import write_report
+from syncbn.study.runner import Outcome, repeat_id
+from syncbn.study.summary import answer, summary_rows
+from syncbn.train.config import ConfigError
+
+ERRORS = {"batch": (0.40, 0.36), "sync": (0.02, 0.03), "iid": (0.02, 0.024)}
+
+
+def outcomes_of(study, errors=ERRORS):
+    cells = study_cells(study)
+    found = {}
+    for cell in cells:
+        error = errors[cell.arm][cell.seed]
+        result = fake_result(cell.config, error, "diverged" if error is None else "ok")
+        found[cell.key] = Outcome(job=None, status="ran", result=result)
+    return cells, found
+
+
+@pytest.fixture
+def page(tmp_path):
+    study = small_study(repeat_distributed={"arm": "sync", "seed": 0, "processes": 2})
+    cells, outcomes = outcomes_of(study)
+    repeated = fake_result(cells[1].config, 0.02, losses=(1.0, 0.75))
+    outcomes[repeat_id(study.repeat_distributed, cells)] = Outcome(job=None, status="ran", result=repeated)
+    path = write_report(study, cells, outcomes, tmp_path, command="syncbn study run --config <x>")
+    return path, path.read_text()
+
+
+def test_page_has_the_answer_the_table_and_the_figures(page):
+    path, text = page
+    words = html.unescape(re.sub(r"<[^>]+>", " ", text)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "Local BatchNorm is the worst arm: 38.0 % test error, against 2.2 % for the reference" in words
+    assert "SyncBatchNorm gives back 99" in words
+    assert "40.0 %" in words
+    assert "36.0 %" in words
+    assert "The training losses differ by 0 at the first step and by at most 0.25, at step 2 of 2" in words
+    assert text.count("<svg") == 1 + 3
+    assert "Small &lt;study&gt; &amp; more" in text
+    assert "Reference <b>" not in text
+    assert path.with_name("error_by_arm.svg").stat().st_size > 1000
+    assert path.with_name("error_by_arm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_needs_no_network(page):
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", page[1])
+    assert not re.findall(r"https?://|@import|url\((?!#|data:)", page[1])
+
+
+def test_csv_has_every_cell(page):
+    lines = list(csv.DictReader(page[0].with_name("results.csv").open()))
+    assert len(lines) == 6
+    assert [float(line["test_error"]) for line in lines if line["arm"] == "sync"] == [0.02, 0.03]
+
+
+def test_diverged_and_missing_runs_are_in_the_words():
+    study = small_study()
+    cells, outcomes = outcomes_of(study, {**ERRORS, "sync": (None, 0.03)})
+    del outcomes[cells[0].key]
+    rows = summary_rows(study, cells, {k: o.result for k, o in outcomes.items()})
+    caveat = answer(rows).caveat
+    assert "SyncBatchNorm: 1 of 2 runs diverged" in caveat
+    assert "1 of 6 runs have no result" in caveat
+    sync = next(row for row in rows if row.name == "sync")
+    assert sync.mean == pytest.approx(0.03)
+
+
+def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeypatch, capsys):
+    study = small_study()
+    cells, outcomes = outcomes_of(study)
+    monkeypatch.setattr(commands, "load_study", lambda name: study)
+    monkeypatch.setattr(commands, "run_cells", lambda *args, **kwargs: outcomes)
+    assert commands.run_study("small", tmp_path / "out") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    with pytest.raises(ConfigError, match="workers"):
+        commands.run_study("small", tmp_path / "out", workers=0)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium to open the page")
+def test_page_opens_without_an_error(page, tmp_path):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    done = subprocess.run(
+        ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+        + ["--dump-dom", page[0].as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count("<tr>") == 1 + 3
+    assert done.stdout.count("<svg") == 4
