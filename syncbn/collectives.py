@@ -108,12 +108,14 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     ranks = _members(scope)
     if len(ranks) == 1:
         return None
-    if len(ranks) == dist.get_world_size() and list(ranks) == sorted(ranks):
+    whole = ranks == tuple(range(dist.get_world_size()))
+    if whole and scope.ranks is None:
         return dist.group.WORLD
     groups = _known_groups()
-    group = groups.get(ranks)
+    group = groups.get(ranks)  # a group that was handed in is used, also one that is the world over again
     if group is None:
-        groups[ranks] = group = dist.new_group(list(ranks), use_local_synchronization=True)
+        group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+        groups[ranks] = group
     return group
 
 

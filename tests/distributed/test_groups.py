@@ -113,6 +113,17 @@ def test_handles(pools):
         assert "process_group must be a process group that this process is in" in other
 
 
+def use_a_second_world():
+    """A group of all ranks that the user made (with a timeout or a backend of its own) is used, not the default one."""
+    mine = dist.new_group(timeout=datetime.timedelta(seconds=30))
+    layer = syncbn.SyncBatchNorm(3, momentum=1.0, process_group=mine, dtype=torch.float64)
+    return collectives.resolve(layer.scope) is mine, collectives.resolve(collectives.Scope()) is dist.group.WORLD
+
+
+def test_second_group_of_all_ranks(pools):
+    assert pools(2).run(use_a_second_world) == [(True, True)] * 2
+
+
 def use_ranks_without_this_one():
     layer = syncbn.SyncBatchNorm(3, process_group=[1, 2], dtype=torch.float64)
     return message_of(layer, sample(4)) if dist.get_rank() in (0, 3) else str(layer(sample(4)).shape)

@@ -81,7 +81,7 @@ def test_diverged_and_missing_runs_are_in_the_words():
 
 def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeypatch, capsys):
     study = small_study()
-    cells, outcomes = outcomes_of(study)
+    _, outcomes = outcomes_of(study)
     monkeypatch.setattr(commands, "load_study", lambda name: study)
     monkeypatch.setattr(commands, "run_cells", lambda *args, **kwargs: outcomes)
     assert commands.run_study("small", tmp_path / "out") == 0
@@ -93,9 +93,9 @@ def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeyp
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium to open the page")
 def test_page_opens_without_an_error(page, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
-        ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
-        + ["--dump-dom", page[0].as_uri()],
+        ["chromium", *flags, "--enable-logging=stderr", "--v=0", "--dump-dom", page[0].as_uri()],
         capture_output=True,
         text=True,
         timeout=60,

@@ -1,0 +1,100 @@
+"""torch.compile(fullgraph=True) of synchronized models, forward and backward, against the same models run eagerly."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import shutil
+from unittest import mock
+
+import pytest
+import syncbn
+import torch
+import torch.distributed as dist
+from syncbn.compat import import_torchvision
+from torch import nn
+
+# float64: a compiled graph sums in another order, no more. Twenty layers of eps 2e-16, gradients of up to some hundred.
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def train_compiled(model, shape, backend, steps=2):
+    """Both models take the same steps of gradient descent; every tensor is compared after each."""
+    twin = copy.deepcopy(model)
+    # Compiled afresh, whatever ran before: what torch cached would hide a failure to compile.
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.manual_seed(10 + dist.get_rank())
+    for _ in range(steps):
+        x = torch.randn(shape, dtype=torch.float64)
+        results = []
+        for module, run in ((model, compiled), (twin, twin)):
+            inputs = x.clone().requires_grad_()
+            y = run(inputs)
+            y.square().sum().backward()
+            results.append((y.detach(), inputs.grad, dict(module.named_parameters()), dict(module.named_buffers())))
+        (y, dx, parameters, buffers), (expected, expected_dx, twins, twin_buffers) = results
+        torch.testing.assert_close(y, expected, **CLOSE)
+        torch.testing.assert_close(dx, expected_dx, **CLOSE)
+        for name, buffer in twin_buffers.items():
+            torch.testing.assert_close(buffers[name], buffer, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        for name, parameter in twins.items():
+            gradient = parameters[name].grad
+            torch.testing.assert_close(gradient, parameter.grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            with torch.no_grad():
+                for tensor in (parameters[name], parameter):
+                    tensor -= 1e-3 * tensor.grad
+                    tensor.grad = None
+    torch.compiler.reset()
+    return {name: buffer.item() for name, buffer in model.named_buffers() if "num_batches_tracked" in name}
+
+
+def make_layer(name, options):
+    layer = getattr(syncbn, name)(4, **options, dtype=torch.float64)
+    if name == "BatchRenorm":
+        layer.num_batches_tracked.fill_(3)
+    return layer
+
+
+def train_small_model(name, options, sizes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), make_layer(name, options), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    return train_compiled(model.double(), (sizes[dist.get_rank()], 3, 6, 6), "aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sizes"),
+    [
+        ("SyncBatchNorm", {}, (4, 3)),
+        ("SyncBatchNorm", {"momentum": None, "sync_group_size": 2}, (3, 0)),
+        ("GhostBatchNorm", {"ghost_batch_size": 2}, (4, 4)),
+        ("GhostBatchNorm", {"ghost_batch_size": 2, "sync": True, "running_update": "sequential"}, (4, 4)),
+        ("GhostBatchNorm", {"ghost_batch_size": 2, "sync": True, "remainder": "smaller", "max_ghost_groups": 3}, (5, 2)),
+        ("BatchRenorm", {"sync": True, "warmup_steps": 2, "r_ramp_end": 5, "d_ramp_end": 5}, (4, 3)),
+    ],
+    ids=str,
+)
+def test_each_layer_in_one_graph(pools, name, options, sizes):
+    steps = 4 if options.get("running_update") == "sequential" else 2
+    first = 3 if name == "BatchRenorm" else 0
+    assert pools(2).run(train_small_model, name, options, sizes) == [{"1.num_batches_tracked": first + steps}] * 2
+
+
+def train_resnet(cache):
+    torch.manual_seed(0)
+    # Ranks do not finish compiling at the same time, and a collective waits for the last.
+    group = dist.new_group(timeout=datetime.timedelta(minutes=5))
+    model = syncbn.convert(import_torchvision("models").resnet18(num_classes=4), "sync", process_group=group)
+    assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()) == 20
+    # One cache for both ranks: the second to come to a kernel finds it compiled.
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}):
+        return train_compiled(model.double(), (3, 3, 32, 32), "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+def test_resnet18_in_one_graph(pools, tmp_path):
+    results = pools(2).run(train_resnet, str(tmp_path), timeout=540)
+    assert all(set(steps.values()) == {2} for steps in results)
