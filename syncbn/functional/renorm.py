@@ -6,6 +6,22 @@ import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("syncbn::snapshot", mutates_args=())
+def snapshot(buffer: Tensor) -> Tensor:
+    """A copy that a compiled graph keeps for its backward pass.
+
+    Of a buffer that the step goes on to update, that is: the compiler would rather compute r and d a second time in the
+    backward pass, and from the updated buffer then (pytorch/pytorch#197039), than keep them. It never repeats an
+    operation that it does not know.
+    """
+    return buffer.clone()
+
+
+@snapshot.register_fake
+def _(buffer: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
+
+
 def ramp(steps: Tensor, start: int, end: int) -> Tensor:
     """0 until ``start`` steps, 1 from ``end`` on, linear in between. ``steps`` is () int64, the result () float64."""
     position = (steps.to(torch.float64) - start) / max(end - start, 1)

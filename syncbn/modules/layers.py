@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.functional.renorm import correction_limits, corrections
+from syncbn.functional.renorm import correction_limits, corrections, snapshot
 from syncbn.functional.running import RunningUpdate
 from syncbn.modules.base import Remainder, SmallBatchNorm
 
@@ -131,7 +131,8 @@ class BatchRenorm(SmallBatchNorm):
     ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias`` with r and d clipped and constant for the gradient; they
     use the running statistics from before the step's update. Evaluation is plain batch normalization. The limits of r
     and d rise with the number of training forwards, which is ``num_batches_tracked`` and so survives a checkpoint.
-    Checkpoints are BatchNorm's: the variance is stored, sigma = sqrt(running_var + eps).
+    Checkpoints are BatchNorm's: the variance is stored, sigma = sqrt(running_var + eps). Activation checkpointing
+    repeats the forward pass after the update, with other corrections: keep the layer outside of it.
 
     Args:
         num_features, eps, affine, device, dtype, bias: as :class:`SyncBatchNorm`'s.
@@ -233,11 +234,14 @@ class BatchRenorm(SmallBatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        steps, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
         with torch.no_grad():
+            if torch.compiler.is_compiling():
+                steps, running_mean, running_var = snapshot(steps), snapshot(running_mean), snapshot(running_var)
             limits = correction_limits(
-                self.num_batches_tracked, self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end
+                steps, self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end
             )
-            r, d = corrections(mean, var, self.running_mean, self.running_var, self.eps, *limits)
+            r, d = corrections(mean, var, running_mean, running_var, self.eps, *limits)
         return scale * r, scale * d + shift
 
     def extra_repr(self) -> str:

@@ -24,7 +24,9 @@ START_TIMEOUT_S = 120
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -21,7 +21,14 @@ def test_ragged_and_empty_ranks(pools, sizes):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("shape", "channels_last"),
-    [((6,), False), ((5, 7), False), ((3, 4, 5), False), ((3, 4, 5), True), ((2, 3, 4, 2), False), ((2, 3, 4, 2), True)],
+    [
+        ((6,), False),
+        ((5, 7), False),
+        ((3, 4, 5), False),
+        ((3, 4, 5), True),
+        ((2, 3, 4, 2), False),
+        ((2, 3, 4, 2), True),
+    ],
     ids=str,
 )
 def test_any_rank_and_memory_format(pools, world, shape, channels_last):
