@@ -19,11 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"syncbn: error: {error.name} is not installed; pip install 'syncbn[study]'", file=sys.stderr)
         return 2
-    from syncbn.train.config import ConfigError
+    from syncbn.train.config import ConfigError, LocalError
     from syncbn.train.config_io import config_error
     from syncbn.train.launch import LaunchError
 
     parser, parsers = _parsers()
+    command = "syncbn"
     try:
         parsed = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
         command = parsed.subcommand
@@ -32,16 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(config_error(error)))
     except (ConfigError, ImportError) as error:
         return _fail(str(error))
+    except LocalError as error:
+        return _fail(str(error), everywhere=True)
+    except OSError as error:
+        return _fail(f"{error.filename or command}: {error.strerror or error}", everywhere=True)
     except LaunchError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if error.mistake else 1
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(message: str) -> int:
-    # The processes of a node find the same mistake: one says so.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _fail(message: str, everywhere: bool = False) -> int:
+    # The processes of a node find the same mistake, and one says so; but for what only one of them meets.
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -84,6 +89,8 @@ def _train(parser: Any, parsed: Any) -> int:
     if parsed.resume and parsed.out is None:
         raise ConfigError("resume", True, "--out with it, the folder of the run to go on with")
     out = Path(parsed.out or f"runs/train-{time.strftime('%Y%m%d-%H%M%S')}")
+    if parsed.resume and not any((out / name).exists() for name in ("result.json", "checkpoint/latest")):
+        print(f"nothing to resume in {out}: starting", flush=True)
     result = train(config, out, resume=parsed.resume, progress=parsed.progress, trackers=parsed.trackers)
     if os.environ.get("RANK", "0") == "0":
         error = "diverged" if result.test_error is None else f"test error {100 * result.test_error:.2f} %"

@@ -17,6 +17,9 @@ from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.config_io import config_to_dict
 from syncbn.train.result import write_atomically
 
+# What may change between the parts of a run, as it changes nothing that is computed.
+_NO_MATTER = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
+
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Parameters and buffers as safetensors, atomically."""
@@ -51,7 +54,7 @@ def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[s
     """Load the latest checkpoint's weights into ``model`` and return its state; None where there is none.
 
     Raises:
-        ConfigError: the checkpoint was made with another configuration (the device apart).
+        ConfigError: the checkpoint was made with another configuration, apart from what does not enter the training.
     """
     pointer = folder / "latest"
     if not pointer.exists():
@@ -66,7 +69,7 @@ def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[s
 def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, prefix: str = "") -> None:
     """Raise ConfigError, naming the key, unless two configurations are the same apart from the device."""
     for key in sorted(theirs.keys() | ours.keys()):
-        if not prefix and key == "device":
+        if prefix + key in _NO_MATTER:
             continue
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -25,6 +25,10 @@ class ConfigError(ValueError):
         self.expected = expected
 
 
+class LocalError(ValueError):
+    """A mistake that only the process which meets it can report, such as an image that cannot be read."""
+
+
 def _check_values(config: Any, prefix: str) -> None:
     """What a type says of a value, for configurations made in Python: a choice among names, and finite numbers."""
     hints = get_type_hints(type(config))
@@ -249,14 +253,14 @@ class BudgetConfig:
     eval_batch_size: int = 500
     """Images an evaluation step takes over all processes."""
     checkpoint_every: int = 1
-    """Epochs between checkpoints; 0 keeps only the final one."""
+    """Epochs between checkpoints; 0 writes none on the way, and only the weights at the end."""
 
     def __post_init__(self) -> None:
         _require(
             (self.epochs is None) != (self.steps is None),
             "budget.steps",
             self.steps,
-            f"exactly one of budget.epochs and budget.steps (epochs is {self.epochs!r})",
+            f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null",
         )
         for key in ("epochs", "steps", "eval_every", "eval_batch_size"):
             value = getattr(self, key)

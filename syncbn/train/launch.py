@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from pathlib import Path
 
 
 class LaunchError(RuntimeError):
-    """The processes failed; the message ends with what they printed."""
+    """The processes failed; the message ends with what they printed, or is the mistake that they reported."""
+
+    def __init__(self, message: str, mistake: bool = False) -> None:
+        super().__init__(message)
+        self.mistake = mistake
 
 
 def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None) -> None:
@@ -42,6 +47,8 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
             raise LaunchError(f"no end after {timeout:.0f} s; see {log}\n{_tail(log)}") from None
         finally:
             _end(process)
+    if code and (said := re.findall(r"syncbn: error: (.+)", log.read_text(errors="replace"))):
+        raise LaunchError(said[-1], mistake=True)
     if code:
         raise LaunchError(f"{processes} processes ended with exit code {code}; see {log}\n{_tail(log)}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from syncbn.buffers import RunningStatistics, reconcile
 from syncbn.modules import BatchRenorm, SmallBatchNorm
 from syncbn.train.checkpoint import check_same, load_checkpoint, locked, save_checkpoint, save_weights
-from syncbn.train.config import ConfigError, RunConfig
+from syncbn.train.config import ConfigError, LocalError, RunConfig
 from syncbn.train.config_io import config_to_dict, save_config
 from syncbn.train.data import Data, Key, batch_loader, load_data
 from syncbn.train.evaluate import evaluate
@@ -107,6 +109,7 @@ def train(
 
     Raises:
         ConfigError: a configuration that cannot be run here, or a folder that holds another run.
+        LocalError: an image that cannot be read, or a batch that a layer cannot normalize, on this process.
     """
     layout = Layout.of(config, placement())
     first = layout.placement.rank == 0
@@ -137,7 +140,10 @@ def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
         return None
     if not resume:
         raise ConfigError("out", str(out), "an empty folder, or --resume; it holds a finished run")
-    result = RunResult.from_json(path)
+    try:
+        result = RunResult.from_json(path)
+    except (ValueError, TypeError):
+        return None  # damaged: the same as none
     check_same(result.config, config_to_dict(config), out)
     return result
 
@@ -159,6 +165,11 @@ def _prepare(
     for name, module in model.named_modules():
         if isinstance(module, SmallBatchNorm):
             module.qualified_name = name  # for its messages; conversion has set those of converted models
+    if layout.placement.processes > 1 and layout.placement.rank == 0 and _drops(model):
+        warnings.warn(
+            "the model has dropout, which each process draws for itself: this run depends on the number of processes",
+            stacklevel=2,
+        )
     model.to(accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
     optimizer = make_optimizer(config, model)
     scheduler = make_scheduler(config, optimizer, schedule.total_steps)
@@ -188,6 +199,14 @@ def _prepare(
         metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
         bar=ProgressBar(schedule.total_steps, progress and first),
         progress=done,
+    )
+
+
+def _drops(model: nn.Module) -> bool:
+    """Whether a module of the model drops at random (torch's dropouts, torchvision's StochasticDepth)."""
+    return any(
+        float(getattr(m, "p", 0.0)) > 0 and ("Dropout" in type(m).__name__ or "StochasticDepth" in type(m).__name__)
+        for m in model.modules()
     )
 
 
@@ -226,7 +245,7 @@ def _train_epoch(run: Run) -> None:
             groups = run.layout.groups(len(batch), run.device)
             for layer in layers:
                 layer.sample_groups = groups
-            x, y = next(images)
+            x, y = _fetch(images)
             loss += _forward_backward(run, x, y, step, last=number == len(step.batches))
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -272,8 +291,22 @@ def _forward(run: Run, x: Tensor) -> Tensor:
     except ValueError as error:
         # A layer that cannot normalize what it is given, such as a last batch with one 1x1 map on some logical GPU.
         size = run.config.per_gpu_batch_size
-        raise ConfigError("per_gpu_batch_size", size, f"batches that every layer can normalize: {error}") from error
+        message = f"per_gpu_batch_size: got {size}, expected batches that every layer can normalize: {error}"
+        raise LocalError(message) from error
     return logits
+
+
+def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    try:
+        return next(images)
+    except ConfigError as error:
+        raise LocalError(str(error)) from error
+    except RuntimeError as error:
+        # What a loader process raised arrives as text, after its traceback.
+        found = re.search(r"ConfigError: (.+)", str(error))
+        if found is None:
+            raise
+        raise LocalError(found[1]) from error
 
 
 def _flush(run: Run) -> None:

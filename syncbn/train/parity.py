@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,22 +93,29 @@ def run_parity(
     for number in processes:
         config.check_processes(number)
     config = parity_config(config, steps)
-    with tempfile.TemporaryDirectory(prefix="syncbn-parity-") as name:
-        folder = Path(name)
-        save_config(config, folder / "config.yaml")
-        trained: list[Trained] = []
-        for index, number in enumerate(processes):
-            out = folder / f"{index}-of-{number}"
-            arguments: list[Any] = ["train", "--config", folder / "config.yaml", "--out", out, "--device", "cpu"]
-            launch(number, list(map(str, arguments)), folder / f"{index}.log", timeout)
-            trained.append(Trained.read(out))
-            if index == 0:
-                reference = f"{number} process{'es' if number > 1 else ''}"
-                taken = len(trained[0].losses)
-                say(f"{config.norm.name}: {config.gpus} logical GPUs, {taken} steps in fp64, by {reference}")
-                continue
-            report(compare(trained[0], trained[-1]), number, reference, say)
+    folder = Path(tempfile.mkdtemp(prefix="syncbn-parity-"))
+    trained = _train_all(config, processes, folder, say, timeout)
+    shutil.rmtree(folder)  # not after an error, which speaks of the logs in it
     return all(compare(trained[0], other).largest <= TOLERANCE for other in trained[1:])
+
+
+def _train_all(
+    config: RunConfig, processes: Sequence[int], folder: Path, say: Callable[[str], None], timeout: float
+) -> list[Trained]:
+    save_config(config, folder / "config.yaml")
+    trained: list[Trained] = []
+    for index, number in enumerate(processes):
+        out = folder / f"{index}-of-{number}"
+        arguments: list[Any] = ["train", "--config", folder / "config.yaml", "--out", out, "--device", "cpu"]
+        launch(number, list(map(str, arguments)), folder / f"{index}.log", timeout)
+        trained.append(Trained.read(out))
+        if index == 0:
+            reference = f"{number} process{'es' if number > 1 else ''}"
+            taken = len(trained[0].losses)
+            say(f"{config.norm.name}: {config.gpus} logical GPUs, {taken} steps in fp64, by {reference}")
+            continue
+        report(compare(trained[0], trained[-1]), number, reference, say)
+    return trained
 
 
 def report(difference: Difference, processes: int, reference: str, say: Callable[[str], None]) -> None:

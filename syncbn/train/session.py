@@ -25,7 +25,12 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import LoggerType
 
+    known = [str(tracker.value) for tracker in LoggerType]
+    for name in trackers:
+        if name not in known:
+            raise ConfigError("trackers", name, f"one of {', '.join(known)}")
     cpu = _use_cpu(config)
     had_world = dist.is_initialized()
     rng_devices = [] if cpu else [int(os.environ.get("LOCAL_RANK", "0"))]
@@ -35,11 +40,14 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+            dynamo_backend="no",
             log_with=list(trackers) or None,
             project_dir=None if out is None else str(out),
             # The layers keep their own buffers in step, exactly; broadcasting rank 0's would undo that.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        # The loop accumulates by itself; an environment variable for accelerate's own way would divide every gradient.
+        accelerator.gradient_accumulation_steps = 1
         with torch.random.fork_rng(devices=rng_devices):
             yield accelerator
             for tracker in accelerator.trackers:  # end_training() would also take down a world that is not ours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import importlib
 import os
 import shutil
 from unittest import mock
@@ -111,11 +112,12 @@ def train_resnet(cache):
     group = dist.new_group(timeout=datetime.timedelta(minutes=5))
     model = syncbn.convert(import_torchvision("models").resnet18(num_classes=4), "sync", process_group=group)
     assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()) == 20
-    import torch._inductor.config as inductor
-
-    # One cache for both ranks: the second to come to a kernel finds it compiled. No compiler processes that outlive this.
-    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}), inductor.patch(compile_threads=1):
-        return train_compiled(model.double(), (3, 3, 32, 32), "inductor")
+    # One cache for both ranks: the second to come to a kernel finds it compiled.
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}):
+        steps = train_compiled(model.double(), (3, 3, 32, 32), "inductor")
+    # Or the worker would wait for the compiler's own processes when it ends.
+    importlib.import_module("torch._inductor.async_compile").shutdown_compile_workers()
+    return steps
 
 
 @pytest.mark.slow

@@ -1,160 +1,333 @@
-"""The layers on CUDA: exact against float64 on the CPU, without a host synchronization, and capturable."""
+"""The layers on a CUDA device: float64 on the CPU is the truth, and the host never waits for the device."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from pool import Pool
+from torch import nn
 
 import syncbn
+from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn.collectives import all_reduce_sum
 
-LAYERS = {
-    "sync": lambda c: syncbn.SyncBatchNorm(c),
-    "ghost": lambda c: syncbn.GhostBatchNorm(c, 2),
-    "renorm": lambda c: syncbn.BatchRenorm(c, warmup_steps=0, r_ramp_end=4, d_ramp_end=4),
-}
-SHAPES = [(8, 6), (8, 6, 7), (8, 6, 5, 4), (8, 6, 3, 4, 2), (6, 33, 17, 13)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CUDA = torch.device("cuda")
 
 
-def prepared(kind, channels, device, wide):
-    layer = LAYERS[kind](channels).to(device=device, dtype=wide)
-    with torch.no_grad():
-        layer.weight.copy_(torch.linspace(0.5, 2.0, channels))
-        layer.bias.copy_(torch.linspace(-1.0, 1.0, channels))
+def grouped(c, **options):
+    layer = SyncBatchNorm(c, **options)
+    index = torch.tensor([0, 0, 1, 1, 0, 2, 2, 1], device=options.get("device", "cpu"))
+    layer.sample_groups = SampleGroups(index, 4, divisor=3.5, smallest=2)
     return layer
 
 
-def steps(layer, shape, dtype, memory_format=torch.contiguous_format, number=3):
-    """Outputs and gradients of a few training steps, as float64 on the CPU."""
-    device = layer.weight.device
-    found = []
-    for step in range(number):
-        generator = torch.Generator().manual_seed(step)
-        x = (torch.randn(shape, generator=generator) + 3).to(dtype)
-        dy = torch.randn(shape, generator=generator).to(dtype)
-        wide = x.double() if layer.weight.dtype == torch.float64 else x
-        x = wide.to(device).contiguous(memory_format=memory_format).requires_grad_()
-        y = layer(x)
-        y.backward(dy.to(device, y.dtype))
-        assert y.stride() == x.stride()
-        found += [y.detach().double().cpu(), x.grad.double().cpu()]
-    found += [p.grad.double().cpu() for p in layer.parameters()]
-    return found, [b.double().cpu() for b in layer.buffers()]
+LAYERS = {
+    "sync": SyncBatchNorm,
+    "cumulative": lambda c, **o: SyncBatchNorm(c, momentum=None, **o),
+    "grouped": grouped,
+    "ghost": lambda c, **o: GhostBatchNorm(c, 4, **o),
+    "ghost, sequential": lambda c, **o: GhostBatchNorm(c, 3, remainder="smaller", running_update="sequential", **o),
+    "ghost, total": lambda c, **o: GhostBatchNorm(c, 3, remainder="smaller", running_update="total", **o),
+    "renorm": lambda c, **o: BatchRenorm(c, warmup_steps=0, r_ramp_end=4, d_ramp_end=4, **o),
+    "renorm of ghosts": lambda c, **o: BatchRenorm(
+        c, warmup_steps=0, r_ramp_end=4, d_ramp_end=4, ghost_batch_size=4, **o
+    ),
+}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_float64_on_the_cpu(kind, shape, dtype):
-    truth, truth_buffers = steps(prepared(kind, shape[1], "cpu", torch.float64), shape, dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found, buffers = steps(prepared(kind, shape[1], "cuda", wide), shape, dtype)
-    # A few roundings of the arithmetic's dtype, one of the output's own; sums over the batch grow with its terms.
-    eps = max(torch.finfo(dtype).eps, 16 * torch.finfo(wide).eps)
-    for mine, true in zip(found, truth, strict=True):
-        torch.testing.assert_close(mine, true, rtol=4 * eps, atol=16 * eps)
-    for mine, true in zip(buffers, truth_buffers, strict=True):
-        torch.testing.assert_close(mine, true, rtol=64 * torch.finfo(wide).eps, atol=64 * torch.finfo(wide).eps)
+def sample(shape, seed, dtype=torch.float32, loc=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + loc).to(dtype)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_channels_last(kind):
-    plain, _ = steps(prepared(kind, 6, "cuda", torch.float32), (8, 6, 5, 4), torch.float32)
-    last, _ = steps(prepared(kind, 6, "cuda", torch.float32), (8, 6, 5, 4), torch.float32, torch.channels_last)
-    for a, b in zip(plain, last, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def make_pair(make, c, dtype=torch.float32):
+    """A layer on the device, and the same one in float64 on the CPU."""
+    layer, truth = make(c, device=CUDA, dtype=dtype), make(c, dtype=torch.float64)
+    with torch.no_grad():
+        for module in (layer, truth):
+            module.weight.copy_(torch.linspace(0.5, 2.0, c))
+            module.bias.copy_(torch.linspace(-1.0, 1.0, c))
+    return layer, truth
 
 
-def test_variance_far_from_zero():
-    x = (torch.randn(16, 8, 32, 32, generator=torch.Generator().manual_seed(0)) + 1e4).cuda()
-    layer = syncbn.SyncBatchNorm(8, momentum=1.0).cuda()
-    layer(x)
-    torch.testing.assert_close(layer.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0)
+def step(layer, x, dy):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return y.detach(), *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_no_host_synchronization(kind):
-    layer = prepared(kind, 8, "cuda", torch.float32)
-    x = torch.randn(8, 8, 4, 4, device="cuda", requires_grad=True)
-    layer(x).sum().backward()  # the allocator and the libraries make themselves ready, which may wait
-    torch.cuda.synchronize()
-    before = layer.num_batches_tracked.clone()
+def check(found, expected, dtype):
+    """Output and input gradient, then the parameters' gradients."""
+    # float32 arithmetic with exact statistics, a few roundings, and one to the result's own dtype.
+    eps = max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        # A sum over the batch: its error grows with the number of terms, its size need not.
+        atol = 4 * eps if index < 2 else 1e-3 if dtype != torch.float64 else 1e-9
+        torch.testing.assert_close(a.cpu().double(), b, rtol=2 * eps, atol=atol)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [((8, 5), False), ((8, 6, 17), False), ((8, 7, 9, 11), False), ((8, 7, 9, 11), True), ((8, 3, 4, 5, 6), True)],
+    ids=str,
+)
+@each_layer
+def test_against_float64_on_the_cpu(make, shape, channels_last, dtype):
+    layer, truth = make_pair(make, shape[1])
+    for seed in range(3):
+        x, dy = sample(shape, seed, dtype, loc=5.0), sample(shape, 10 + seed, dtype)
+        given = x.to(CUDA)
+        if channels_last:
+            memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            given = given.contiguous(memory_format=memory_format)
+        found = step(layer, given, dy.to(CUDA))
+        check(found, step(truth, x.double(), dy.double()), dtype)
+        assert found[0].dtype == found[1].dtype == dtype
+        assert found[0].stride() == found[1].stride() == given.stride()
+    for name, buffer in truth.named_buffers():
+        # The statistics are exact, the buffers float32.
+        torch.testing.assert_close(getattr(layer, name).cpu().to(buffer.dtype), buffer, rtol=1e-6, atol=1e-6)
+    layer.eval(), truth.eval()
+    check(step(layer, given, dy.to(CUDA)), step(truth, x.double(), dy.double()), dtype)
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (8, 5, 40, 40)], ids=str)
+def test_variance_far_from_zero(shape):
+    x = sample(shape, 0, torch.float32, loc=1e4)
+    layer = SyncBatchNorm(5, momentum=1.0, device=CUDA)
+    layer(x.to(CUDA))
+    dims = [d for d in range(x.dim()) if d != 1]
+    torch.testing.assert_close(layer.running_var.cpu().double(), x.double().var(dims), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_layer
+def test_autocast_changes_nothing_but_the_input(make, dtype):
+    torch.manual_seed(0)
+    conv, layer = nn.Conv2d(3, 8, 3, device=CUDA), make(8, device=CUDA)
+    twin = copy.deepcopy(layer)
+    x = sample((8, 3, 9, 9), 0).to(CUDA)
+    with torch.autocast("cuda", dtype):
+        hidden = conv(x)
+        y = layer(hidden)
+        inside = torch.autograd.grad(y.float().square().sum(), [hidden, *layer.parameters()])
+    assert hidden.dtype == y.dtype == dtype
+    hidden = hidden.detach().requires_grad_()
+    outside = twin(hidden)
+    # Sums over groups are added in no fixed order on the device, in float64.
+    close = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(outside, y, **close)
+    for a, b in zip(
+        inside, torch.autograd.grad(outside.float().square().sum(), [hidden, *twin.parameters()]), strict=True
+    ):
+        torch.testing.assert_close(a, b, **close)
+    assert layer.running_var.dtype == torch.float32
+
+
+def test_half_module_keeps_its_statistics_wide():
+    layer = SyncBatchNorm(4).half().to(CUDA)
+    for training in (True, False):
+        layer.train(training)
+        assert layer(sample((8, 4, 3, 3), 0, torch.float16).to(CUDA)).dtype == torch.float16
+        assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+
+
+def test_second_derivative():
+    layer = GhostBatchNorm(2, 2, dtype=torch.float64, device=CUDA)
+    x = sample((4, 2, 2), 0, torch.float64).to(CUDA).requires_grad_()
+    # Sums over groups are added in no fixed order.
+    assert torch.autograd.gradgradcheck(layer, x, nondet_tol=1e-9, atol=1e-4)
+
+
+def test_messages_and_empty_batches():
+    layer = SyncBatchNorm(3, device=CUDA)
+    with pytest.raises(ValueError, match="one value per channel"):
+        layer(torch.ones(1, 3, device=CUDA))
+    x = torch.empty(0, 3, 4, device=CUDA, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.num_batches_tracked == 0
+
+
+# -- the host does not wait --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_synchronization():
+    """An error where the host waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer(x).sum().backward()
+        yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert layer.num_batches_tracked.item() == before.item() + 1
+        torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_capture_in_a_graph(kind):
-    layer = prepared(kind, 8, "cuda", torch.float32)
-    eager = copy.deepcopy(layer)
-    x = torch.randn(8, 8, 4, 4, device="cuda", requires_grad=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up on a side stream, as capture asks for
+def test_the_check_for_synchronization_works():
+    x = torch.ones(3, device=CUDA)
+    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization():
+        x.sum().item()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@each_layer
+def test_no_host_synchronization(make, dtype, training):
+    layer = make(6, device=CUDA).train(training)
+    x, dy = (sample((8, 6, 5, 5), seed, dtype).to(CUDA) for seed in range(2))
+    x.requires_grad_()
+    layer(x).backward(dy)  # what is loaded or allocated once may wait
+    with no_synchronization():
         for _ in range(2):
-            torch.autograd.grad(layer(x).square().sum(), x)
-    torch.cuda.current_stream().wait_stream(stream)
+            layer(x).backward(dy)
+    assert layer.num_batches_tracked > 0 or not training
+
+
+@each_layer
+def test_capture_in_a_cuda_graph(make):
+    layer = make(6, device=CUDA)
+    x, dy = (sample((8, 6, 5, 5), seed).to(CUDA) for seed in range(2))
+    x.requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer(x).backward(dy)
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = layer(x)
-        (gradient,) = torch.autograd.grad(y.square().sum(), x)
-    graph.replay()
-    for _ in range(3):  # two of warm-up, one replay: a capture runs nothing
-        expected = eager(x)
-    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
-    torch.testing.assert_close(layer.running_var, eager.running_var)
-    assert layer.num_batches_tracked.item() == 3
+        y.backward(dy)
+    twin = copy.deepcopy(layer)
+    twin.zero_grad(set_to_none=True)
+    for seed in range(2, 5):
+        other = sample((8, 6, 5, 5), seed).to(CUDA)
+        with torch.no_grad():
+            x.copy_(other)
+        graph.replay()
+        other.requires_grad_()
+        expected = twin(other)
+        gradients = torch.autograd.grad(expected, [other, twin.weight, twin.bias], dy)
+        # The same kernels on the same numbers; sums over groups are added in no fixed order, in float64.
+        close = {"rtol": 1e-6, "atol": 1e-6}
+        torch.testing.assert_close(y, expected, **close)
+        for tensor, gradient in zip((x, layer.weight, layer.bias), gradients, strict=True):
+            torch.testing.assert_close(tensor.grad, gradient, **close)
+        for name, buffer in twin.named_buffers():
+            torch.testing.assert_close(getattr(layer, name), buffer, **close)
 
 
-def test_nonfinite_batch_never_reaches_the_buffers():
-    layer = syncbn.SyncBatchNorm(4).cuda()
-    layer(torch.full((2, 4, 3), float("inf"), device="cuda"))
-    assert torch.isfinite(layer.running_var).all()
-    assert (layer.num_batches_tracked.item(), layer.num_nonfinite_batches.item()) == (0, 1)
+@pytest.mark.parametrize("name", ["sync", "ghost", "renorm"])
+def test_compiled_in_one_graph(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), LAYERS[name](8), nn.ReLU(inplace=True)).to(CUDA).double()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for seed in range(2):
+        x = sample((8, 3, 9, 9), seed, torch.float64).to(CUDA)
+        results = []
+        for module, run in ((model, compiled), (twin, twin)):
+            module.zero_grad()
+            y = run(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in module.parameters()), *module.buffers()])
+        for found, expected in zip(*results, strict=True):
+            # float64, summed in another order; relative to the largest element.
+            bound = 1e-10 * max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
-def _rank(rank, world, backend, folder, results):
-    torch.cuda.set_device(0)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
-    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    if not dist.is_nccl_available():
+        pytest.skip("torch was built without NCCL")
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1, device_id=CUDA_0)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+CUDA_0 = torch.device("cuda", 0)
+
+
+def test_layer_over_nccl(nccl, monkeypatch):
+    """A world of one communicates only when told to: then the collectives are real, and change nothing."""
+    plain = SyncBatchNorm(6, device=CUDA_0)
+    layer = copy.deepcopy(plain)
+    x, dy = (sample((8, 6, 5), seed).to(CUDA_0) for seed in range(2))
+    assert all_reduce_sum(x, nccl) is not x
+    expected = step(plain, x, dy)
+    monkeypatch.setattr("syncbn.modules.base.resolve_name", lambda scope: nccl)
+    step(layer, x, dy)
+    layer.load_state_dict(plain.state_dict())
+    with no_synchronization():
+        found = step(layer, x, dy)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def train_on_device(sizes, backend):
+    """This rank's rows of one step, float64: over the gloo world on one device, or over NCCL with a device each."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank if backend == "nccl" else 0)
+    torch.cuda.set_device(device)
+    group = dist.new_group(backend="nccl") if backend == "nccl" else None
+    layer = SyncBatchNorm(3, process_group=group, device=device, dtype=torch.float64)
+    start = sum(sizes[:rank])
+    x, dy = (sample((sum(sizes), 3, 4), s, torch.float64)[start : start + sizes[rank]].to(device) for s in range(2))
+    return [t.cpu() for t in (*step(layer, x, dy), layer.running_var)]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+@pytest.mark.parametrize("sizes", [(4, 3), (5, 0)], ids=str)
+def test_two_processes(sizes, backend):
+    if backend == "nccl" and (not dist.is_nccl_available() or torch.cuda.device_count() < 2):
+        pytest.skip("NCCL needs a device for each rank")
+    pool = Pool(2)
     try:
-        sizes = (3, 5)[:world]
-        x = torch.randn(sum(sizes), 4, 6, 5, generator=torch.Generator().manual_seed(0))
-        rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        layer = syncbn.SyncBatchNorm(4, process_group=list(range(world))).cuda()
-        mine = x[rows].cuda().requires_grad_()
-        y = layer(mine)
-        y.square().sum().backward()
-        torch.save([y.detach().cpu(), mine.grad.cpu(), layer.running_var.cpu()], f"{results}/{rank}.pt")
+        first, second = pool.run(train_on_device, sizes, backend)
     finally:
-        dist.destroy_process_group()
+        pool.stop()
+    truth = nn.BatchNorm1d(3, dtype=torch.float64)
+    expected = step(truth, *(sample((sum(sizes), 3, 4), s, torch.float64) for s in range(2)))
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    for index in (0, 1):
+        torch.testing.assert_close(torch.cat([first[index], second[index]]), expected[index], **exact)
+    for index in (2, 3):
+        torch.testing.assert_close(first[index] + second[index], expected[index], **exact)
+    for result in (first, second):
+        torch.testing.assert_close(result[4], truth.running_var, **exact)
 
 
-@pytest.mark.parametrize(("backend", "world"), [("nccl", 1), ("gloo", 2)])
-def test_several_ranks_on_one_gpu(backend, world):
-    """NCCL wants a GPU for each rank, so it is alone in its group here; gloo moves CUDA tensors for two."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, backend, folder, folder), nprocs=world)
-        parts = [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
-    sizes = (3, 5)[:world]
-    x = torch.randn(sum(sizes), 4, 6, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
-    truth = torch.nn.BatchNorm2d(4).double()
-    y = truth(x)
-    y.square().sum().backward()
-    close = {"rtol": 1e-5, "atol": 1e-5}  # float32 arithmetic, a few roundings
-    torch.testing.assert_close(torch.cat([p[0] for p in parts]).double(), y.detach(), **close)
-    torch.testing.assert_close(torch.cat([p[1] for p in parts]).double(), x.grad, **close)
-    for part in parts:
-        torch.testing.assert_close(part[2].double(), truth.running_var, **close)
+def test_converted_model_trains():
+    """Under autocast, channels_last, with gradient scaling: as it is used."""
+    from syncbn.compat import import_torchvision
+
+    torch.manual_seed(0)
+    model = syncbn.convert(import_torchvision("models").resnet18(num_classes=4), "ghost", ghost_batch_size=4)
+    model = model.to(CUDA, memory_format=torch.channels_last)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cuda")
+    x, target = sample((8, 3, 64, 64), 0).to(CUDA), torch.arange(8, device=CUDA) % 4
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

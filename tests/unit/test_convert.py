@@ -3,95 +3,29 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from convert_cases import (
+    KINDS,
+    LAYERS,
+    ScaledBatchNorm,
+    batch,
+    every_kind,
+    make_model,
+    pickled,
+    saved,
+    scale,
+    snapshot,
+    tensors,
+)
+from torch import nn
 
 import syncbn
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm, convert, revert
-from syncbn.collectives import Scope
 from syncbn.modules import SmallBatchNorm
-from syncbn.registry import drop_then_act
-
-KINDS: dict[str, dict[str, Any]] = {"sync": {}, "ghost": {"ghost_batch_size": 2}, "renorm": {"r_max": 2.0}}
-LAYERS = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-class ScaledBatchNorm(nn.BatchNorm2d):
-    """A subclass with behaviour of its own after normalizing."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features)
-        self.factor = 3.0
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * self.factor
-
-
-def scale(layer: Any, x: Tensor) -> Tensor:
-    return x * layer.factor
-
-
-def make_model() -> nn.Sequential:
-    torch.manual_seed(0)
-    stage = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, eps=1e-3, momentum=0.2), nn.ReLU())
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), stage, nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5)
-    )
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 2.0)
-    return model
-
-
-def batch() -> Tensor:
-    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def tensors(model: nn.Module) -> dict[str, int]:
-    """Parameters and saved buffers, by the object that they are."""
-    return {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def snapshot(model: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
-    """Class and attributes of every module, containers included, to be compared as a whole."""
-    found = {}
-    for name, module in model.named_modules():
-        attributes = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-        attributes["tensors"] = {k: id(v) for k, v in (module._parameters | module._buffers).items()}
-        attributes["not saved"] = set(module._non_persistent_buffers_set)
-        attributes["hooks"] = list(module._forward_hooks.values())
-        attributes["names"] = set(vars(module))
-        found[name] = (type(module), attributes)
-    return found
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[None]:
-    """A world of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
@@ -355,94 +289,3 @@ def test_checkpoints_load_in_both_directions(kind: str) -> None:
     torch.testing.assert_close(fresh.eval()(batch()), plain.eval()(batch()), rtol=0, atol=0)
     fresh.load_state_dict(torch_sync.state_dict())
     torch.testing.assert_close(dict(fresh.state_dict()), dict(converted.state_dict()), rtol=0, atol=0)
-
-
-# -- who shares statistics ---------------------------------------------------------------------------------------------
-
-
-def test_torch_sync_batchnorm_stays_synchronized() -> None:
-    for kind, options in KINDS.items():
-        assert convert(nn.SyncBatchNorm(4), kind, **options).scope == Scope()
-        assert convert(nn.BatchNorm2d(4), kind, **options).scope == (Scope() if kind == "sync" else None)
-        assert convert(nn.SyncBatchNorm(4), kind, sync_group_size=2, **options).scope == Scope(sync_group_size=2)
-        by_hand = SyncBatchNorm(4, sync_group_size=2)
-        assert convert(by_hand, kind, **options).scope == Scope(sync_group_size=2)
-        assert convert(by_hand, kind, process_group=[0, 1], **options).scope == Scope(ranks=(0, 1))
-        assert revert(by_hand).scope == Scope(sync_group_size=2)
-    assert convert(nn.SyncBatchNorm(4), "ghost", ghost_batch_size=2, sync=False).scope is None
-
-
-@pytest.mark.usefixtures("world")
-@every_kind
-def test_the_process_group_of_torch_sync_batchnorm(kind: str) -> None:
-    group = dist.new_group([0])
-    layer = nn.SyncBatchNorm(4, process_group=group)
-    before = snapshot(layer)
-    convert(layer, kind, **KINDS[kind])
-    assert layer.scope == Scope(ranks=(0,))
-    assert not hasattr(layer, "process_group")
-    layer(torch.randn(4, 4))
-    assert snapshot(revert(copy.deepcopy(layer)))[""][1]["process_group"] is group
-    unpickled = revert(pickled(layer))
-    assert dist.get_process_group_ranks(unpickled.process_group) == [0]
-    assert unpickled.process_group is not None
-    convert(layer, kind, sync_group_size=1, **KINDS[kind])
-    assert layer.scope == Scope(sync_group_size=1)
-    assert snapshot(revert(layer)) == before
-    assert layer.process_group is group
-
-
-def test_a_process_group_is_not_guessed(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4, process_group=dist.new_group([0])))
-        other = pickled(convert(model, "sync"))
-    finally:
-        dist.destroy_process_group()
-    with pytest.raises(ValueError, match=r"SyncBatchNorm '1' cannot be reverted.*ranks \(0,\).*init_process_group"):
-        revert(other)
-    assert [type(m) for m in other] == [SyncBatchNorm] * 2
-
-
-# -- the registry ------------------------------------------------------------------------------------------------------
-
-
-@every_kind
-def test_a_registered_class_keeps_its_behaviour(kind: str) -> None:
-    syncbn.register_batchnorm(ScaledBatchNorm, scale)
-    layer = ScaledBatchNorm(3)
-    layer.factor = 5.0
-    plain = copy.deepcopy(layer)
-    convert(layer, kind, ghost_batch_size=4) if kind == "ghost" else convert(layer, kind)
-    x = torch.randn(4, 3, 2, 2)
-    torch.testing.assert_close(layer(x), plain(x))
-    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
-    assert type(revert(layer)) is ScaledBatchNorm
-
-
-def test_a_registration_is_for_the_class_alone() -> None:
-    class Child(ScaledBatchNorm):
-        pass
-
-    syncbn.register_batchnorm(ScaledBatchNorm, scale)
-    with pytest.raises(ValueError, match="Child"):
-        convert(Child(3), "sync")
-    syncbn.register_batchnorm(Child)
-    assert convert(Child(3), "sync").after is None
-
-
-@pytest.mark.parametrize(
-    ("cls", "after", "message"),
-    [
-        (nn.Linear, None, "expected a subclass of torch's batch normalization.*Linear"),
-        (nn.InstanceNorm2d, None, "expected a subclass of torch's batch normalization.*InstanceNorm2d"),
-        ("ScaledBatchNorm", None, "expected a subclass.*'ScaledBatchNorm'"),
-        (nn.BatchNorm2d, scale, "BatchNorm2d is converted as it is"),
-        (SyncBatchNorm, drop_then_act, "SyncBatchNorm is converted as it is"),
-        (ScaledBatchNorm, lambda layer, x: x, "cannot be imported by its name.*top level"),
-    ],
-    ids=["linear", "instance norm", "name", "plain", "own", "lambda"],
-)
-def test_what_cannot_be_registered(cls: Any, after: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        syncbn.register_batchnorm(cls, after)

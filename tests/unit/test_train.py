@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from syncbn.train import loop
-from syncbn.train.config import ConfigError
+from syncbn.train.config import ConfigError, LocalError
 from syncbn.train.config_io import config_from_dict, load_config
 from syncbn.train.loop import train
 from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
@@ -129,7 +129,7 @@ def test_a_last_batch_that_cannot_be_normalized_is_a_mistake_with_a_remedy():
     """33 images: the second step has one, and resnet18 ends in 1x1 maps at this size."""
     data = {"name": "synthetic", "synthetic_samples": 33}
     config = small(model={"name": "resnet18"}, data=data, norm={"name": "batch"}, budget={"epochs": 1})
-    with pytest.raises(ConfigError, match=r"per_gpu_batch_size: got 8.*'layer4\.0\.bn1'.*one value per channel"):
+    with pytest.raises(LocalError, match=r"per_gpu_batch_size: got 8.*'layer4\.0\.bn1'.*one value per channel"):
         train(config)
 
 
