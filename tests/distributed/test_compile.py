@@ -19,7 +19,7 @@ from syncbn.compat import import_torchvision
 
 
 def check_close(found, expected, name):
-    """float64, twenty layers: a compiled graph sums in another order, no more. Relative to the tensor's largest element."""
+    """float64, twenty layers: a compiled graph sums in another order, no more. Relative to the largest element."""
     bound = 1e-11 * max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=bound, msg=lambda m: f"{name}: {m}")
 

@@ -141,6 +141,17 @@ def test_a_mistake_is_said_once_by_all_processes(config, tmp_path):
     assert output.count("syncbn: error: gpus: got 3, expected a multiple of the number of processes (2)") == 1
 
 
+def test_a_mistake_of_another_rank_is_said_by_it(config, tmp_path):
+    """The second step has one 1x1 map on the last logical GPU, which the second process hosts."""
+    words = ["--gpus", "2", "--norm.name", "batch", "--model.name", "resnet18", "--data.synthetic_samples", "25"]
+    words += ["--data.image_size", "32"]
+    code, output = finish(start("torchrun.sh", config, tmp_path / "out", *words, NPROC="2"))
+    assert code != 0
+    assert (
+        output.count("syncbn: error: per_gpu_batch_size: got 8, expected batches that every layer can normalize") == 1
+    )
+
+
 def test_parity_command(config, capfd):
     assert main(["parity", "--config", str(config), "--processes", "1,2", "--steps", "3"]) == 0
     lines = capfd.readouterr().out.splitlines()

@@ -81,6 +81,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys, tmp_path,
     assert error.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_and_an_unknown_tracker(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (["--out", str(tmp_path / "file")], f"{tmp_path / 'file'}: File exists"),
+        (["--out", str(tmp_path / "out"), "--trackers", "[nonsense]"], "trackers: got 'nonsense', expected one of"),
+    ):
+        assert main(["train", "--data.name", "digits", "--device", "cpu", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"syncbn: error: {message}"), error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -21,8 +21,8 @@ def scattered(layer):
 
 
 def renorm(**options):
-    """With running statistics so far off that all corrections are clipped, some of r at each end: they are constants for
-    the gradient, and finite differences see them as constants only where they are."""
+    """With running statistics so far off that all corrections are clipped, r at either end: they are constants for the
+    gradient, and finite differences see constants only there."""
     layer = BatchRenorm(3, warmup_steps=0, r_ramp_end=4, d_ramp_end=4, dtype=torch.float64, **options)
     layer.num_batches_tracked.fill_(2)
     layer.running_mean.copy_(torch.tensor([30.0, -90.0, -60.0]))

@@ -1,4 +1,4 @@
-"""The layers in one process: torch's BatchNorm where there is one group, a loop of it over chunks where there are more."""
+"""The layers in one process: torch's BatchNorm where there is one group, and a loop of it where there are more."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def randomize(layer, seed=3):
     """Affine parameters and running statistics that are not the initial ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers()):
+        for tensor in itertools.chain(layer.parameters(), layer.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
     return layer

@@ -16,7 +16,7 @@ EPS, R_MAX, D_MAX, WARMUP, R_END, D_END, STEPS = 1e-3, 3.0, 5.0, 5, 40, 25, 50
 
 
 def limits(step: int) -> tuple[float, float]:
-    """Section 4.1: batch normalization at first, then r_max and d_max are relaxed, each linearly over steps of its own."""
+    """Section 4.1: batch normalization at first, then r_max and d_max are relaxed, each linearly over its own steps."""
     if step <= WARMUP:
         return 1.0, 0.0
     r = R_MAX if step >= R_END else 1 + (R_MAX - 1) * (step - WARMUP) / (R_END - WARMUP)
@@ -139,7 +139,7 @@ def test_evaluation_is_plain_and_counts_no_step():
 
 
 def test_open_limits_normalize_by_the_running_statistics():
-    """Without a clip, r and d turn batch into running statistics: evaluation's output, and batch normalization's gradient."""
+    """Without a clip, r and d turn batch into running statistics: the output is evaluation's."""
     layer = BatchRenorm(3, EPS, r_max=1e6, d_max=1e6, warmup_steps=0, r_ramp_end=0, d_ramp_end=0, dtype=torch.float64)
     layer.running_mean.copy_(torch.tensor([1.0, -2.0, 3.0]))
     layer.running_var.copy_(torch.tensor([0.5, 2.0, 9.0]))

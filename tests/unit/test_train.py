@@ -118,6 +118,37 @@ def test_global_state_is_left_as_found():
     assert train(small(precision="bf16")).status == "ok", "one process can change the precision between runs"
 
 
+def test_accelerates_environment_does_not_enter(monkeypatch):
+    """`accelerate launch` may export it, and its loss division would silently change the gradients."""
+    expected = train(small()).losses
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(small()).losses == expected
+
+
+def test_settings_that_do_not_enter_the_training_may_change_on_resuming(tmp_path):
+    train(small(), tmp_path)
+    budget = {"epochs": 3, "eval_batch_size": 7, "checkpoint_every": 2}
+    assert train(small(budget=budget), tmp_path, resume=True).steps == 15
+
+
+def test_a_damaged_result_is_made_again(tmp_path):
+    whole = train(small(), tmp_path)
+    (tmp_path / "result.json").write_text('{"status": "ok"')
+    assert train(small(), tmp_path, resume=True).losses == whole.losses
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read(tmp_path, workers):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_text("no image")
+    data = {"name": "imagefolder", "root": str(tmp_path), "image_size": 8, "workers": workers}
+    with pytest.raises(LocalError, match=r"data\.root: got .*0\.png"):
+        train(small(data=data))
+
+
 def test_drop_last_leaves_out_the_smaller_step():
     data = {**SMALL["data"], "drop_last": True}
     assert train(small(data=data)).samples == 3 * 128
