@@ -115,6 +115,7 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     group = groups.get(ranks)  # a group that was handed in is used, also one that is the world over again
     if group is None:
         group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+        assert group is not None, "this rank is a member"
         groups[ranks] = group
     return group
 

@@ -59,20 +59,9 @@ class SmallBatchNorm(_BatchNorm):
     num_nonfinite_batches: Tensor
     """() int64, not saved: batches whose statistics were not finite and so were kept out of the running ones."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # an argument of torch's own only from 2.12 on
+    def __init__(self, *args: Any, bias: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not bias:  # not every torch from 2.11 on has this argument
             self.register_parameter("bias", None)
         for name in ("running_mean", "running_var"):
             buffer = getattr(self, name)

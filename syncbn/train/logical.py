@@ -104,11 +104,11 @@ class Layout:
 def _groups(layout: Layout, samples: int, device: torch.device) -> SampleGroups:
     assert samples > 0, "a step has samples"
     rows, local = layout.row_range, layout.rows(layout.local_range(samples)) - layout.row_range.start
-    filled = layout.rows(range(samples)).unique().numel()
-    sizes = local.bincount(minlength=len(rows))
+    sizes = layout.rows(range(samples)).bincount()  # over all processes
+    filled = sizes[sizes > 0]
     return SampleGroups(
         index=local.to(device) if len(rows) > 1 else None,
         number=len(rows),
-        divisor=filled * len(layout.ranks) / layout.placement.processes,
-        smallest=int(sizes[sizes > 0].min()) if len(local) else 0,
+        divisor=len(filled) * len(layout.ranks) / layout.placement.processes,
+        smallest=int(filled.min()),
     )

@@ -78,7 +78,7 @@ def batchnorm(case: Case) -> nn.Module:
     known = {k: v for k, v in case.options.items() if k in ("eps", "momentum", "affine", "track_running_stats")}
     layer = kind(case.shape[0], **known, dtype=torch.float64)
     if case.options.get("bias") is False:
-        layer.register_parameter("bias", None)  # an argument of torch's own only from 2.12 on
+        layer.register_parameter("bias", None)  # not every torch from 2.11 on has this argument
     set_affine(layer, torch.float64)
     return layer
 

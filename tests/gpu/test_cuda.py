@@ -65,7 +65,7 @@ def check(found, expected, dtype):
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     eps = max(torch.finfo(dtype).eps, 8 * wide)
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        # The gradients of the parameters are sums over up to a thousand values of up to 10, and may be small themselves.
+        # The parameters' gradients are sums over up to a thousand values of up to 10, and may be small themselves.
         atol = 4 * eps if index < 2 else 1000 * wide
         torch.testing.assert_close(a.cpu().double(), b, rtol=2 * eps, atol=atol)
 
