@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from syncbn.train.result import _jsonable, write_atomically
+from syncbn.train.result import jsonable, write_atomically
 
 
 class MetricsLog:
@@ -31,7 +31,7 @@ class MetricsLog:
     def write(self, records: list[dict[str, Any]]) -> None:
         if self._path is not None and records:
             with self._path.open("a") as file:
-                file.writelines(json.dumps(_jsonable(record), allow_nan=False) + "\n" for record in records)
+                file.writelines(json.dumps(jsonable(record), allow_nan=False) + "\n" for record in records)
 
 
 class ProgressBar:

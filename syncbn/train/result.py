@@ -50,7 +50,7 @@ class RunResult:
 
     def to_json(self, path: Path) -> None:
         """Write atomically; a number that is not finite is written as null."""
-        write_atomically(path, json.dumps(_jsonable(asdict(self)), indent=1, allow_nan=False))
+        write_atomically(path, json.dumps(jsonable(asdict(self)), indent=1, allow_nan=False))
 
     @classmethod
     def from_json(cls, path: Path) -> RunResult:
@@ -60,12 +60,13 @@ class RunResult:
         return cls(**values)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """``value`` with null in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _jsonable(v) for k, v in value.items()}
-    return [_jsonable(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: jsonable(v) for k, v in value.items()}
+    return [jsonable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def write_atomically(path: Path, text: str) -> None:
