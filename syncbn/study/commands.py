@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ def run_study(config: str, out: Path, workers: int | None = None) -> int:
     started = time.monotonic()
     outcomes = run_cells(study, cells, out, workers=workers)
     ran = sum(outcome.status == "ran" for outcome in outcomes.values())
-    report = write_report(study, cells, outcomes, out, command=f"syncbn study run --config {config} --out {out}")
+    command = shlex.join(["syncbn", "study", "run", "--config", _shown(config), "--out", _shown(out)])
+    report = write_report(study, cells, outcomes, out, command=command)
     print_table(study, cells, outcomes)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
@@ -43,3 +45,8 @@ def run_study(config: str, out: Path, workers: int | None = None) -> int:
     print(f"{ran} runs in {time.monotonic() - started:.0f} s, {kept} kept from before, {len(failed)} failed")
     print(f"report: {report}")
     return 1 if failed else 0
+
+
+def _shown(path: str | Path) -> str:
+    """A path for a page that others read: where an absolute one lies on this machine is nothing to them."""
+    return Path(path).name if Path(path).is_absolute() else str(path)

@@ -84,7 +84,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         for ending in ("svg", "png"):
             draft = path.with_name(f".{path.name}.{os.getpid()}.{ending}")
             metadata = {"Date": None} if ending == "svg" else {}
-            figure.savefig(draft, format=ending, dpi=200, facecolor="white", metadata=metadata)
+            figure.savefig(draft, format=ending, dpi=200, facecolor=SURFACE, metadata=metadata)
             draft.replace(path.with_suffix(f".{ending}"))
 
 
@@ -113,8 +113,10 @@ def _error_row(axes: Axes, place: int, row: Row, colour: str) -> None:
     offsets = [0.0] if count == 1 else [0.16 * (2 * i / (count - 1) - 1) for i in range(count)]
     base = place + 0.14
     to_axes = axes.get_yaxis_transform()
-    axes.text(0.0, place - 0.3, row.label, transform=to_axes, ha="left", va="center", fontweight="bold")
-    axes.text(1.0, place - 0.3, _figures(row), transform=to_axes, ha="right", va="center")
+    # On a ground of the page's colour: the reference's line would strike the names out.
+    ground = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5}
+    axes.text(0.0, place - 0.3, row.label, transform=to_axes, va="center", fontweight="bold", bbox=ground)
+    axes.text(1.0, place - 0.3, _figures(row), transform=to_axes, ha="right", va="center", bbox=ground)
     if row.finished:
         axes.plot([row.low, row.high], [base, base], color=colour, linewidth=1.2, zorder=2)
         axes.plot([row.mean] * 2, [base - 0.23, base + 0.23], color=colour, linewidth=2.6, zorder=3)

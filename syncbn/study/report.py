@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from syncbn.study.plan import Cell, Study
 from syncbn.study.plots import arm_colours, curve_figure, curve_limits, error_figure, inline_svg, save_figure
@@ -94,12 +95,13 @@ def table_lines(rows: Sequence[Row], colours: Mapping[str, str]) -> list[TableLi
 def print_table(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> None:
     """The table of the page, on the terminal."""
     rows = summary_rows(study, cells, _results(outcomes))
-    table = Table(title=study.title)
-    for heading in ("arm", "samples a mean", "test error", "seeds", "images/s"):
+    table = Table(title=Text(study.title))
+    for heading in ("arm", "norm. batch", "test error", "seeds", "images/s"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for line in table_lines(rows, {row.name: "" for row in rows}):
         label = f"{line.label} (reference)" if line.reference else line.label
-        table.add_row(label, line.normalization_batch_size, line.error, "  ".join(line.seeds), line.images_per_second)
+        words = (label, line.normalization_batch_size, line.error, "  ".join(line.seeds), line.images_per_second)
+        table.add_row(*(Text(word) for word in words))  # not markup: a label may hold brackets
     Console(width=None if Console().is_terminal else 110).print(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,9 @@ def answer(rows: Sequence[Row]) -> Answer:
     if not others:
         return Answer(headline="No run has a result yet.", remedies="", caveat=caveat)
     worst, rest = others[0], others[1:]
+    if reference is not None and reference.finished and worst.finished and worst.mean <= reference.mean:
+        headline = f"No arm did worse than the reference, {reference.label} ({percent(reference.mean)} test error)."
+        return Answer(headline=headline, remedies=_listed(others), caveat=caveat)
     if worst.finished == 0:
         headline = f"{worst.label} is the worst arm: all of its runs diverged ({worst.diverged} of {worst.diverged})."
         against = [reference] if reference is not None else []
@@ -141,7 +145,7 @@ def repeat_words(
     if precision in ("fp32", "bf16", "fp16"):
         words += (
             f" Both do the same sums in another order, so in {precision} rounding differences appear, and training"
-            " amplifies them; `syncbn parity` makes the exact comparison, in fp64."
+            " amplifies them; the command syncbn parity makes the exact comparison, in fp64."
         )
     return words
 
@@ -150,7 +154,7 @@ def write_csv(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResu
     """One line a cell, also for those without a result: its place, status and figures (errors as fractions)."""
     figures = ("test_error", "test_loss", "steps", "samples", "seconds", "images_per_second", "parameters", "processes")
     labels = {arm.name: arm.label for arm in study.arms}
-    draft = path.with_name(f".{path.name}.tmp")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # two study runs may end at once
     with draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "label", "seed", "normalization_batch_size", "key", "status", *figures])
@@ -162,18 +166,21 @@ def write_csv(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResu
     draft.replace(path)
 
 
-def percent(fraction: float, digits: int = 1) -> str:
+def percent(fraction: float) -> str:
     """A fraction as a percentage, with a second digit below one percent; a dash for NaN."""
-    if math.isnan(fraction):
-        return "–"
-    return f"{100 * fraction:.{digits + (0 < fraction < 0.00995)}f}{SPACE}%"
+    return "–" if math.isnan(fraction) else f"{100 * fraction:.{_digits(fraction)}f}{SPACE}%"
 
 
 def spread(mean: float, sd: float) -> str:
-    """Mean and standard deviation, both fractions, as one percentage: 2.4 ± 0.1 %."""
+    """Mean and standard deviation, both fractions, as one percentage with the mean's digits: 2.4 ± 0.1 %."""
     if math.isnan(mean) or math.isnan(sd):
         return percent(mean)
-    return f"{percent(mean).removesuffix(f'{SPACE}%')}{SPACE}±{SPACE}{percent(sd)}"
+    digits = _digits(mean)
+    return f"{100 * mean:.{digits}f}{SPACE}±{SPACE}{100 * sd:.{digits}f}{SPACE}%"
+
+
+def _digits(fraction: float) -> int:
+    return 2 if 0 < fraction < 0.00995 else 1
 
 
 def _error(result: RunResult | None) -> float:

@@ -285,7 +285,7 @@ class RunConfig:
     seed: int = 0
     """Seed of the initial weights, the data order and the augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; `auto` takes CUDA where there is one."""
+    """Where to run; `auto` takes CUDA where there is a GPU for each process, else the CPU."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data set and order."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -67,6 +67,8 @@ def _use_cpu(config: RunConfig) -> bool:
         raise ConfigError("precision", "fp16", "bf16, fp32 or fp64 on a CPU (fp16 needs CUDA's loss scaling)")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not cpu and local_processes > torch.cuda.device_count():
+        if config.device == "auto":
+            return True
         raise ConfigError(
             "device",
             config.device,

@@ -13,9 +13,10 @@ from study_fakes import fake_result, small_study
 
 from syncbn.study import commands
 from syncbn.study.plan import study_cells
-from syncbn.study.report import write_report
+from syncbn.study.report import print_table, write_report
 from syncbn.study.runner import Outcome, repeat_id
-from syncbn.study.summary import answer, summary_rows
+from syncbn.study.summary import SPACE, answer, spread, summary_rows
+from syncbn.study.worker import Job
 from syncbn.train.config import ConfigError
 
 ERRORS = {"batch": (0.40, 0.36), "sync": (0.02, 0.03), "iid": (0.02, 0.024)}
@@ -79,6 +80,28 @@ def test_diverged_and_missing_runs_are_in_the_words():
     assert sync.mean == pytest.approx(0.03)
 
 
+def test_an_arm_below_the_reference_is_no_cost():
+    study = small_study()
+    cells, outcomes = outcomes_of(study, {"batch": (0.010, 0.012), "sync": (0.008, 0.008), "iid": (0.02, 0.024)})
+    found = answer(summary_rows(study, cells, {k: o.result for k, o in outcomes.items()}))
+    assert found.headline.startswith("No arm did worse than the reference")
+    assert "worst" not in found.headline + found.remedies
+
+
+def test_labels_and_digits_are_printed_as_they_are(capsys):
+    arms = {"batch": {"label": "a [/b] $x$ [red]", "overrides": {"norm": {"name": "batch"}}}}
+    study = small_study(arms=arms, title="[/title]")
+    cells, outcomes = outcomes_of(study)
+    print_table(study, cells, outcomes)
+    printed = capsys.readouterr().out
+    assert "a [/b] $x$ [red]" in printed
+    assert "[/title]" in printed
+    # A mean and its deviation have the same digits.
+    assert [spread(0.0173, 0.004), spread(0.0052, 0.0101)] == [
+        text.replace(" ", SPACE) for text in ("1.7 ± 0.4 %", "0.52 ± 1.01 %")
+    ]
+
+
 def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeypatch, capsys):
     study = small_study()
     _, outcomes = outcomes_of(study)
@@ -86,6 +109,14 @@ def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeyp
     monkeypatch.setattr(commands, "run_cells", lambda *args, **kwargs: outcomes)
     assert commands.run_study("small", tmp_path / "out") == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+    job = Job(id="k", label="sync, seed 1", config=None, directory=tmp_path, lock=tmp_path / "l", log=tmp_path / "log")
+    outcomes[study_cells(study)[4].key] = Outcome(job=job, status="failed", message="no luck <today>")
+    assert commands.run_study("small", tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "failed: sync, seed 1: no luck <today>" in printed.err
+    assert printed.out.splitlines()[-1].startswith("report: ")
+    assert "no luck &lt;today&gt;" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(ConfigError, match="workers"):
         commands.run_study("small", tmp_path / "out", workers=0)
 
