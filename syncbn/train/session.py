@@ -62,19 +62,17 @@ def _use_cpu(config: RunConfig) -> bool:
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError("device", "cuda", "cpu or auto, as torch finds no CUDA device")
-    cpu = config.device == "cpu" or not cuda
-    if cpu and config.precision == "fp16":
-        raise ConfigError("precision", "fp16", "bf16, fp32 or fp64 on a CPU (fp16 needs CUDA's loss scaling)")
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not cpu and local_processes > torch.cuda.device_count():
-        if config.device == "auto":
-            return True
+    too_many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    if config.device == "cuda" and too_many:
         raise ConfigError(
             "device",
-            config.device,
-            f"cpu, or at most {torch.cuda.device_count()} processes on this machine (there are {local_processes}): "
+            "cuda",
+            f"cpu, or at most {torch.cuda.device_count()} processes on this machine: "
             "processes need a GPU each, and one process can host several logical GPUs",
         )
+    cpu = config.device == "cpu" or too_many or not cuda
+    if cpu and config.precision == "fp16":
+        raise ConfigError("precision", "fp16", "bf16, fp32 or fp64 on a CPU (fp16 needs CUDA's loss scaling)")
     return cpu
 
 
