@@ -80,6 +80,7 @@ class SmallBatchNorm(_BatchNorm):
         running_update: RunningUpdate = "mean",
     ) -> None:
         """Set all that is not ``_BatchNorm``'s own. Nothing is changed if an argument is wrong."""
+        sync = sync or process_group is not None or sync_group_size is not None
         scope = make_scope(process_group, sync_group_size) if sync else None
         for name, value in (("ghost_batch_size", ghost_batch_size), ("max_ghost_groups", max_ghost_groups)):
             check_positive(name, value)

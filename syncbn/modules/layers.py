@@ -117,7 +117,7 @@ class GhostBatchNorm(SmallBatchNorm):
         **options: Any,
     ) -> None:
         super()._configure(
-            sync=sync or process_group is not None or sync_group_size is not None,
+            sync=sync,
             process_group=process_group,
             sync_group_size=sync_group_size,
             ghost_batch_size=ghost_batch_size,
@@ -214,7 +214,7 @@ class BatchRenorm(SmallBatchNorm):
             if not 0 <= warmup_steps <= end:
                 raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
         super()._configure(
-            sync=sync or process_group is not None or sync_group_size is not None,
+            sync=sync,
             process_group=process_group,
             sync_group_size=sync_group_size,
             ghost_batch_size=ghost_batch_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from syncbn.train.checkpoint import try_lock
 from syncbn.train.config_io import save_config
 
 if TYPE_CHECKING:
@@ -87,37 +87,13 @@ def load_record(directory: Path) -> RunResult | None:
         return None
 
 
-@contextmanager
-def job_lock(path: Path) -> Iterator[bool]:
-    """Hold an advisory lock; yields False if another process holds it.
-
-    The kernel releases it when the holder ends, however it ends. The file stays: removing it would let two processes
-    hold locks on two files of the same name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            held = False
-        try:
-            yield held
-        finally:
-            if held:  # explicitly, as a forked loader process may still hold a copy of the descriptor
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
-
-
 def execute(job: Job, trainer: Trainer) -> Literal["ran", "kept", "busy"]:
     """Do one job unless it is done or another process is at it.
 
     Raises:
         Exception: whatever the run raised; the details are in the job's log.
     """
-    with job_lock(job.lock) as held:
+    with try_lock(job.lock) as held:
         if not held or not _is_free(job.directory):
             return "busy"
         # Under the lock: the process that held it before may just have finished this job.
@@ -190,7 +166,7 @@ def _launch(job: Job, processes: int, trainer: Trainer) -> None:
 
 def _is_free(directory: Path) -> bool:
     """False while processes that outlived their worker write to a run's directory: the trainer locks it too."""
-    with job_lock(directory / ".lock") as free:
+    with try_lock(directory / ".lock") as free:
         return free
 
 

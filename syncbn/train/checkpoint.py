@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,16 +82,38 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, prefi
 
 
 @contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold an advisory lock; yields False if another process holds it.
+
+    The kernel releases it when the holder ends, however it ends. The file stays: removing it would let two processes
+    hold locks on two files of the same name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            held = False
+        try:
+            yield held
+        finally:
+            if held:  # explicitly, as a forked loader process may still hold a copy of the descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the folder of a run. The kernel lets go of it when the process ends, however it ends.
+    """Hold the folder of a run, which is made if need be.
 
     Raises:
         ConfigError: another process holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError("out", str(out), "a folder that no other run is writing to") from error
+    with try_lock(out / ".lock") as held:
+        if not held:
+            raise ConfigError("out", str(out), "a folder that no other run is writing to")
         yield
