@@ -7,9 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from syncbn.study.plan import load_study, study_cells
+from syncbn.study.plan import study_cells
 from syncbn.study.report import print_table, write_report
 from syncbn.study.runner import run_cells
+from syncbn.study.study_file import load_study
 from syncbn.train.config import ConfigError
 
 

@@ -1,17 +1,18 @@
-"""From a study file to the list of runs it asks for: one keyed run for each arm and seed."""
+"""A study as a grid: arms over a sweep and further axes, and seeds; resolved into keyed runs.
+
+A *setting* is an arm at a point of the axes; a *cell* is a setting with a seed. Two cells with the same resolved
+configuration are one run: an arm that a sweep does not touch (GroupNorm does not see how a batch is cut) is run once,
+and its result stands at every point.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Literal
 
 from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.config_io import config_from_dict, config_to_dict
@@ -19,10 +20,18 @@ from syncbn.train.config_io import config_from_dict, config_to_dict
 KEY_LENGTH = 16
 """Hexadecimal digits of a cell's key (64 bits: no accidental collision among any number of runs one can pay for)."""
 
+Vary = Literal["per_gpu_batch_size", "ghost_batch_size", "sync_group_size"]
+Value = int | float | str | bool | None
+Point = tuple[tuple[str, Value], ...]
+"""A place on the axes: (name, value) in the order of :attr:`Study.axes`."""
+
+HOLD = "hold"
+"""Name of the axis of a coupled sweep that is run both at constant epochs and at constant steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One setting under comparison."""
+    """One way of normalizing under comparison."""
 
     name: str
     """Short name, used in files and commands."""
@@ -32,6 +41,38 @@ class Arm:
     """What differs from the study's base configuration, as a nested mapping."""
     reference: bool = False
     """The arm that the others are measured against (at most one)."""
+    only: dict[str, tuple[Value, ...]] = field(default_factory=dict)
+    """Values of an axis at which this arm is run; an axis that is not named is run in full."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """How the normalization batch is varied.
+
+    ``decoupled`` isolates normalization: global batch, learning rate and steps stay as they are, and the same global
+    batches are cut otherwise. ``coupled`` is the protocol of Wu and He 2018 (Group Normalization, arXiv 1803.08494,
+    section 4.1): the batch on each GPU varies, and the global batch and the learning rate with it.
+    """
+
+    kind: Literal["decoupled", "coupled"] = "decoupled"
+    vary: Vary = "per_gpu_batch_size"
+    values: tuple[int, ...]
+    global_batch_size: int | None = None
+    """Decoupled over ``per_gpu_batch_size``: images in a forward pass over all logical GPUs."""
+    hold: tuple[Literal["epochs", "steps"], ...] = ("epochs",)
+    """Coupled: what stays constant while the batch varies; with both, the whole sweep is run for each."""
+    steps: int | None = None
+    """Coupled, with ``steps`` held: optimizer steps of every run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """The comparisons with the reference arm that are tested: the family over which the tests are corrected."""
+
+    at: dict[str, Value] = field(default_factory=dict)
+    """Place on the axes; an axis that is not named is at its first value."""
+    arms: tuple[str, ...] | None = None
+    """Arms compared with the reference; None is all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +82,13 @@ class RepeatDistributed:
     arm: str
     seed: int
     processes: int
+    at: dict[str, Value] = field(default_factory=dict)
+    """Place on the axes; an axis that is not named is at the arm's first value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A question, the arms that answer it, and the seeds each arm is run with."""
+    """A question, the arms that answer it, the axes they are run along, and the seeds of each setting."""
 
     name: str
     title: str
@@ -53,6 +96,10 @@ class Study:
     base: dict[str, Any]
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
+    sweep: Sweep | None = None
+    grid: dict[str, tuple[Value, ...]] = field(default_factory=dict)
+    """Further axes: a dotted key of the run configuration, and its values."""
+    compare: Comparisons = field(default_factory=Comparisons)
     repeat_distributed: RepeatDistributed | None = None
 
     @property
@@ -60,94 +107,79 @@ class Study:
         """The reference arm, if the study names one."""
         return next((arm for arm in self.arms if arm.reference), None)
 
+    @property
+    def axes(self) -> dict[str, tuple[Value, ...]]:
+        """All axes by name, the sweep's first; empty for a plain comparison of arms."""
+        found: dict[str, tuple[Value, ...]] = {}
+        if self.sweep is not None:
+            found[self.sweep.vary] = self.sweep.values
+            if len(self.sweep.hold) > 1:
+                found[HOLD] = self.sweep.hold
+        return found | self.grid
+
+    def points(self, arm: Arm) -> list[Point]:
+        """The places at which an arm is run, in the order of the axes."""
+        choices = [
+            [(name, value) for value in values if name not in arm.only or value in arm.only[name]]
+            for name, values in self.axes.items()
+        ]
+        return list(product(*choices))
+
+    def comparison_point(self) -> Point:
+        """The place at which arms are compared with the reference."""
+        return tuple((name, self.compare.at.get(name, values[0])) for name, values in self.axes.items())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of a study: an arm with a seed, resolved into a full run configuration."""
+    """One run of a study: a setting with a seed, resolved into a full run configuration."""
 
     arm: str
     seed: int
+    point: Point = ()
     config: RunConfig
     key: str
     """Hash of ``config``: an unchanged cell keeps its key and is not run again, a changed one is a new cell."""
 
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's own rule for a key given twice is that the last one wins; here that would drop an arm without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [child.value for child, _ in node.value if isinstance(child, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def load_study(path_or_name: str | Path) -> Study:
-    """Read a study file.
-
-    Args:
-        path_or_name: a YAML file, or the name of a study that comes with the package (see :func:`available_studies`).
-
-    Raises:
-        ConfigError: no such study, or the file is malformed; the message names the file, the key and what was expected.
-    """
-    path = _find_study(str(path_or_name))
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), re.sub(r"\s+", " ", str(error)), "a YAML file") from None
-    return study_from_dict(content, str(path))
-
-
-def available_studies() -> list[str]:
-    """Names of the studies that come with the package, sorted."""
-    return sorted({path.stem for folder in _study_folders() for path in folder.glob("*.yaml")})
-
-
-def study_from_dict(content: object, source: str = "study") -> Study:
-    """Build a study from the content of its file.
-
-    Args:
-        content: the parsed file; see ``configs/study/quickstart.yaml`` for the keys.
-        source: what error messages call the file.
-
-    Raises:
-        ConfigError: a key is missing, unknown or of the wrong type, or a cell's configuration is impossible.
-    """
-    required = ("name", "title", "question", "base", "arms", "seeds")
-    data = _mapping(content, source, required, optional=("repeat_distributed",))
-    arms = _mapping(data["arms"], f"{source}: arms")
-    seeds = data["seeds"]
-    _require(bool(arms), f"{source}: arms", arms, "at least one arm")
-    seeds_ok = isinstance(seeds, list) and bool(seeds) and all(type(s) is int for s in seeds)
-    _require(seeds_ok and len(set(seeds)) == len(seeds), f"{source}: seeds", seeds, "a list of different integers")
-    study = Study(
-        name=_text(data["name"], f"{source}: name"),
-        title=_text(data["title"], f"{source}: title"),
-        question=_text(data["question"], f"{source}: question"),
-        base=_mapping(data["base"], f"{source}: base"),
-        arms=tuple(_arm(name, arm, source) for name, arm in arms.items()),
-        seeds=tuple(seeds),
-        repeat_distributed=_repeat(data.get("repeat_distributed"), source),
-    )
-    references = [arm.name for arm in study.arms if arm.reference]
-    _require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
-    _check_repeat(study, study_cells(study, source), source)
-    return study
+    @property
+    def label(self) -> str:
+        """Name of the cell in messages."""
+        return ", ".join([self.arm, *(f"{name} {value}" for name, value in self.point), f"seed {self.seed}"])
 
 
 def study_cells(study: Study, source: str | None = None) -> list[Cell]:
-    """The runs of a study, arm by arm within each seed, so that a study cut short has compared all arms on some seeds.
+    """The runs of a study, setting by setting within each seed: a study cut short has compared all on some seeds.
 
     Seeds are paired: a cell's seed is its run's seed, so all arms of one seed share initial weights, data order and
     augmentation as far as their configurations allow.
 
     Raises:
-        ConfigError: an arm's configuration is impossible; the message names the arm and the key.
+        ConfigError: a setting's configuration is impossible; the message names the arm and the key.
     """
-    return [_cell(study, arm, seed, source or study.name) for seed in study.seeds for arm in study.arms]
+    settings = [(arm, point) for arm in study.arms for point in study.points(arm)]
+    resolved = [(arm, point, _resolve(study, arm, point, source or study.name)) for arm, point in settings]
+    return [
+        _seeded(arm, point, values, seed, source or study.name)
+        for seed in study.seeds
+        for arm, point, values in resolved
+    ]
+
+
+def unique_cells(cells: list[Cell]) -> list[Cell]:
+    """One cell for each key, the first: the runs there are to do."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found.setdefault(cell.key, cell)
+    return list(found.values())
+
+
+def repeated_cell(study: Study, cells: list[Cell]) -> Cell | None:
+    """The cell that the study repeats under real processes; None where it names none."""
+    repeat = study.repeat_distributed
+    if repeat is None:
+        return None
+    places = (c for c in cells if (c.arm, c.seed) == (repeat.arm, repeat.seed))
+    return next((c for c in places if all(dict(c.point).get(k) == v for k, v in repeat.at.items())), None)
 
 
 def cell_key(config: RunConfig) -> str:
@@ -156,24 +188,76 @@ def cell_key(config: RunConfig) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _cell(study: Study, arm: Arm, seed: int, source: str) -> Cell:
-    merged = _merge(study.base, arm.overrides)
-    if "seed" in merged:
-        raise ConfigError(f"{source}: arm {arm.name}: seed", merged["seed"], "no seed here: the study's `seeds` set it")
-    try:
-        config = config_from_dict({**merged, "seed": seed})
-    except ConfigError as error:
-        raise ConfigError(f"{source}: arm {arm.name}: {error.key}", error.value, error.expected) from None
-    return Cell(arm=arm.name, seed=seed, config=config, key=cell_key(config))
-
-
-def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``overrides`` laid over it, section by section; neither is changed."""
     merged = dict(base)
     for key, value in overrides.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def _resolve(study: Study, arm: Arm, point: Point, source: str) -> dict[str, Any]:
+    """The configuration of a setting, as nested values without a seed."""
+    values = merge(study.base, arm.overrides)
+    if "seed" in values:
+        raise ConfigError(f"{source}: arm {arm.name}: seed", values["seed"], "no seed here: the study's `seeds` set it")
+    at = dict(point)
+    for name in study.grid:
+        values = merge(values, _nested(name, at[name]))
+    if study.sweep is not None:
+        where = f"{source}: arm {arm.name}"
+        config = _config(merge(values, _any_place(study.sweep, values)), where)
+        values = merge(values, _swept(study.sweep, config, at))
+    return values
+
+
+def _any_place(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that a sweep sets itself, so that an arm which leaves them open can be read before they are known."""
+    norm = values.get("norm")
+    if sweep.vary == "ghost_batch_size":
+        ghost = isinstance(norm, Mapping) and norm.get("name") == "ghost"
+        return {"norm": {"ghost_batch_size": sweep.values[0]}} if ghost else {}
+    whole = sweep.global_batch_size
+    return {} if whole is None else {"gpus": 1, "per_gpu_batch_size": whole, "sync_group_size": None}
+
+
+def _swept(sweep: Sweep, config: RunConfig, at: Mapping[str, Value]) -> dict[str, Any]:
+    """What a point of the sweep sets in a configuration; nothing, where the arm's normalization does not see it."""
+    value = at[sweep.vary]
+    assert isinstance(value, int), "checked when the study was read"
+    if sweep.kind == "coupled":
+        hold = at.get(HOLD, sweep.hold[0])
+        scaling = config.optimizer.lr_scaling if config.optimizer.lr_scaling != "none" else "linear"
+        budget = {"epochs": None, "steps": sweep.steps} if hold == "steps" else {}
+        return {"per_gpu_batch_size": value, "optimizer": {"lr_scaling": scaling}, "budget": budget}
+    if sweep.vary == "per_gpu_batch_size":
+        assert sweep.global_batch_size is not None, "checked when the study was read"
+        if config.normalization_batch_size is None:
+            value = sweep.global_batch_size
+        return {"gpus": sweep.global_batch_size // value, "per_gpu_batch_size": value}
+    if sweep.vary == "ghost_batch_size":
+        return {"norm": {"ghost_batch_size": value}} if config.norm.name == "ghost" else {}
+    synchronized = config.norm.name == "sync" or config.norm.sync
+    return {"sync_group_size": value} if synchronized else {}
+
+
+def _nested(dotted: str, value: Value) -> dict[str, Any]:
+    first, _, rest = dotted.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _seeded(arm: Arm, point: Point, values: dict[str, Any], seed: int, source: str) -> Cell:
+    place = "".join(f", {name} {value}" for name, value in point)
+    config = _config({**values, "seed": seed}, f"{source}: arm {arm.name}{place}")
+    return Cell(arm=arm.name, seed=seed, point=point, config=config, key=cell_key(config))
+
+
+def _config(values: dict[str, Any], where: str) -> RunConfig:
+    try:
+        return config_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.key}", error.value, error.expected) from None
 
 
 def _canonical(value: Any) -> Any:
@@ -185,86 +269,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _study_folders() -> Iterator[Path]:
-    package = Path(str(importlib.resources.files("syncbn")))
-    # An installed wheel carries the configurations inside the package; in a source checkout they lie beside it.
-    for folder in (package / "configs" / "study", package.parent / "configs" / "study"):
-        if folder.is_dir():
-            yield folder
-
-
-def _find_study(path_or_name: str) -> Path:
-    path = Path(path_or_name)
-    if path.is_file():
-        return path
-    if path.suffix not in (".yaml", ".yml") and path.name == path_or_name:
-        for folder in _study_folders():
-            if (folder / f"{path_or_name}.yaml").is_file():
-                return folder / f"{path_or_name}.yaml"
-    names = ", ".join(available_studies()) or "none is installed"
-    raise ConfigError("study", path_or_name, f"an existing YAML file or the name of a study ({names})")
-
-
-def _arm(name: object, content: object, source: str) -> Arm:
-    where = f"{source}: arms.{name}"
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"{source}: arms", name, "a name (YAML reads an unquoted no, off, 1 or null as a value)")
-    data = _mapping(content, where, optional=("label", "overrides", "reference"))
-    reference = data.get("reference", False)
-    _require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
-    return Arm(
-        name=name,
-        label=_text(data.get("label", name), f"{where}.label"),
-        overrides=_mapping(data.get("overrides", {}), f"{where}.overrides"),
-        reference=reference,
-    )
-
-
-def _repeat(content: object, source: str) -> RepeatDistributed | None:
-    if content is None:
-        return None
-    where = f"{source}: repeat_distributed"
-    data = _mapping(content, where, required=("arm", "seed", "processes"))
-    processes = data["processes"]
-    _require(type(processes) is int and processes >= 2, f"{where}.processes", processes, "2 or more")
-    return RepeatDistributed(arm=data["arm"], seed=data["seed"], processes=processes)
-
-
-def _check_repeat(study: Study, cells: list[Cell], source: str) -> None:
-    repeat = study.repeat_distributed
-    if repeat is None:
-        return
-    where = f"{source}: repeat_distributed"
-    names = [arm.name for arm in study.arms]
-    _require(repeat.arm in names, f"{where}.arm", repeat.arm, f"one of the arms ({', '.join(names)})")
-    _require(repeat.seed in study.seeds, f"{where}.seed", repeat.seed, f"one of the seeds {list(study.seeds)}")
-    cell = next(cell for cell in cells if (cell.arm, cell.seed) == (repeat.arm, repeat.seed))
-    divisor = f"a divisor of the {cell.config.gpus} logical GPUs"
-    _require(cell.config.gpus % repeat.processes == 0, f"{where}.processes", repeat.processes, divisor)
-
-
-def _mapping(
-    content: object, where: str, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()
-) -> dict[Any, Any]:
-    """``content`` if it is a mapping with exactly these keys (any keys, if none are named)."""
-    if not isinstance(content, dict):
-        raise ConfigError(where, content, "a mapping")
-    known = required + optional
-    for key in content:
-        _require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
-    for key in required:
-        _require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
-    return content
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(where, value, "a text")
-    return value.strip()
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(key, value, expected)

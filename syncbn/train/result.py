@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,16 @@ class RunResult:
     """Mean training loss of each optimizer step."""
     history: list[dict[str, float | int | None]]
     """One entry an evaluation: epoch, step, train_loss, test_error, test_loss."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """The trained model on the test set under each kind of statistics, one entry each: ``statistics`` (``running``,
+    ``batch`` or ``population``), ``estimator`` (``mean`` or ``total``, of the population's variance), ``samples`` (that
+    the population statistics are of), ``test_error``, ``test_loss``. Without batch statistics there is ``running``
+    alone. Empty for a run that diverged."""
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    """How far each layer's batch statistics are from the population's, in the order of the model; see
+    :class:`syncbn.population.LayerDivergence` for the keys. Empty without batch statistics."""
+    peak_memory_bytes: int | None = None
+    """Largest memory of the first process: allocated on a GPU, resident on a CPU; None where it cannot be told."""
     processes: int
     """Processes that executed the run."""
     environment: dict[str, str]

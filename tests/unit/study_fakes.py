@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from syncbn.study.plan import study_from_dict
+from syncbn.study.study_file import study_from_dict
 from syncbn.train.config_io import config_to_dict
 from syncbn.train.result import RunResult
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
-from syncbn.study.plan import available_studies, load_study, study_cells
+from syncbn.study.plan import study_cells
+from syncbn.study.study_file import available_studies, load_study
 from syncbn.train.config import ConfigError
 
 
