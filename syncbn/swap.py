@@ -19,7 +19,7 @@ State = dict[str, Any]
 
 _COUNTER = "num_nonfinite_batches"
 # What a layer is given or collects once it is configured. It does not make it another layer.
-_NOT_SETTINGS = frozenset(("sample_groups", "qualified_name", "after"))
+_NOT_SETTINGS = frozenset(("sample_groups", "qualified_name", "after", "observer"))
 _ABSENT = object()
 
 

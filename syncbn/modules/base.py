@@ -56,6 +56,9 @@ class SmallBatchNorm(_BatchNorm):
     """Name within the model, for messages; set by :func:`syncbn.convert`."""
     after: Callable[[Any, Tensor], Tensor] | None
     """What a converted layer does to the normalized values (its activation, say); called with the layer and them."""
+    observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None
+    """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C), instead of an update of the
+    running statistics; see :mod:`syncbn.population`."""
     num_nonfinite_batches: Tensor
     """() int64, not saved: batches whose statistics were not finite and so were kept out of the running ones."""
 
@@ -98,6 +101,7 @@ class SmallBatchNorm(_BatchNorm):
         self.sample_groups = None
         self.qualified_name = None
         self.after = None
+        self.observer = None
         self._agreed_groups: int | None = None
         if self.running_mean is not None:
             zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
@@ -187,7 +191,9 @@ class SmallBatchNorm(_BatchNorm):
         count, mean, var = statistics(x, groups.index, groups.number, group_name)
         self._check_count(x, count, groups)
         scale, shift = self._scale_and_shift(mean, var)
-        if self.training and self.track_running_stats and self.running_mean is not None:
+        if self.observer is not None:
+            self.observer(self, count, mean, var)
+        elif self.training and self.track_running_stats and self.running_mean is not None:
             self._update_running(count, mean, var, groups.divisor)
         invstd = torch.rsqrt(var + self.eps)
         output: Tensor = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]

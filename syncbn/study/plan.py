@@ -238,8 +238,7 @@ def _swept(sweep: Sweep, config: RunConfig, at: Mapping[str, Value]) -> dict[str
         return {"gpus": sweep.global_batch_size // value, "per_gpu_batch_size": value}
     if sweep.vary == "ghost_batch_size":
         return {"norm": {"ghost_batch_size": value}} if config.norm.name == "ghost" else {}
-    synchronized = config.norm.name == "sync" or config.norm.sync
-    return {"sync_group_size": value} if synchronized else {}
+    return {"sync_group_size": value} if config.norm.synchronized else {}
 
 
 def _nested(dotted: str, value: Value) -> dict[str, Any]:

@@ -1,26 +1,114 @@
-"""Training augmentation whose draws are a function of (seed, epoch, sample) alone."""
+"""Training augmentation in batches, whose draws are a function of (seed, epoch, sample) alone.
+
+The draws come from a counter-based generator: a hash of the sample's numbers, in int64 tensor arithmetic (which wraps,
+as the hash wants). So they are the same bits on every device, and depend on neither the batch that a sample is in, its
+place there, the rank nor the loader process; and no generator's state is read or changed. Nothing here brings a value
+to the host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.compat import import_torchvision
 from syncbn.train.order import derive_seed
+
+
+def _as_int64(bits: int) -> int:
+    """The signed number with the same 64 bits."""
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+# Steps of the counter from sample to sample and from epoch to epoch: 2^64 times the fractions of the golden ratio and
+# of the root of 2, the latter made odd. Within a million epochs no two of the first 10^13 samples share a counter.
+_SAMPLE_STEP = _as_int64(0x9E3779B97F4A7C15)
+_EPOCH_STEP = _as_int64(0x6A09E667F3BCC909)
+
+
+def mix_bits(counters: Tensor) -> Tensor:
+    """A bijection of 64 bits under which neighbouring counters become unrelated: SplitMix64's output function.
+
+    Args:
+        counters: int64, any shape and device.
+
+    Returns:
+        int64 of the same shape, uniform over all 64 bits (the sign among them) for distinct counters.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with the constants of
+    Stafford's variant 13.
+    """
+    # torch's >> keeps the sign; the masks make it the shift of unsigned numbers that the hash means.
+    x = (counters ^ ((counters >> 30) & ((1 << 34) - 1))) * _as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _as_int64(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def draw_bits(seed: int, epochs: Tensor, indices: Tensor) -> Tensor:
+    """64 random bits for each sample: a pure function of the arguments, elementwise.
+
+    Args:
+        seed: the run's seed, any integer.
+        epochs: int64 [n], the epoch in which each sample is seen.
+        indices: int64 [n], each sample's index in its set, on the same device.
+
+    Returns:
+        int64 [n] on that device.
+    """
+    return mix_bits(indices * _SAMPLE_STEP + epochs * _EPOCH_STEP + _as_int64(derive_seed("augment", seed)))
+
+
+def draw_crops(seed: int, epochs: Tensor, indices: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each sample is cropped and whether it is mirrored: a pure function of the arguments, elementwise.
+
+    Args:
+        seed: the run's seed, any integer.
+        epochs: int64 [n], the epoch in which each sample is seen.
+        indices: int64 [n], each sample's index in its set, on the same device.
+        padding: pixels p on each side of the padded image, far below 2^31.
+
+    Returns:
+        tops and lefts, int64 [n], uniform over 0 .. 2p (to 2^-31); flips, bool [n], true for half of the samples.
+    """
+    bits = draw_bits(seed, epochs, indices)
+    # Three parts of the bits that do not overlap: 33 to 63, 2 to 32, and 0. A part's fraction of 2^31 is scaled, as a
+    # remainder would favour small offsets.
+    tops, lefts = (((bits >> shift & ((1 << 31) - 1)) * (2 * padding + 1)) >> 31 for shift in (33, 2))
+    return tops, lefts, (bits & 1).to(torch.bool)
+
+
+def crop_images(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor | None, padding: int) -> Tensor:
+    """Pad each image with zeros, cut an image of the old size out of it, and mirror that where it is asked for.
+
+    Args:
+        images: [n, C, H, W], any type; n may be 0.
+        tops: int64 [n], the first row of each crop in the padded image, 0 .. 2 * padding.
+        lefts: int64 [n], its first column.
+        flips: bool [n], whether to mirror the crop left to right; None mirrors none.
+        padding: zeros on each of the four sides.
+
+    Returns:
+        [n, C, H, W] of the images' type, on their device.
+    """
+    height, width = images.shape[-2:]
+    rows = tops.unsqueeze(1) + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    if flips is not None:
+        columns = torch.where(flips.unsqueeze(1), width - 1 - columns, columns)
+    columns = lefts.unsqueeze(1) + columns
+    places = rows.unsqueeze(2) * (width + 2 * padding) + columns.unsqueeze(1)  # [n, H, W], in the flat padded image
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, places.flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)).view(images.shape)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop after zero padding (an eighth of the side), and horizontal flip, of uint8 images.
+    """Random crop after zero padding (an eighth of the shorter side), and horizontal flip, of uint8 images.
 
-    The transforms are torchvision's, which draw from torch's global generator; it is seeded anew for every sample and
-    put back afterwards. So a sample's image depends on neither the batch it is in, its place there, the rank nor the
-    loader process.
+    The offsets are those of torchvision's ``RandomCrop(size, padding=max(1, side // 8))``.
     """
 
     kind: Literal["crop", "crop_flip"]
@@ -28,23 +116,11 @@ class Augmentation:
     seed: int
     """The run's seed."""
 
-    def __call__(self, images: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
-        """Augment uint8 [n, C, H, W], sample i with the draws of ``keys[i]``, an (epoch, index); the same shape."""
-        if len(images) == 0:
-            return images
-        transform = _transform(self.kind, images.shape[-2], images.shape[-1])
-        augmented = torch.empty_like(images)
-        with torch.random.fork_rng(devices=[]):  # the CPU's generator is the only one that is touched
-            for image, (epoch, index), out in zip(images, keys, augmented, strict=True):
-                torch.default_generator.manual_seed(derive_seed("augment", self.seed, epoch, index))
-                out.copy_(transform(image))
-        return augmented
+    def __call__(self, images: Tensor, epochs: Tensor, indices: Tensor) -> Tensor:
+        """Augment uint8 [n, C, H, W], sample i with the draws of ``epochs[i], indices[i]`` (int64 [n]); n may be 0.
 
-
-@lru_cache  # made where it is used, so an Augmentation travels to loader processes without importing torchvision first
-def _transform(kind: str, height: int, width: int) -> Any:
-    v2 = import_torchvision("transforms.v2")
-    steps = [v2.RandomCrop((height, width), padding=max(1, min(height, width) // 8))]
-    if kind == "crop_flip":
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose(steps)
+        All three are on one device, and so is the result, which has the shape and the type of ``images``.
+        """
+        padding = max(1, min(images.shape[-2:]) // 8)
+        tops, lefts, flips = draw_crops(self.seed, epochs, indices, padding)
+        return crop_images(images, tops, lefts, flips if self.kind == "crop_flip" else None, padding)

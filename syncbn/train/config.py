@@ -6,43 +6,26 @@ Every check raises :class:`ConfigError`, which names the key, the value and what
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from syncbn.train.checks import ConfigError, LocalError, check_values, require
+from syncbn.train.norm_config import NormConfig
+
+__all__ = [
+    "BudgetConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LocalError",
+    "ModelConfig",
+    "NormConfig",
+    "OptimizerConfig",
+    "RunConfig",
+]
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 DataName = Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"]
-NormName = Literal["none", "batch", "sync", "ghost", "renorm", "group"]
-
-
-class ConfigError(ValueError):
-    """A value of the configuration that cannot be used."""
-
-    def __init__(self, key: str, value: object, expected: str) -> None:
-        super().__init__(f"{key}: got {value!r}, expected {expected}")
-        self.key = key
-        self.value = value
-        self.expected = expected
-
-
-class LocalError(ValueError):
-    """A mistake that only the process which meets it can report, such as an image that cannot be read."""
-
-
-def _check_values(config: Any, prefix: str) -> None:
-    """What a type says of a value, for configurations made in Python: a choice among names, and finite numbers."""
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
-        if get_origin(hint) is Literal:
-            _require(value in get_args(hint), prefix + f.name, value, f"one of {', '.join(map(repr, get_args(hint)))}")
-        if isinstance(value, float):
-            _require(math.isfinite(value), prefix + f.name, value, "a finite number")
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(key, value, expected)
 
 
 @dataclass(kw_only=True)
@@ -71,19 +54,19 @@ class DataConfig:
     """Loader processes (for image folders; sets held in memory are faster without)."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "data.")
-        _require(self.class_skew >= 1, "data.class_skew", self.class_skew, "an integer of at least 1")
-        _require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
-        _require(self.synthetic_samples >= 4, "data.synthetic_samples", self.synthetic_samples, "at least 4")
-        _require(self.synthetic_classes >= 2, "data.synthetic_classes", self.synthetic_classes, "at least 2")
-        _require(
+        check_values(self, "data.")
+        require(self.class_skew >= 1, "data.class_skew", self.class_skew, "an integer of at least 1")
+        require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
+        require(self.synthetic_samples >= 4, "data.synthetic_samples", self.synthetic_samples, "at least 4")
+        require(self.synthetic_classes >= 2, "data.synthetic_classes", self.synthetic_classes, "at least 2")
+        require(
             self.train_samples is None or self.train_samples >= 1,
             "data.train_samples",
             self.train_samples,
             "a positive integer or null",
         )
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        _require(
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(
             self.name != "imagefolder" or bool(self.root),
             "data.root",
             self.root,
@@ -103,74 +86,7 @@ class ModelConfig:
     """Further keyword arguments of a torchvision model."""
 
     def __post_init__(self) -> None:
-        _require(self.width >= 1, "model.width", self.width, "a positive integer")
-
-
-@dataclass(kw_only=True)
-class NormConfig:
-    """Which normalization."""
-
-    name: NormName = "batch"
-    """`batch` is local to a logical GPU; `sync` spans `sync_group_size` of them (all by default)."""
-    momentum: float | None = 0.1
-    """Weight of the new value in the running statistics; null is a cumulative average."""
-    eps: float = 1e-5
-    """Added to the variance under the root."""
-    affine: bool = True
-    """Learn a weight and a bias for each channel."""
-    ghost_batch_size: int | None = None
-    """Samples that share statistics within a logical GPU (`ghost`); it divides `per_gpu_batch_size`."""
-    sync: bool = False
-    """`ghost`, `renorm`: merge the statistics over the logical GPUs of a sync group."""
-    r_max: float = 3.0
-    """`renorm`: largest scale correction, reached at `r_ramp_end`."""
-    d_max: float = 5.0
-    """`renorm`: largest shift correction, in standard deviations, reached at `d_ramp_end`."""
-    warmup_steps: int = 5_000
-    """`renorm`: training forwards with plain batch statistics before the ramps begin."""
-    r_ramp_end: int = 40_000
-    """`renorm`: training forward at which `r_max` is reached."""
-    d_ramp_end: int = 25_000
-    """`renorm`: training forward at which `d_max` is reached."""
-    groups: int = 8
-    """`group`: channel groups of GroupNorm."""
-
-    def __post_init__(self) -> None:
-        _check_values(self, "norm.")
-        _require(
-            self.momentum is None or 0.0 <= self.momentum <= 1.0,
-            "norm.momentum",
-            self.momentum,
-            "a number from 0 to 1, or null",
-        )
-        _require(self.eps > 0, "norm.eps", self.eps, "a positive number")
-        _require(
-            (self.name == "ghost") == (self.ghost_batch_size is not None),
-            "norm.ghost_batch_size",
-            self.ghost_batch_size,
-            "a number of samples with norm.name ghost, and null with any other",
-        )
-        _require(
-            self.ghost_batch_size is None or self.ghost_batch_size >= 1,
-            "norm.ghost_batch_size",
-            self.ghost_batch_size,
-            "a positive integer",
-        )
-        _require(
-            not self.sync or self.name in ("ghost", "renorm"),
-            "norm.sync",
-            self.sync,
-            f"false with norm.name {self.name} (it is for ghost and renorm)",
-        )
-        _require(self.r_max >= 1, "norm.r_max", self.r_max, "at least 1")
-        _require(self.d_max >= 0, "norm.d_max", self.d_max, "at least 0")
-        _require(self.warmup_steps >= 0, "norm.warmup_steps", self.warmup_steps, "0 or more")
-        for key in ("r_ramp_end", "d_ramp_end"):
-            value = getattr(self, key)
-            _require(
-                value >= self.warmup_steps, f"norm.{key}", value, f"at least norm.warmup_steps ({self.warmup_steps})"
-            )
-        _require(self.groups >= 1, "norm.groups", self.groups, "a positive integer")
+        require(self.width >= 1, "model.width", self.width, "a positive integer")
 
 
 @dataclass(kw_only=True)
@@ -207,37 +123,37 @@ class OptimizerConfig:
     """`step`: factor at each milestone."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "optimizer.")
-        _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
-        _require(
+        check_values(self, "optimizer.")
+        require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
+        require(
             not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false with a momentum of 0"
         )
         betas_ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        _require(betas_ok, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(betas_ok, "optimizer.betas", self.betas, "two numbers in [0, 1)")
         self.betas = (self.betas[0], self.betas[1])  # a list where it comes from a file
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(0 <= self.label_smoothing < 1, "optimizer.label_smoothing", self.label_smoothing, "a number in [0, 1)")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        _require(
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.label_smoothing < 1, "optimizer.label_smoothing", self.label_smoothing, "a number in [0, 1)")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(
             self.warmup_steps == 0 or self.schedule != "one_cycle",
             "optimizer.warmup_steps",
             self.warmup_steps,
             "0 with the one_cycle schedule, which brings its own warm-up",
         )
-        _require(
+        require(
             self.lr_reference_batch_size >= 1,
             "optimizer.lr_reference_batch_size",
             self.lr_reference_batch_size,
             "a positive integer",
         )
-        _require(
+        require(
             all(0 < m < 1 for m in self.step_milestones) and sorted(self.step_milestones) == self.step_milestones,
             "optimizer.step_milestones",
             self.step_milestones,
             "rising fractions between 0 and 1",
         )
-        _require(self.step_gamma > 0, "optimizer.step_gamma", self.step_gamma, "a positive number")
+        require(self.step_gamma > 0, "optimizer.step_gamma", self.step_gamma, "a positive number")
 
 
 @dataclass(kw_only=True)
@@ -256,7 +172,7 @@ class BudgetConfig:
     """Epochs between checkpoints; 0 writes none on the way, and only the weights at the end."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.epochs is None) != (self.steps is None),
             "budget.steps",
             self.steps,
@@ -264,8 +180,24 @@ class BudgetConfig:
         )
         for key in ("epochs", "steps", "eval_every", "eval_batch_size"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, f"budget.{key}", value, "a positive integer")
-        _require(self.checkpoint_every >= 0, "budget.checkpoint_every", self.checkpoint_every, "0 or more")
+            require(value is None or value >= 1, f"budget.{key}", value, "a positive integer")
+        require(self.checkpoint_every >= 0, "budget.checkpoint_every", self.checkpoint_every, "0 or more")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is evaluated after training, besides the running statistics (a norm with batch statistics)."""
+
+    batch: bool = True
+    """Evaluate with the test batches' own statistics, cut and ordered as in training."""
+    population_samples: list[int] = field(default_factory=lambda: [1024])
+    """Evaluate with population statistics recomputed over this many training images, by both estimators, for each
+    number in turn; none for an empty list. A number above the training set's size stands for all of it."""
+
+    def __post_init__(self) -> None:
+        samples = self.population_samples
+        rising = all(n >= 1 for n in samples) and samples == sorted(set(samples))
+        require(rising, "evaluation.population_samples", samples, "rising positive integers, or an empty list")
 
 
 @dataclass(kw_only=True)
@@ -296,28 +228,30 @@ class RunConfig:
     """Optimizer, loss and learning-rate schedule."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Length of the run, evaluation, checkpoints."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What the trained model is evaluated with."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "")
-        _require(self.gpus >= 1, "gpus", self.gpus, "a positive integer")
-        _require(self.per_gpu_batch_size >= 1, "per_gpu_batch_size", self.per_gpu_batch_size, "a positive integer")
-        _require(self.accumulation_steps >= 1, "accumulation_steps", self.accumulation_steps, "a positive integer")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer from 0 to 2^31 - 1")
+        check_values(self, "")
+        require(self.gpus >= 1, "gpus", self.gpus, "a positive integer")
+        require(self.per_gpu_batch_size >= 1, "per_gpu_batch_size", self.per_gpu_batch_size, "a positive integer")
+        require(self.accumulation_steps >= 1, "accumulation_steps", self.accumulation_steps, "a positive integer")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "an integer from 0 to 2^31 - 1")
         k = self.sync_group_size
-        _require(
+        require(
             k is None or (k >= 1 and self.gpus % k == 0),
             "sync_group_size",
             k,
             f"a divisor of gpus ({self.gpus}), or null",
         )
-        _require(
-            k is None or self.norm.name == "sync" or self.norm.sync,
+        require(
+            k is None or self.norm.synchronized,
             "sync_group_size",
             k,
             f"null with norm.name {self.norm.name}, which does not synchronize (norm.sync is {self.norm.sync})",
         )
         g = self.norm.ghost_batch_size
-        _require(
+        require(
             g is None or self.per_gpu_batch_size % g == 0,
             "norm.ghost_batch_size",
             g,
@@ -337,12 +271,11 @@ class RunConfig:
     @property
     def normalization_batch_size(self) -> int | None:
         """Samples that share one mean: b locally, b*k synchronized over k GPUs, ghost g or g*k; None for no batch."""
-        if self.norm.name in ("none", "group"):
+        if not self.norm.uses_batch:
             return None
         samples = self.norm.ghost_batch_size or self.per_gpu_batch_size
-        synchronized = self.norm.name == "sync" or self.norm.sync
-        return samples * (self.sync_group_size or self.gpus) if synchronized else samples
+        return samples * (self.sync_group_size or self.gpus) if self.norm.synchronized else samples
 
     def check_processes(self, processes: int) -> None:
         """Raise :class:`ConfigError` unless ``processes`` divides ``gpus``."""
-        _require(self.gpus % processes == 0, "gpus", self.gpus, f"a multiple of the number of processes ({processes})")
+        require(self.gpus % processes == 0, "gpus", self.gpus, f"a multiple of the number of processes ({processes})")

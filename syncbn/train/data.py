@@ -1,20 +1,17 @@
 """Data sets as normalized tensors, addressed by (epoch, index).
 
-Every set is uint8 pixels [n, C, H, W] behind a function from indices to pixels, so what is held in memory and what is
-decoded on the way go through the same augmentation and normalization.
+A set is uint8 pixels [n, C, H, W]: a tensor on the run's device, or, of image folders that are too large for that, a
+function that decodes them on the CPU. Both go through the same augmentation and normalization, a batch at a time, where
+the pixels are.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from syncbn.compat import import_torchvision
 from syncbn.train.augment import Augmentation
 from syncbn.train.config import ConfigError, DataConfig
+from syncbn.train.data_cache import cache_folder, cached
+from syncbn.train.data_files import Decoder, read_image_folder
 from syncbn.train.order import derive_seed, holdout_split, spread_subset
 
 Key = tuple[int, int]
 """(epoch, index): a sample of the set as it is seen in one epoch."""
-Pixels = Callable[[Tensor], Tensor]
-"""int64 [n] indices -> uint8 [n, C, H, W]."""
 
 # Mean and standard deviation of each channel of the training images, as fractions of white: fixed, so that a subset or
 # another seed sees the same inputs. mnist5k has those of MNIST, image folders those of ImageNet.
@@ -44,28 +41,36 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 _DOWNLOADED = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100), "fashion_mnist": ("FashionMNIST", 10)}
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Labelled:
     """Images before augmentation and normalization."""
 
-    pixels: Pixels
-    labels: Tensor  # int64 [n]
+    pixels: Tensor | Decoder
+    """uint8 [n, C, H, W], or a function that makes that of int64 [n] indices, on the CPU."""
+    labels: Tensor
+    """int64 [n], on the CPU."""
 
     def subset(self, indices: Tensor) -> Labelled:
-        """The samples at ``indices`` (int64), read when they are asked for."""
+        """The samples at ``indices`` (int64): a copy, or read when they are asked for."""
+        if isinstance(self.pixels, Tensor):
+            return Labelled(self.pixels[indices], self.labels[indices])
         return Labelled(partial(_through, self.pixels, indices), self.labels[indices])
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
     """Normalized images, fetched by lists of (epoch, index); the index counts within this set.
 
-    What a key gives depends on the key (and the run's seed) alone.
+    What a key gives depends on the key (and the run's seed) alone: not on the device either, but for how its float32
+    arithmetic rounds.
     """
 
     labels: Tensor
-    """int64 [n], in memory."""
+    """int64 [n], on the CPU, in memory."""
+    device: torch.device
+    """Where fetched images and labels are: the CPU for images that are decoded when they are asked for."""
 
     def __init__(
         self,
@@ -73,23 +78,37 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         mean: Sequence[float],
         std: Sequence[float],
         augmentation: Augmentation | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         self.labels = source.labels
-        self._pixels = source.pixels
-        self._mean = torch.tensor(mean).mul(255).view(-1, 1, 1)
-        self._std = torch.tensor(std).mul(255).view(-1, 1, 1)
+        held = isinstance(source.pixels, Tensor)
+        self.device = device if held else _CPU
+        self._pixels = source.pixels.to(device) if isinstance(source.pixels, Tensor) else source.pixels
+        self._labels_there = source.labels.to(self.device)
+        self._mean = torch.tensor(mean).mul(255).view(-1, 1, 1).to(self.device)
+        self._std = torch.tensor(std).mul(255).view(-1, 1, 1).to(self.device)
         self._augmentation = augmentation
+
+    @property
+    def held(self) -> bool:
+        """Whether the pixels are in memory, on ``device``."""
+        return isinstance(self._pixels, Tensor)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, C, H, W] and labels int64 [n] of n keys, in their order; n may be 0."""
-        indices = torch.tensor([index for _, index in keys], dtype=torch.int64)
-        pixels = self._pixels(indices)
+        """Images float32 [n, C, H, W] and labels int64 [n] of n keys, in their order, on ``device``; n may be 0.
+
+        On a CUDA device the work is queued on the current stream, and the host does not wait for it.
+        """
+        # From pinned memory, as a copy from any other makes the host wait.
+        numbers = torch.tensor([*chain.from_iterable(keys)], dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        epochs, indices = numbers.to(self.device, non_blocking=True).view(-1, 2).unbind(1)
+        pixels = _take(self._pixels, indices)
         if self._augmentation is not None:
-            pixels = self._augmentation(pixels, keys)
-        return pixels.to(torch.float32).sub_(self._mean).div_(self._std), self.labels[indices]
+            pixels = self._augmentation(pixels, epochs, indices)
+        return pixels.to(torch.float32).sub_(self._mean).div_(self._std), self._labels_there[indices]
 
 
 @dataclass(frozen=True)
@@ -103,14 +122,20 @@ class Data:
     """(C, H, W) of an image."""
 
 
-def load_data(config: DataConfig, seed: int) -> Data:
-    """Make the sets that ``config`` names.
+def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Data:
+    """Make the sets that ``config`` names, held on ``device`` unless they are a large image folder.
 
     The samples, the split and the normalization are the same for every seed; ``seed`` enters the augmentation only. The
     test set is never augmented and never cut.
 
+    Args:
+        config: the sets.
+        seed: the run's seed.
+        device: where pixels and labels are kept, augmented and normalized. An image folder that takes more than
+            `data_files.HELD_BYTES` stays on disk, and its batches come on the CPU.
+
     Raises:
-        ConfigError: a folder or download that cannot be used, or more ``train_samples`` than there are.
+        ConfigError: a folder, a file in it or a download that cannot be used, or more ``train_samples`` than there are.
         ImportError: the package that brings or reads the set is not installed; names the extra.
     """
     train, test, num_classes = _load(config)
@@ -121,10 +146,10 @@ def load_data(config: DataConfig, seed: int) -> Data:
             )
         train = train.subset(spread_subset(train.labels, config.train_samples))
     augmentation = None if config.augment == "none" else Augmentation(config.augment, seed)
-    channels, height, width = train.pixels(torch.empty(0, dtype=torch.int64)).shape[1:]
+    channels, height, width = _take(train.pixels, torch.empty(0, dtype=torch.int64)).shape[1:]
     return Data(
-        train=Images(train, *_STATISTICS[config.name], augmentation),
-        test=Images(test, *_STATISTICS[config.name]),
+        train=Images(train, *_STATISTICS[config.name], augmentation, device),
+        test=Images(test, *_STATISTICS[config.name], device=device),
         num_classes=num_classes,
         shape=(channels, height, width),
     )
@@ -136,11 +161,14 @@ def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> 
     Args:
         images: the set.
         batches: lists of (epoch, index); a list may be empty.
-        workers: processes that prepare batches ahead; 0 prepares each when it is asked for.
+        workers: processes that decode batches ahead; 0 prepares each when it is asked for, and so does any number for a
+            set that is held in memory: it has nothing to wait for, and another process cannot serve a device's tensors.
 
     Returns:
-        Iterator of (float32 [n, C, H, W], int64 [n]).
+        Iterator of (float32 [n, C, H, W], int64 [n]), on ``images.device``.
     """
+    if images.held or workers == 0:
+        return map(images.__getitems__, batches)
     return iter(
         DataLoader(
             images,
@@ -156,24 +184,25 @@ def _as_fetched(batch: Any) -> Any:
     return batch
 
 
-def _take(rows: Tensor, indices: Tensor) -> Tensor:
-    return rows[indices]
+def _take(pixels: Tensor | Decoder, indices: Tensor) -> Tensor:
+    return pixels[indices] if isinstance(pixels, Tensor) else pixels(indices)
 
 
-def _through(pixels: Pixels, positions: Tensor, indices: Tensor) -> Tensor:
-    return pixels(positions[indices])
+def _through(decode: Decoder, positions: Tensor, indices: Tensor) -> Tensor:
+    return decode(positions[indices])
 
 
 def _load(config: DataConfig) -> tuple[Labelled, Labelled, int]:
     if config.name == "synthetic":
         return _synthetic(config)
     if config.name == "imagefolder":
-        return _image_folder(config)
+        assert config.root is not None, "DataConfig asks for it"
+        in_train, in_test, num_classes = read_image_folder(config.root, config.image_size)
+        return Labelled(*in_train), Labelled(*in_test), num_classes
     if config.name in _DOWNLOADED:
         return _downloaded(config)
-    images, labels = cached("mnist5k-1", _read_mnist5k) if config.name == "mnist5k" else _read_digits()
-    train, test = holdout_split(labels)
-    whole = Labelled(partial(_take, images), labels)
+    whole = Labelled(*(cached("mnist5k-1", _read_mnist5k) if config.name == "mnist5k" else _read_digits()))
+    train, test = holdout_split(whole.labels)
     return whole.subset(train), whole.subset(test), 10
 
 
@@ -200,57 +229,7 @@ def _import(module: str, extra: str) -> Any:
         raise ImportError(f"{error}; this data set needs: pip install 'syncbn[{extra}]'") from error
 
 
-def cache_folder() -> Path:
-    """Where binary copies and downloads are kept: ``$XDG_CACHE_HOME/syncbn``, else ``~/.cache/syncbn``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "syncbn"
-
-
-def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The images and labels that ``read`` returns, from a binary copy in the cache folder where there is a good one.
-
-    A copy that cannot be read or written is not an error: the set is read from its source. Processes may race: a copy
-    appears under its name only once it is whole. ``name`` has to change with what ``read`` returns.
-    """
-    try:
-        path = cache_folder() / f"{name}.npz"
-    except RuntimeError:  # a user without a home
-        return read()
-    stored = _read_copy(path)
-    if stored is None:
-        stored = read()
-        with suppress(OSError):
-            _write_copy(path, *stored)
-    return stored
-
-
-def _read_copy(path: Path) -> tuple[Tensor, Tensor] | None:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
-        return None
-    whole = images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.ndim == 4
-    return (images, labels) if whole and len(images) == len(labels) else None
-
-
-def _write_copy(path: Path, images: Tensor, labels: Tensor) -> None:
-    import numpy as np
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, images=images.numpy(), labels=labels.numpy())
-        os.replace(unfinished, path)
-    finally:
-        with suppress(FileNotFoundError):  # it has its final name
-            os.unlink(unfinished)
-
-
-# ---- sets that torchvision downloads or reads
+# ---- sets that torchvision downloads
 
 
 def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:
@@ -289,58 +268,7 @@ def _fetch_once(make: Any, root: Path, name: str) -> tuple[Any, Any]:
 def _in_memory(dataset: Any) -> Labelled:
     images = torch.as_tensor(dataset.data)  # uint8 [n, H, W], or [n, H, W, 3]
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return Labelled(partial(_take, images), torch.as_tensor(dataset.targets, dtype=torch.int64))
-
-
-def _image_folder(config: DataConfig) -> tuple[Labelled, Labelled, int]:
-    """``root/train/CLASS/*`` and ``root/test/CLASS/*`` (or ``root/val``), decoded when they are asked for."""
-    assert config.root is not None, "DataConfig asks for it"
-    test_name = "test" if (Path(config.root) / "test").is_dir() else "val"
-    read = import_torchvision().datasets.ImageFolder
-    sets = {}
-    for part in ("train", test_name):
-        folder = Path(config.root) / part
-        try:
-            sets[part] = read(folder)
-        except OSError as error:
-            raise ConfigError(
-                "data.root",
-                config.root,
-                f"a folder with images in train/CLASS/ and test/CLASS/ or val/CLASS/ ({error})",
-            ) from error
-    train, test = sets["train"], sets[test_name]
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise ConfigError(
-            "data.root", config.root, f"the same classes in train and {test_name} (in only one: {', '.join(differing)})"
-        )
-    return _from_files(train, config.image_size), _from_files(test, config.image_size), len(train.classes)
-
-
-def _from_files(dataset: Any, size: int) -> Labelled:
-    paths = [path for path, _ in dataset.samples]
-    return Labelled(partial(_decode, paths, size), torch.tensor([label for _, label in dataset.samples]))
-
-
-def _decode(paths: Sequence[str], size: int, indices: Tensor) -> Tensor:
-    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
-    for image, index in zip(images, indices.tolist(), strict=True):
-        image.copy_(_decode_file(paths[index], size))
-    return images
-
-
-def _decode_file(path: str, size: int) -> Tensor:
-    """uint8 [3, size, size]: the shorter side is resized to ``size``, and the middle is kept."""
-    from PIL import Image
-
-    functional = import_torchvision("transforms.v2.functional")
-    try:
-        with Image.open(path) as file:
-            image = functional.resize(file.convert("RGB"), [size])
-    except OSError as error:
-        raise ConfigError("data.root", path, f"an image that can be read ({error})") from error
-    pixels: Tensor = functional.pil_to_tensor(functional.center_crop(image, [size]))
-    return pixels
+    return Labelled(images, torch.as_tensor(dataset.targets, dtype=torch.int64))
 
 
 # ---- a set made of nothing
@@ -357,6 +285,6 @@ def _synthetic(config: DataConfig) -> tuple[Labelled, Labelled, int]:
         generator = torch.Generator().manual_seed(derive_seed("synthetic", part))
         noise = torch.randn(samples, 3, size, size, generator=generator)
         images = (patterns[labels] + 0.2 * noise).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-        return Labelled(partial(_take, images), labels)
+        return Labelled(images, labels)
 
     return draw("train", config.synthetic_samples), draw("test", max(1, config.synthetic_samples // 4)), classes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ def shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list
         yield [(0, i) for i in range(first, last)]
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, images: Images, batch_size: int, placement: Placement, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float, int]:
@@ -30,19 +29,38 @@ def evaluate(
 
     The model is put into evaluation mode for the time; a test image is in exactly one process's share.
     """
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # wrong, loss, count
     try:
-        for x, y in batch_loader(images, shares(len(images), batch_size, placement), workers=0):
-            if len(y):
-                totals += _batch_totals(model(x.to(device, dtype)), y.to(device))
+        loaded = batch_loader(images, shares(len(images), batch_size, placement), workers=0)
+        error, loss, count = count_errors(model, loaded, placement, device, dtype)
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
+    assert count == len(images), f"counted {count} of {len(images)} test images"
+    return error, loss, count
+
+
+@torch.no_grad()
+def count_errors(
+    model: nn.Module,
+    loaded: Iterable[tuple[Tensor, Tensor]],
+    placement: Placement,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, float, int]:
+    """As :func:`evaluate`, in the model's present mode, over this process's images and labels of each batch.
+
+    An empty share is not shown to the model in evaluation mode; in training mode its layers may wait for it.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # wrong, loss, count
+    communicates = any(module.training for module in model.modules())
+    for x, y in loaded:
+        if len(y) or communicates:
+            totals += _batch_totals(model(x.to(device, dtype)), y.to(device))
     if placement.processes > 1:
         dist.all_reduce(totals)
     wrong, loss, count = totals.tolist()
-    assert count == len(images), f"counted {count} of {len(images)} test images"
     return wrong / count, loss / count, int(count)
 
 

@@ -42,7 +42,7 @@ class Layout:
     def of(cls, config: RunConfig, placement: Placement) -> Layout:
         """The layout that a configuration asks for. Raises ConfigError if the processes do not divide the GPUs."""
         config.check_processes(placement.processes)
-        synchronized = config.norm.name == "sync" or config.norm.sync
+        synchronized = config.norm.synchronized
         return cls(
             gpus=config.gpus,
             per_gpu_batch_size=config.per_gpu_batch_size,

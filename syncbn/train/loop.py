@@ -2,88 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from syncbn.buffers import RunningStatistics, reconcile
-from syncbn.modules import BatchRenorm, SmallBatchNorm
-from syncbn.train.checkpoint import check_same, load_checkpoint, locked, save_checkpoint, save_weights
+from syncbn.buffers import reconcile
+from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
 from syncbn.train.config import ConfigError, LocalError, RunConfig
-from syncbn.train.config_io import config_to_dict, save_config
-from syncbn.train.data import Data, Key, batch_loader, load_data
+from syncbn.train.config_io import config_to_dict
+from syncbn.train.data import Key, batch_loader
+from syncbn.train.estimation import evaluate_statistics
 from syncbn.train.evaluate import evaluate
 from syncbn.train.logical import Layout
-from syncbn.train.metrics import MetricsLog, ProgressBar, flatten
-from syncbn.train.models import build_model
-from syncbn.train.norms import adapt_model, norm_factory
-from syncbn.train.optim import make_optimizer, make_scheduler
+from syncbn.train.metrics import flatten, peak_memory, reset_peak_memory
+from syncbn.train.norms import clip_gradients
 from syncbn.train.order import derive_seed
 from syncbn.train.result import RunResult, environment
-from syncbn.train.schedule import Schedule, Step
+from syncbn.train.run import FLUSH_STEPS, Run, prepare
+from syncbn.train.schedule import Step
 from syncbn.train.session import open_session, placement
-
-# Losses stay on the device, and on their process, for this many steps; then one collective and one transfer for all.
-FLUSH_STEPS = 20
-
-
-@dataclass
-class Progress:
-    """How far a run is: all that a checkpoint holds besides weights and optimizer."""
-
-    step: int = 0
-    epoch: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def diverged(self) -> bool:
-        return any(not math.isfinite(loss) for loss in self.losses[-FLUSH_STEPS:])
-
-
-@dataclass
-class Run:
-    """What the parts of a run work on."""
-
-    config: RunConfig
-    layout: Layout
-    accelerator: Any
-    data: Data
-    schedule: Schedule
-    model: nn.Module
-    wrapped: nn.Module
-    """The model as accelerate prepared it (DDP, mixed precision)."""
-    optimizer: Any
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    shared: RunningStatistics
-    """The running statistics that the forward pass itself uses, and that are therefore shared after each."""
-    metrics: MetricsLog
-    bar: ProgressBar
-    progress: Progress
-    pending: list[Tensor] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.config.precision == "fp64" else torch.float32
 
 
 def train(
@@ -119,7 +64,8 @@ def train(
         if out is not None and (done := _finished(config, out, resume)) is not None:
             return done
         with open_session(config, out, trackers) as accelerator:
-            run = _prepare(config, layout, accelerator, out, resume, progress)
+            reset_peak_memory(accelerator.device)
+            run = prepare(config, layout, accelerator, out, resume, progress)
             if trackers:
                 accelerator.init_trackers("trackers", config=flatten(config_to_dict(config)))
             with run.bar:
@@ -148,68 +94,6 @@ def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
     return result
 
 
-def _prepare(
-    config: RunConfig, layout: Layout, accelerator: Any, out: Path | None, resume: bool, progress: bool
-) -> Run:
-    data = load_data(config.data, config.seed)
-    schedule = Schedule(config, data.train.labels)
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model,
-        norm=norm_factory(config.norm, layout),
-        adapt=partial(adapt_model, config=config.norm, layout=layout),
-        in_channels=data.shape[0],
-        num_classes=data.num_classes,
-        image_size=data.shape[1],
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, SmallBatchNorm):
-            module.qualified_name = name  # for its messages; conversion has set those of converted models
-    if layout.placement.processes > 1 and layout.placement.rank == 0 and _drops(model):
-        warnings.warn(
-            "the model has dropout, which each process draws for itself: this run depends on the number of processes",
-            stacklevel=2,
-        )
-    model.to(accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
-    optimizer = make_optimizer(config, model)
-    scheduler = make_scheduler(config, optimizer, schedule.total_steps)
-    state = load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    done = Progress()
-    if state is not None:
-        prepared.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        done = Progress(**state["progress"])
-    first = layout.placement.rank == 0
-    if out is not None and first:
-        save_config(config, out / "config.yaml")
-    return Run(
-        config=config,
-        layout=layout,
-        accelerator=accelerator,
-        data=data,
-        schedule=schedule,
-        model=model,
-        wrapped=wrapped,
-        optimizer=prepared,
-        scheduler=scheduler,
-        shared=RunningStatistics(model, BatchRenorm),
-        metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
-        bar=ProgressBar(schedule.total_steps, progress and first),
-        progress=done,
-    )
-
-
-def _drops(model: nn.Module) -> bool:
-    """Whether a module of the model drops at random (torch's dropouts, torchvision's StochasticDepth)."""
-    return any(
-        float(getattr(m, "p", 0.0)) > 0 and ("Dropout" in type(m).__name__ or "StochasticDepth" in type(m).__name__)
-        for m in model.modules()
-    )
-
-
 def _train_epochs(run: Run, out: Path | None) -> None:
     budget = run.config.budget
     while run.progress.epoch < run.schedule.epochs and not run.progress.diverged:
@@ -234,19 +118,20 @@ def _train_epoch(run: Run) -> None:
     steps = list(run.schedule.steps(run.progress.epoch))
     batches = [batch for step in steps for batch in step.batches]
     images = batch_loader(run.data.train, [_local(run, batch) for batch in batches], run.config.data.workers)
-    layers = [m for m in run.model.modules() if isinstance(m, SmallBatchNorm)]
     run.wrapped.train()
     started = time.perf_counter()
     for step in steps:
         # Dropout and the like: a function of the step, so that a resumed run draws as an unbroken one does.
         torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.layout.placement.rank))
+        _freeze_when_due(run)
         loss = torch.zeros((), dtype=torch.float64, device=run.device)
         for number, batch in enumerate(step.batches, start=1):
-            groups = run.layout.groups(len(batch), run.device)
-            for layer in layers:
-                layer.sample_groups = groups
+            run.tell_groups(len(batch))
             x, y = _fetch(images)
             loss += _forward_backward(run, x, y, step, last=number == len(step.batches))
+        if run.config.norm.name == "nf":
+            run.accelerator.unscale_gradients()
+            clip_gradients(run.model, run.config.norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.scheduler.step()
@@ -258,6 +143,17 @@ def _train_epoch(run: Run) -> None:
             if run.progress.diverged:
                 break
     run.progress.seconds += time.perf_counter() - started
+
+
+def _freeze_when_due(run: Run) -> None:
+    """`frozen`: from its step on the layers normalize by their running statistics, the same on all processes."""
+    norm = run.config.norm
+    if norm.name != "frozen" or run.progress.step < int(norm.freeze_at * run.schedule.total_steps):
+        return
+    if any(layer.training for layer in run.norms):
+        reconcile(run.model)
+        for layer in run.norms:
+            layer.eval()
 
 
 def _local(run: Run, batch: list[Key]) -> list[Key]:
@@ -361,6 +257,7 @@ def _checkpoint(run: Run, out: Path) -> None:
 def _result(run: Run) -> RunResult:
     done = run.progress
     final = {} if done.diverged else done.history[-1]
+    evaluations, layers = ([], []) if done.diverged else evaluate_statistics(run, final)
     return RunResult(
         status="diverged" if done.diverged else "ok",
         test_error=final.get("test_error"),
@@ -372,6 +269,9 @@ def _result(run: Run) -> RunResult:
         parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         losses=done.losses,
         history=done.history,
+        evaluations=evaluations,
+        layers=[asdict(layer) for layer in layers],
+        peak_memory_bytes=peak_memory(run.device),
         processes=run.layout.placement.processes,
         environment=environment(run.device),
         config=config_to_dict(run.config),

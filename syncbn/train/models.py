@@ -29,6 +29,7 @@ def build_model(
     *,
     norm: Norm,
     adapt: Callable[[nn.Module], nn.Module],
+    finish: Callable[[nn.Module], nn.Module],
     in_channels: int,
     num_classes: int,
     image_size: int,
@@ -42,6 +43,7 @@ def build_model(
         config: name, width, options.
         norm: makes a normalization layer (`convnet`, `resnet20`, `resnet56`).
         adapt: gives a torchvision model, which comes with BatchNorm, the normalization wanted.
+        finish: does to the others, once they have their weights, what the normalization does besides its layers.
         in_channels: channels of an image, 1 or 3 for a torchvision model.
         num_classes: width of the output.
         image_size: side of an image in pixels.
@@ -70,7 +72,7 @@ def build_model(
         # Again, as making the modules has drawn numbers, and the normalization may have too.
         torch.default_generator.manual_seed(seed)
         initialize(model)
-        return model
+        return finish(model)
 
 
 def initialize(model: nn.Module) -> None:

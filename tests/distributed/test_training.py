@@ -35,7 +35,17 @@ NORMS = {
     "renorm": {"name": "renorm", "warmup_steps": 3, "r_ramp_end": 8, "d_ramp_end": 6},
     "renorm-sync": {"name": "renorm", "sync": True, "warmup_steps": 3, "r_ramp_end": 8, "d_ramp_end": 6},
     "group": {"name": "group", "groups": 2},
+    "frozen": {"name": "frozen", "freeze_at": 0.5},
+    "instance": {"name": "instance"},
+    "rms": {"name": "rms"},
+    "weight": {"name": "weight"},
+    "ws_group": {"name": "ws_group", "groups": 2},
+    "nf": {"name": "nf"},
+    "evonorm": {"name": "evonorm", "groups": 2},
+    "frn": {"name": "frn"},
 }
+PLAIN = ("none", "group", "instance", "rms", "weight", "ws_group", "nf", "evonorm", "frn")
+"""Norms without batch statistics: nothing of theirs depends on the processes, so two numbers of them are enough."""
 
 
 def configured(norm, **changes):
@@ -45,24 +55,36 @@ def configured(norm, **changes):
 
 
 def train_into(config, out):
-    return train(config, out).test_error
+    """Errors under every kind of statistics, and the layers' divergences."""
+    result = train(config, out)
+    assert result.evaluations[0]["test_error"] == result.test_error
+    errors = [(e["statistics"], e["estimator"], e["samples"], e["test_error"]) for e in result.evaluations]
+    return errors, [(layer["count"], layer["kl"], layer["running_kl"]) for layer in result.layers]
+
+
+def flat(layers):
+    return [value for layer in layers for value in layer]
 
 
 def check_same(pools, config, worlds, tmp_path):
-    errors = [train_into(config, tmp_path / "1")]
+    errors, layers = train_into(config, tmp_path / "1")
+    assert len(errors) == (1 if config.norm.name in PLAIN else 4)
+    assert bool(layers) == (config.norm.name not in PLAIN)
     for world in worlds:
-        errors += pools(world).run(train_into, config, tmp_path / str(world))
+        for other_errors, other_layers in pools(world).run(train_into, config, tmp_path / str(world)):
+            assert other_errors == errors
+            # Differences of logarithms and squares of float64 statistics of order 1.
+            assert flat(other_layers) == pytest.approx(flat(layers), rel=1e-8, abs=1e-10)
         difference = compare(Trained.read(tmp_path / "1"), Trained.read(tmp_path / str(world)))
         assert difference.largest <= TOLERANCE, f"{world} processes: {difference}"
-    assert len(set(errors)) == 1, errors
     return Trained.read(tmp_path / "1")
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_same_answer_on_1_2_4_processes(pools, name, tmp_path):
-    trained = check_same(pools, configured(NORMS[name]), (2, 4), tmp_path)
+    trained = check_same(pools, configured(NORMS[name]), (2,) if name in PLAIN else (2, 4), tmp_path)
     assert len(trained.losses) == 6
-    assert (name in ("none", "group")) == (not any("running_var" in key for key in trained.tensors))
+    assert (name in PLAIN) == (not any("running_var" in key for key in trained.tensors))
 
 
 @pytest.mark.parametrize(("gpus", "sync_group_size", "world"), [(6, 2, 2), (6, 3, 3), (12, 4, 3)])

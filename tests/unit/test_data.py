@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -143,6 +145,13 @@ def _cut(keys: list[tuple[int, int]], sizes: list[int]) -> list[list[tuple[int, 
     return [keys[a:b] for a, b in itertools.pairwise(ends)]
 
 
+def test_a_batch_may_mix_epochs() -> None:
+    train = synthetic(augment="crop_flip").train
+    keys = [(i % 3, 7 * i % 60) for i in range(40)]
+    whole, _ = train.__getitems__(keys)
+    assert torch.equal(torch.cat([train.__getitems__([key])[0] for key in keys]), whole)
+
+
 def test_augmentation_depends_on_seed_epoch_and_sample() -> None:
     rows = range(60)
     base, _ = synthetic(augment="crop").train.__getitems__(keys_of(0, rows))
@@ -176,16 +185,6 @@ def _flip(image: Tensor, flip: bool) -> Tensor:
     return image.flip(-1) if flip else image
 
 
-def test_generator_is_restored_when_a_transform_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(image: Tensor) -> Tensor:
-        torch.rand(1)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("syncbn.train.augment._transform", lambda *arguments: fails)
-    with pytest.raises(KeyboardInterrupt):
-        synthetic(augment="crop").train.__getitems__([(0, 0)])
-
-
 # ---- images and loader
 
 
@@ -196,11 +195,20 @@ def test_no_keys_give_empty_tensors(augment: Any) -> None:
     assert (labels.shape, labels.dtype) == ((0,), torch.int64)
 
 
+def on_demand(source: Images) -> Images:
+    """The same images behind a function, as those of a large folder are."""
+    pixels = source._pixels
+    assert isinstance(pixels, Tensor)
+    decode = partial(torch.index_select, pixels, 0)
+    return Images(data.Labelled(decode, source.labels), [0.5] * 3, [0.25] * 3, source._augmentation)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_loader_gives_the_batches_whatever_the_workers(workers: int) -> None:
+@pytest.mark.parametrize("held", [True, False], ids=["held", "on_demand"])
+def test_loader_gives_the_batches_whatever_the_workers(held: bool, workers: int) -> None:
     train = synthetic(augment="crop_flip").train
     batches = [keys_of(0, range(7)), [], keys_of(1, [3, 3]), keys_of(0, range(20, 60))]
-    got = list(batch_loader(train, iter(batches), workers))
+    got = list(batch_loader(train if held else on_demand(train), iter(batches), workers))
     assert len(got) == len(batches)
     for keys, (images, labels) in zip(batches, got, strict=True):
         expected = train.__getitems__(keys)
@@ -208,14 +216,68 @@ def test_loader_gives_the_batches_whatever_the_workers(workers: int) -> None:
         assert torch.equal(labels, expected[1])
 
 
-def test_workers_are_used() -> None:
-    class Spy(Images):
-        def __getitems__(self, keys: Any) -> Any:
-            return torch.tensor(-1 if (info := get_worker_info()) is None else info.id), torch.empty(0)
+class Spy(Images):
+    """Gives the loader process that a batch is fetched in, -1 for this one."""
 
-    spy = Spy(data.Labelled(lambda i: i, torch.zeros(4, dtype=torch.int64)), [0.0], [1.0])
-    assert [int(images) for images, _ in batch_loader(spy, [[(0, 0)]] * 2, 2)] == [0, 1]
-    assert [int(images) for images, _ in batch_loader(spy, [[(0, 0)]] * 2, 0)] == [-1, -1]
+    def __getitems__(self, keys: Any) -> Any:
+        return torch.tensor(-1 if (info := get_worker_info()) is None else info.id), torch.empty(0)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "workers", "expected"),
+    [
+        (lambda i: i, 2, [0, 1]),
+        (lambda i: i, 0, [-1, -1]),
+        (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), 2, [-1, -1]),  # what is held on a device is served from here
+    ],
+    ids=["on_demand", "no_workers", "held"],
+)
+def test_workers_are_used_for_what_is_not_held(pixels: Any, workers: int, expected: list[int]) -> None:
+    spy = Spy(data.Labelled(pixels, torch.zeros(4, dtype=torch.int64)), [0.0], [1.0])
+    assert [int(images) for images, _ in batch_loader(spy, [[(0, 0)]] * 2, workers)] == expected
+
+
+def test_normalization_is_in_float32() -> None:
+    """(x - mean) / std in this order and precision, with both in units of a pixel's value."""
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    images = Images(data.Labelled(pixels, torch.tensor([4])), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    got, labels = images.__getitems__([(0, 0)])
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        values = np.arange(256, dtype=np.float32) - np.float32(mean) * np.float32(255)
+        values /= np.float32(std) * np.float32(255)
+        assert np.array_equal(got[0, channel].flatten().numpy(), values)
+    assert labels.tolist() == [4]
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_held_sets_are_on_the_device(augment: Any) -> None:
+    """On a device without values: all operations are there, and none brings a value to the host."""
+    config = DataConfig(name="synthetic", synthetic_samples=60, image_size=16, augment=augment, train_samples=40)
+    made = load_data(config, 0, torch.device("meta"))
+    assert made.shape == (3, 16, 16)
+    for part in (made.train, made.test):
+        assert part.held
+        assert (part.device.type, part.labels.device.type) == ("meta", "cpu")
+        assert part.labels.bincount().sum() == len(part)
+        for n in (0, 5):
+            for images, labels in batch_loader(part, [keys_of(0, range(n))], workers=2):
+                assert (images.shape, images.dtype, images.device.type) == ((n, 3, 16, 16), torch.float32, "meta")
+                assert (labels.shape, labels.dtype, labels.device.type) == ((n,), torch.int64, "meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_what_the_cpu_gives_and_the_host_does_not_wait() -> None:
+    config = DataConfig(name="synthetic", synthetic_samples=60, image_size=16, augment="crop_flip")
+    here, there = load_data(config, 3), load_data(config, 3, torch.device("cuda"))
+    batches = [keys_of(epoch, range(60)) for epoch in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = list(batch_loader(there.train, batches, workers=2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (images, labels), (expected, expected_labels) in zip(got, batch_loader(here.train, batches, 0), strict=True):
+        assert torch.equal(images.cpu(), expected)
+        assert torch.equal(labels.cpu(), expected_labels)
 
 
 def test_images_travel_to_spawned_processes() -> None:

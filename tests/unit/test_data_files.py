@@ -1,8 +1,11 @@
-"""Data sets on disk: the binary copy of a slow source, downloads, folders of images."""
+"""Data sets on disk: downloads, folders of images."""
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,104 +16,18 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from torch import Tensor
 
 from syncbn.compat import import_torchvision
-from syncbn.train import data
+from syncbn.train import data, data_files
 from syncbn.train.config import ConfigError, DataConfig
-from syncbn.train.data import batch_loader, cached, load_data
+from syncbn.train.data import batch_loader, load_data
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "syncbn"
-
-
-# ---- cache
-
-
-def some_arrays() -> tuple[Tensor, Tensor]:
-    return torch.arange(24, dtype=torch.uint8).view(6, 1, 2, 2), torch.arange(6)
-
-
-def read_twice(name: str = "set") -> int:
-    """How often two ``cached`` calls read the source; both have to return it."""
-    reads = []
-
-    def read() -> tuple[Tensor, Tensor]:
-        reads.append(1)
-        return some_arrays()
-
-    for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(cached(name, read), some_arrays(), strict=True))
-    return len(reads)
-
-
-def test_cache_is_read_once_and_leaves_one_file(cache: Path) -> None:
-    assert read_twice() == 1
-    assert [path.name for path in cache.iterdir()] == ["set.npz"]
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def _flip_a_pixel(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[content.index(bytes(range(24))) + 3] ^= 1
-    path.write_bytes(content)
-
-
-def _another_type(path: Path) -> None:
-    np.savez(path, images=np.zeros((6, 1, 2, 2)), labels=np.arange(6))
-
-
-def _no_labels(path: Path) -> None:
-    np.savez(path, images=np.zeros((6, 1, 2, 2), np.uint8))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"not an archive"),
-        lambda path: np.save(path.open("wb"), np.arange(3)),
-        _truncate,
-        _flip_a_pixel,
-        _another_type,
-        _no_labels,
-    ],
-    ids=["empty", "text", "one_array", "truncated", "flipped", "other_type", "no_labels"],
-)
-def test_damaged_cache_is_replaced(cache: Path, damage: Callable[[Path], object]) -> None:
-    read_twice()
-    damage(cache / "set.npz")
-    assert read_twice() == 1
-
-
-def test_unwritable_cache_is_done_without(cache: Path) -> None:
-    cache.parent.write_text("a file where the folder should be")
-    assert read_twice() == 2
-
-
-def test_no_home_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(data, "cache_folder", no_home)
-    assert read_twice() == 2
-
-
-def test_interrupted_write_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(file: Any, **arrays: Any) -> None:
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(np, "savez", disk_full)
-    assert read_twice() == 2
-    assert list(cache.iterdir()) == []
 
 
 # ---- downloads
@@ -232,7 +149,24 @@ def from_folder(folder: Path, **options: Any) -> data.Data:
     return load_data(DataConfig(name="imagefolder", root=str(folder), image_size=16, **options), seed=0)
 
 
+@pytest.fixture(params=["held", "on_demand"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs with a folder that is held in memory, and with one that is too large for it."""
+    if request.param == "on_demand":
+        monkeypatch.setattr(data_files, "HELD_BYTES", 0)
+
+
+def decodings(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+    """How many files are decoded to load the folder."""
+    decode, calls = data_files._decode_file, []
+    with monkeypatch.context() as patch:
+        patch.setattr(data_files, "_decode_file", lambda *arguments: calls.append(1) or decode(*arguments))
+        from_folder(folder, **options)
+    return len(calls)
+
+
 @pytest.mark.parametrize("test_name", ["test", "val"])
+@pytest.mark.usefixtures("both_ways")
 def test_image_folder(folder: Path, test_name: str) -> None:
     (folder / "test").rename(folder / test_name)
     made = from_folder(folder)
@@ -245,6 +179,7 @@ def test_image_folder(folder: Path, test_name: str) -> None:
         assert torch.allclose(image, expected.view(3, 1, 1).expand(3, 16, 16), atol=1e-5)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_image_folder_keeps_the_middle_in_proportion(folder: Path) -> None:
     picture = Image.new("RGB", (64, 32), (255, 255, 255))
     picture.paste((0, 0, 0), (0, 0, 16, 32))  # the left quarter, all of which is cut off
@@ -253,6 +188,7 @@ def test_image_folder_keeps_the_middle_in_proportion(folder: Path) -> None:
     assert (images[0, 0, :, 1:] > 2).all()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_grey_and_transparent_images_become_rgb(folder: Path) -> None:
     for i, mode in enumerate(("L", "RGBA", "P", "1")):
         Image.new(mode, (20, 20)).save(folder / "train" / "blue" / f"{i}.png")
@@ -261,14 +197,120 @@ def test_grey_and_transparent_images_become_rgb(folder: Path) -> None:
     assert (images < -1).all()  # black
 
 
-def test_image_folder_is_decoded_when_asked_for(folder: Path) -> None:
+def test_what_fits_is_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """18 images of 16x16 in three colours; both ways give the same, also after a resize and a cut."""
+    made = []
+    for limit, held in ((18 * 3 * 16 * 16, True), (18 * 3 * 16 * 16 - 1, False)):
+        monkeypatch.setattr(data_files, "HELD_BYTES", limit)
+        made.append(from_folder(folder, augment="crop_flip").train)
+        assert made[-1].held == held
+    (images, labels), (expected, expected_labels) = (train.__getitems__([(2, i) for i in range(12)]) for train in made)
+    assert torch.equal(images, expected)
+    assert torch.equal(labels, expected_labels)
+
+
+def test_a_large_folder_is_decoded_when_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_files, "HELD_BYTES", 0)
     (folder / "train" / "blue" / "1.png").write_bytes(b"no image")
     made = from_folder(folder)
+    assert not made.train.held
     made.train.__getitems__([(0, 0), (0, 2)])
     with pytest.raises(ConfigError, match=r"1\.png"):
         made.train.__getitems__([(0, 1)])
 
 
+def test_a_held_folder_is_decoded_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decodings(folder, monkeypatch) == 18
+    assert decodings(folder, monkeypatch, augment="crop") == 0
+    assert len(list(cache.glob("*.npz"))) == 2
+    moved = folder.rename(folder.with_name(folder.name + "-moved"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(moved / "cache"))
+    assert decodings(moved, monkeypatch) == 0
+
+
+def _touch(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def _grow(path: Path) -> None:
+    times = path.stat()
+    path.write_bytes(path.read_bytes() + b" ")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "decoded"),
+    [
+        (_touch, 12),
+        (_grow, 12),
+        (lambda path: path.rename(path.with_name("x.png")), 12),
+        (lambda path: path.rename(path.parent.with_name("green") / "x.png"), 12),
+        (lambda path: path.unlink(), 11),
+        (lambda path: shutil.copy(path, path.with_name("x.png")), 13),
+    ],
+    ids=["time", "size", "name", "class", "fewer", "more"],
+)
+def test_a_changed_folder_is_decoded_again(
+    folder: Path, change: Callable[[Path], object], decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part that changed; the test images are still those of the copy."""
+    decodings(folder, monkeypatch)
+    change(folder / "train" / "blue" / "1.png")
+    assert decodings(folder, monkeypatch) == decoded
+    assert from_folder(folder).train.labels.tolist() == [
+        label for _, label in import_torchvision().datasets.ImageFolder(folder / "train").samples
+    ]
+
+
+def test_another_size_or_decoding_is_another_copy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decodings(folder, monkeypatch) == 18
+    monkeypatch.setattr(data_files, "DECODING", data_files.DECODING + 1)
+    assert decodings(folder, monkeypatch) == 18
+    made = load_data(DataConfig(name="imagefolder", root=str(folder), image_size=20), seed=0)
+    assert made.shape == (3, 20, 20)
+
+
+def _png_with_a_broken_chunk() -> bytes:
+    """The length of the pixels' chunk is half of what it is, so that what follows is taken for the next chunk."""
+    content = bytearray(_encoded("PNG"))
+    at = content.index(b"IDAT") - 4
+    struct.pack_into(">I", content, at, struct.unpack_from(">I", content, at)[0] // 2)
+    return bytes(content)
+
+
+def _encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no image", b"", _encoded("JPEG")[:-300], _png_with_a_broken_chunk(), b"P6 4x 4 255\n", b"P6 99999 99999 255\n"],
+    ids=["text", "empty", "truncated", "broken_chunk", "no_number", "too_large"],
+)
+@pytest.mark.parametrize("small", [True, False], ids=["one_thread", "threads"])
+def test_the_first_file_that_cannot_be_read_is_named(
+    folder: Path, cache: Path, content: bytes, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_files, "_CHUNK", 2)
+    monkeypatch.setattr(data_files, "_SMALL_FILE", 10**9 if small else 0)
+    for name in ("green/2.png", "red/0.png", "red/3.png"):
+        (folder / "train" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"an image that can be read \(.+\)") as caught:
+        from_folder(folder)
+    assert (caught.value.key, caught.value.value) == ("data.root", str(folder / "train" / "green" / "2.png"))
+    assert not list(cache.glob("*.npz"))
+
+
+def test_a_link_to_nothing_is_named(folder: Path) -> None:
+    (folder / "test" / "blue" / "9.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(ConfigError, match=r"test/blue/9\.png"):
+        from_folder(folder)
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_image_folder_does_not_depend_on_workers(folder: Path) -> None:
     train = from_folder(folder, augment="crop_flip", train_samples=9).train
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

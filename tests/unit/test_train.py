@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from syncbn.train import loop
+from syncbn.train import data_files, loop
 from syncbn.train.config import ConfigError, LocalError
 from syncbn.train.config_io import config_from_dict, load_config
 from syncbn.train.loop import train
@@ -139,14 +139,49 @@ def test_a_damaged_result_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read(tmp_path, workers):
+def test_an_image_that_cannot_be_read(tmp_path, monkeypatch, workers):
+    """In a folder too large to be held, where each process meets its own images, and in a small one."""
     for split in ("train", "test"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_text("no image")
     data = {"name": "imagefolder", "root": str(tmp_path), "image_size": 8, "workers": workers}
+    with pytest.raises(ConfigError, match=r"data\.root: got .*0\.png"):
+        train(small(data=data))
+    monkeypatch.setattr(data_files, "HELD_BYTES", 0)
     with pytest.raises(LocalError, match=r"data\.root: got .*0\.png"):
         train(small(data=data))
+
+
+def test_evaluations_tell_the_kinds_of_statistics_apart(tmp_path):
+    """Batches of one class: with their own statistics they are seen as in training, and inference is not."""
+    evaluation = {"population_samples": [32, 100, 10_000]}
+    result = train(small(norm={"name": "batch"}, evaluation=evaluation), tmp_path)
+    kinds = [(e["statistics"], e["estimator"], e["samples"]) for e in result.evaluations]
+    # Whole global batches of 32, and no more than the 150 images have: 128.
+    expected = [("population", estimator, n) for n in (32, 128) for estimator in ("mean", "total")]
+    assert kinds == [("running", None, None), ("batch", None, None), *expected]
+    assert result.evaluations[0]["test_error"] == result.test_error
+    assert len({e["test_loss"] for e in result.evaluations}) == len(kinds)
+    assert [layer["layer"] for layer in result.layers] == [f"layer{i}.norm" for i in range(1, 7)]
+    assert [layer["count"] for layer in result.layers] == [8 * 64] * 2 + [8 * 16] * 2 + [8 * 4] * 2
+    assert all(layer["kl"] > 0 and layer["effective"] > 1 and layer["dead"] == 0 for layer in result.layers)
+    assert RunResult.from_json(tmp_path / "result.json") == result
+
+
+def test_a_frozen_layer_stops_moving(monkeypatch):
+    seen = []
+    tell = loop.Run.tell_groups
+
+    def watch(run, samples):
+        tell(run, samples)
+        seen.append((run.progress.step, run.norms[0].training, run.norms[0].running_mean.clone()))
+
+    monkeypatch.setattr(loop.Run, "tell_groups", watch)
+    train(small(norm={"name": "frozen", "freeze_at": 0.4}, evaluation={"batch": False, "population_samples": []}))
+    assert [(step, training) for step, training, _ in seen] == [(step, step < 6) for step in range(15)]
+    assert all(torch.equal(mean, seen[6][2]) for _, _, mean in seen[6:])
+    assert not torch.equal(seen[5][2], seen[6][2])
 
 
 def test_drop_last_leaves_out_the_smaller_step():

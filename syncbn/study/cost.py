@@ -1,0 +1,105 @@
+"""``syncbn study plan``: the grid, what of it is done, and what the rest will cost, from a few timed steps."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from syncbn.study.plan import Cell, Study, study_cells, unique_cells
+from syncbn.study.progress import duration
+from syncbn.study.study_file import load_study
+from syncbn.train.config import RunConfig
+from syncbn.train.loop import train
+from syncbn.train.run import steps_of
+
+TIMED_STEPS = 6
+"""Optimizer steps of a timed run; its seconds leave out the data and the first, slower ones (see :func:`timed`)."""
+
+
+def plan_study(config: str, out: Path | None = None, workers: int | None = None) -> int:
+    """Print a study's grid, what is done of it in ``out``, and an estimate of what the rest takes.
+
+    Args:
+        config: a study's YAML file, or the name of one that comes with the package.
+        out: the study's folder; None takes everything as still to be done.
+        workers: runs side by side; None is one for each core.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: a mistake in the study.
+    """
+    from syncbn.study.records import read_records
+
+    study = load_study(config)
+    cells = study_cells(study)
+    runs = unique_cells(cells)
+    records = read_records(out) if out is not None else {}
+    missing = [cell for cell in runs if cell.key not in records]
+    print(f"{study.title}\n")
+    _print_grid(study, cells)
+    repeat = study.repeat_distributed
+    print(f"\n{len(cells)} cells, {len(runs)} different runs: {len(runs) - len(missing)} done, {len(missing)} to do")
+    if repeat is not None:
+        print(f"and one repeated under {repeat.processes} processes: {repeat.arm}, seed {repeat.seed}")
+    if missing:
+        side = workers or len(os.sched_getaffinity(0))
+        seconds = estimate(missing, lambda cell, cost: print(f"  {cell.label}: about {duration(cost)}", flush=True))
+        print(
+            f"about {duration(seconds)} of training by one process; with {side} side by side at best "
+            f"{duration(seconds / min(side, len(missing)))}. Evaluations and loading come on top."
+        )
+    return 0
+
+
+def estimate(cells: Sequence[Cell], say: Callable[[Cell, float], None] = lambda cell, cost: None) -> float:
+    """Seconds that the cells' training takes in one process: one cell of each setting is timed for a few steps.
+
+    Raises:
+        ConfigError: a cell cannot be run here (its data, its network, its device).
+    """
+    known: dict[tuple[object, ...], float] = {}
+    total = 0.0
+    for cell in cells:
+        setting = (cell.arm, cell.point)
+        if setting not in known:
+            known[setting] = timed(cell.config)
+            say(cell, known[setting])
+        total += known[setting]
+    return total
+
+
+def timed(config: RunConfig) -> float:
+    """Seconds that a run's training would take here in one process, from ``TIMED_STEPS`` of its steps.
+
+    The second half of the steps counts: the first ones allocate, and load what is loaded once.
+    """
+    few = replace(
+        config,
+        budget=replace(config.budget, epochs=None, steps=TIMED_STEPS, checkpoint_every=0),
+        evaluation=replace(config.evaluation, batch=False, population_samples=[]),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        first = train(replace(few, budget=replace(few.budget, steps=TIMED_STEPS // 2)), Path(folder) / "a").seconds
+        whole = train(few, Path(folder) / "b").seconds
+    return max(whole - first, whole / TIMED_STEPS) / (TIMED_STEPS - TIMED_STEPS // 2) * steps_of(config)
+
+
+def _print_grid(study: Study, cells: Sequence[Cell]) -> None:
+    for name, values in study.axes.items():
+        print(f"{name}: {', '.join(map(str, values))}")
+    print(f"seeds: {', '.join(map(str, study.seeds))}")
+    per_arm = Counter(cell.arm for cell in cells)
+    keys = {arm.name: len({cell.key for cell in cells if cell.arm == arm.name}) for arm in study.arms}
+    for arm in study.arms:
+        sizes = sorted({c.config.normalization_batch_size or 0 for c in cells if c.arm == arm.name})
+        batch = "no batch statistics" if sizes == [0] else f"normalization batch {', '.join(map(str, sizes))}"
+        runs = f"{keys[arm.name]} runs" + (
+            f" for {per_arm[arm.name]} cells" if keys[arm.name] < per_arm[arm.name] else ""
+        )
+        print(f"  {arm.label}{' (reference)' if arm.reference else ''}: {runs}, {batch}")

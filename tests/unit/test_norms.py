@@ -1,0 +1,140 @@
+"""The norms of a run's configuration: what each does to a model, and that none changes the weights that are drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import syncbn
+from syncbn.train.config import ConfigError, ModelConfig, NormConfig, RunConfig
+from syncbn.train.logical import Layout, Placement
+from syncbn.train.models import build_model
+from syncbn.train.norm_config import BATCH_NORMS
+from syncbn.train.norms import adapt_convolutions, adapt_model, clip_gradients, norm_factory
+
+OPTIONS = {
+    "ghost": {"ghost_batch_size": 2},
+    "ws_group": {"groups": 4},
+    "evonorm": {"groups": 4},
+    "group": {"groups": 4},
+}
+
+
+def build(name, model="convnet", **options):
+    norm = NormConfig(name=name, **OPTIONS.get(name, {}), **options)
+    layout = Layout.of(RunConfig(gpus=2, per_gpu_batch_size=4, norm=norm), Placement())
+    torch.manual_seed(0)
+    return build_model(
+        ModelConfig(name=model, width=4),
+        norm=norm_factory(norm, layout),
+        adapt=lambda m: adapt_model(m, norm, layout),
+        finish=lambda m: adapt_convolutions(m, norm),
+        in_channels=3,
+        num_classes=10,
+        image_size=32,
+    ), norm
+
+
+def kinds(model):
+    return [type(m).__name__ for m in model.modules()]
+
+
+EXPECTED = {
+    "none": "Identity",
+    "batch": "GhostBatchNorm",
+    "sync": "SyncBatchNorm",
+    "ghost": "GhostBatchNorm",
+    "renorm": "BatchRenorm",
+    "frozen": "GhostBatchNorm",
+    "group": "GroupNorm",
+    "layer": "GroupNorm",
+    "instance": "InstanceNorm2d",
+    "rms": "RmsNorm2d",
+    "evonorm": "EvoNorm2dS0",
+    "frn": "FilterResponseNormTlu2d",
+    "weight": "ParametrizedConv2d",
+    "ws_group": "StdConv2d",
+    "nf": "ScaledStdConv2d",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_convnet(name):
+    model, _ = build(name)
+    assert kinds(model).count(EXPECTED[name]) == 6
+    assert kinds(model).count("ReLU") == (0 if name in ("evonorm", "frn") else 6)
+    reference, _ = build("group")
+    convolutions = [[m.weight for m in x.modules() if isinstance(m, nn.Conv2d)] for x in (model, reference)]
+    for own, other in zip(*convolutions, strict=True):
+        torch.testing.assert_close(own, other)  # weight normalization recomposes them, to rounding
+    y = model(torch.randn(8, 3, 32, 32))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in ("evonorm", "frn")])
+@pytest.mark.parametrize("model", ["resnet20", "resnet18"])
+def test_residual_networks(name, model):
+    built, _ = build(name, model)
+    assert "BatchNorm2d" not in kinds(built)
+    assert built(torch.randn(8, 3, 64, 64)).isfinite().all()  # resnet18 ends in maps of 2x2
+
+
+def test_convolutions_are_standardized_and_biased():
+    model, _ = build("ws_group", "resnet18")
+    conv = model.layer1[0].conv1
+    weight = conv.weight.flatten(1)
+    standardized = (weight - weight.mean(1, keepdim=True)) / (weight.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    x = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(
+        conv(x), nn.functional.conv2d(x, standardized.view_as(conv.weight), padding=1), rtol=1e-4, atol=1e-4
+    )
+    assert all(m.bias is not None for m in build("weight", "resnet18")[0].modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet18"])
+def test_normalizer_free_branches_begin_at_zero_and_keep_the_scale(model):
+    built, _ = build("nf", model)
+    gains = [m.gain.abs().sum().item() for m in built.modules() if hasattr(m, "gain")]
+    assert gains.count(0.0) == (9 if model == "resnet20" else 8)
+    signal = nn.functional.relu(torch.randn(64, 4 if model == "resnet20" else 64, 16, 16))
+    conv = next(m for m in built.modules() if hasattr(m, "gain") and m.gain.abs().sum() and m.in_channels > 3)
+    assert conv(signal).detach().var() == pytest.approx(1, rel=0.2)  # zero padding takes a little at the border
+
+
+def test_adaptive_clipping_bounds_each_unit():
+    model, norm = build("nf", clip_factor=0.1)
+    (1e6 * model(torch.randn(8, 3, 32, 32)).square().sum()).backward()
+    linear, bias = model.linear.weight.grad.clone(), model.layer1.conv.bias.grad.clone()
+    clip_gradients(model, norm)
+    weight = model.layer1.conv.weight
+    ratio = weight.grad.flatten(1).norm(dim=1) / weight.detach().flatten(1).norm(dim=1)
+    assert ratio.max() == pytest.approx(0.1, rel=1e-4)
+    assert torch.equal(model.linear.weight.grad, linear)
+    assert torch.equal(model.layer1.conv.bias.grad, bias)
+
+
+@pytest.mark.parametrize("name", ["evonorm", "frn"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet18"])
+def test_norms_with_an_activation_are_for_networks_where_one_follows(name, model):
+    with pytest.raises(ConfigError, match=r"norm\.name: got .*convnet"):
+        build(name, model)
+
+
+@pytest.mark.parametrize("name", ["group", "ws_group", "evonorm"])
+def test_groups_divide_the_channels(name):
+    norm = NormConfig(name=name, groups=3)
+    make = norm_factory(norm, Layout.of(RunConfig(norm=norm), Placement()))
+    with pytest.raises(ConfigError, match=r"norm\.groups: got 3"):
+        make(4)
+
+
+def test_which_norms_have_batch_statistics():
+    for name in EXPECTED:
+        model, norm = build(name)
+        has = any(isinstance(m, syncbn.modules.SmallBatchNorm) for m in model.modules())
+        assert has == norm.uses_batch == (name in BATCH_NORMS)
+        size = RunConfig(per_gpu_batch_size=4, norm=norm).normalization_batch_size
+        assert (size is not None) == has
