@@ -65,19 +65,59 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
     add_run_arguments(parity)
     parity.add_argument("--processes", type=str, default="1,2,4", help="Numbers of processes, separated by commas.")
     parity.add_argument("--steps", type=int, default=20, help="Optimizer steps.")
-    study = make_parser(description="Compare arms over seeds.")
-    study_run = make_parser(description="Run what is missing of a study, and write its report.")
-    study_run.add_argument(
-        "--config", type=str, required=True, help="A study's YAML file, or the name of a packaged one."
-    )
-    study_run.add_argument("--out", type=str, required=True, help="Folder of the study; run again, it goes on there.")
-    study_run.add_argument("--workers", type=int | None, default=None, help="Runs side by side (default: one a core).")
+    study = make_parser(description="Compare arms over seeds and normalization batches.")
     parsers = {"train": train, "parity": parity, "study": study}
     subcommands = parser.add_subcommands(required=True)
     for name, subparser in parsers.items():
         subcommands.add_subcommand(name, subparser)
-    study.add_subcommands(required=True).add_subcommand("run", study_run)
+    commands = study.add_subcommands(required=True)
+    for name, subparser in _study_parsers().items():
+        commands.add_subcommand(name, subparser)
     return parser, parsers
+
+
+def _study_parsers() -> dict[str, Any]:
+    from syncbn.train.config_io import make_parser
+
+    words = {
+        "plan": "Say what a study runs, and estimate from a few timed steps what it takes.",
+        "run": "Run what is missing of a study, and write its report; under a launcher, on all its processes together.",
+        "status": "Say what of a study is done, running, failed and missing, also while it runs.",
+        "report": "Write a study's report from what is there, without running anything.",
+    }
+    parsers = {name: make_parser(description=description) for name, description in words.items()}
+    for name, parser in parsers.items():
+        parser.add_argument(
+            "--config", type=str, required=True, help="A study's YAML file, or the name of a packaged one."
+        )
+        if name == "plan":
+            parser.add_argument("--out", type=str | None, default=None, help="Folder of the study, if it was begun.")
+        else:
+            more = "; run again, it goes on there" if name == "run" else ""
+            parser.add_argument("--out", type=str, required=True, help=f"Folder of the study{more}.")
+    run = parsers["run"]
+    for name in ("plan", "run"):
+        default = "one a core" if name == "plan" else "one a core; on a Slurm cluster all at once"
+        parsers[name].add_argument("--workers", type=int | None, default=None, help=f"Runs side by side ({default}).")
+    run.add_argument(
+        "--executor",
+        type=str,
+        default="pool",
+        help="Who does the runs: pool, processes of this machine; slurm, jobs of a Slurm cluster, through submitit "
+        "(pip install 'syncbn[slurm]'); local, the same on this machine.",
+    )
+    run.add_argument(
+        "--slurm-options",
+        type=str | None,
+        default=None,
+        help="submitit's parameters of a job, such as '{partition: gpu, gpus_per_node: 1, timeout_min: 120}'.",
+    )
+    run.add_argument(
+        "--measure-speedup",
+        action="store_true",
+        help="First train one cell for some seconds with one worker and with all, and keep the speeds in speedup.json.",
+    )
+    return parsers
 
 
 def _train(parser: Any, parsed: Any) -> int:
@@ -115,9 +155,42 @@ def _parity(parser: Any, parsed: Any) -> int:
 
 
 def _study(parser: Any, parsed: Any) -> int:
-    from syncbn.study.commands import run_study
+    command = parsed.subcommand
+    options = parsed[command]
+    if command == "plan":
+        from syncbn.study.cost import plan_study
 
-    return run_study(parsed.run.config, Path(parsed.run.out), parsed.run.workers)
+        return plan_study(options.config, None if options.out is None else Path(options.out), options.workers)
+    if command == "status":
+        from syncbn.study.status import print_status
+
+        return print_status(options.config, Path(options.out))
+    from syncbn.study.commands import report_study, run_study
+
+    if command == "report":
+        return report_study(options.config, Path(options.out))
+    return run_study(
+        options.config,
+        Path(options.out),
+        options.workers,
+        executor=options.executor,
+        slurm_options=_mapping(options.slurm_options),
+        speedup=options.measure_speedup,
+    )
+
+
+def _mapping(text: str | None) -> dict[str, Any] | None:
+    import yaml
+
+    from syncbn.train.config import ConfigError
+
+    try:
+        found = None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = text
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError("slurm-options", text, "a mapping, such as '{partition: gpu, timeout_min: 120}'")
+    return found
 
 
 _COMMANDS = {"train": _train, "parity": _parity, "study": _study}

@@ -61,8 +61,8 @@ class Display:
     def ended(self, key: str, label: str, result: RunResult | None, message: str, *, timed: bool) -> None:
         """A run has ended with a result, or failed with a message; ``timed`` if the estimate may count on its time."""
         self.done += 1
-        _, began = self._running.pop(key)
-        if timed:
+        _, began = self._running.pop(key, (label, None))
+        if timed and began is not None:
             self._seconds.append(time.monotonic() - began)
         if result is None:
             news = f"FAILED: {message}"

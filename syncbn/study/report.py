@@ -1,164 +1,170 @@
-"""The report of a study: one self-contained page, the numbers as CSV, the main figure as SVG and PNG."""
+"""The report of a study: one self-contained page, the numbers as CSV, the figures as files of their own."""
 
 from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from syncbn.study.answer import answer
+from syncbn.study.comparisons import ALPHA, Comparisons, comparison_lines, comparisons_of
 from syncbn.study.plan import Cell, Study
-from syncbn.study.plots import arm_colours, curve_figure, curve_limits, error_figure, inline_svg, save_figure
-from syncbn.study.runner import Outcome, repeat_id
-from syncbn.study.summary import Row, answer, percent, repeat_words, spread, summary_rows, write_csv
+from syncbn.study.plots import arm_marks
+from syncbn.study.repeat import study_repeat_words
+from syncbn.study.results_csv import write_csv
+from syncbn.study.runner import Outcome
+from syncbn.study.sections import (
+    cost_section,
+    curve_section,
+    estimation_section,
+    layer_section,
+    main_section,
+    samples_section,
+)
+from syncbn.study.summary import Summary, summary_of
+from syncbn.study.tables import axis_headings, print_numbers, table_lines
+from syncbn.study.words import axis_word, between, percent, place_words, plural, value_word
 from syncbn.train.result import RunResult, write_atomically
 
 TEMPLATE = "report.html.j2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableLine:
-    """One arm, as the table shows it."""
-
-    label: str
-    reference: bool
-    colour: str
-    normalization_batch_size: str
-    error: str
-    seeds: list[str]
-    """One text a seed."""
-    images_per_second: str
+OPEN_LINES = 12
+"""Lines of the table of all numbers up to which it is open from the start."""
 
 
 def write_report(
     study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome], out: Path, *, command: str
 ) -> Path:
-    """Write ``report.html``, ``results.csv``, ``error_by_arm.svg`` and ``.png`` to ``out``.
+    """Write ``report.html``, ``results.csv`` and the figures to ``out``.
+
+    The main figure is ``error_by_arm`` or, along a sweep, ``error_by_nbs`` (``.svg`` and ``.png``); ``estimation.svg``,
+    ``samples.svg`` and ``layers.svg`` are written where there is something in them.
 
     Args:
         study, cells: as they were run.
         outcomes: of :func:`syncbn.study.runner.run_cells`; cells without a result are shown as missing.
-        out: the study's folder.
+        out: the study's folder; its records and ``speedup.json`` are read if they are there.
         command: what made it, for the page.
 
     Returns:
         The path of the page. It is one file that needs no network.
     """
     results = _results(outcomes)
-    rows = summary_rows(study, cells, results)
-    colours = arm_colours([arm.name for arm in study.arms], study.reference.name if study.reference else None)
-    figure = error_figure(rows, colours)
-    save_figure(figure, out / "error_by_arm")
-    write_csv(study, cells, results, out / "results.csv")
+    summary = summary_of(study, cells, results)
+    comparisons = comparisons_of(summary)
+    marks = arm_marks(study)
+    failed = {key for key, outcome in outcomes.items() if outcome.status == "failed"}
+    write_csv(study, cells, results, out / "results.csv", failed=failed)
+    lines = table_lines(summary)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("syncbn.study").joinpath(TEMPLATE).read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         study=study,
-        answer=answer(rows),
-        errors_svg=inline_svg(figure, "errors", "Test error of each arm"),
-        curves=_curves(rows, colours),
-        lines=table_lines(rows, colours),
-        repeat=_repeat(study, cells, outcomes),
-        versions=_versions(results),
+        marks=marks,
+        answer=answer(summary, comparisons),
+        main=main_section(summary, marks, out),
+        compared=_compared(study, comparisons),
+        estimation=estimation_section(summary, out),
+        samples=samples_section(summary, out),
+        layers=layer_section(summary, out),
+        curves=curve_section(summary, comparisons, marks),
+        costs=cost_section(summary, comparisons, out),
+        headings=axis_headings(summary),
+        lines=lines,
+        lines_open=len(lines) <= OPEN_LINES,
+        repeat=study_repeat_words(study, cells, outcomes),
         failures=[(o.job.label, o.message) for o in outcomes.values() if o.status == "failed"],
-        base=yaml.safe_dump(study.base, sort_keys=False, default_flow_style=None).strip(),
-        overrides={arm.label: yaml.safe_dump(arm.overrides, default_flow_style=True).strip() for arm in study.arms},
+        methods=_methods(comparisons),
+        axes=_axes(summary),
+        versions=_versions(results),
+        base=_yaml(study.base, block=True),
+        overrides=[(arm.name, arm.label, _yaml(arm.overrides), _only(summary, arm.only)) for arm in study.arms],
         command=command,
     )
-    write_atomically(out / "report.html", page)
+    write_atomically(out / "report.html", "\n".join(line for line in page.splitlines() if line.strip()) + "\n")
     return out / "report.html"
 
 
-def table_lines(rows: Sequence[Row], colours: Mapping[str, str]) -> list[TableLine]:
-    """The rows in words, in their order."""
-    return [
-        TableLine(
-            label=row.label,
-            reference=row.reference,
-            colour=colours[row.name],
-            normalization_batch_size="–" if row.normalization_batch_size is None else str(row.normalization_batch_size),
-            error=_error(row),
-            seeds=["–" if r is None else _seed(r) for r in row.results],
-            images_per_second="–" if row.images_per_second != row.images_per_second else f"{row.images_per_second:.0f}",
-        )
-        for row in rows
-    ]
-
-
 def print_table(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> None:
-    """The table of the page, on the terminal."""
-    rows = summary_rows(study, cells, _results(outcomes))
-    table = Table(title=Text(study.title))
-    for heading in ("arm", "norm. batch", "test error", "seeds", "images/s"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    for line in table_lines(rows, {row.name: "" for row in rows}):
-        label = f"{line.label} (reference)" if line.reference else line.label
-        words = (label, line.normalization_batch_size, line.error, "  ".join(line.seeds), line.images_per_second)
-        table.add_row(*(Text(word) for word in words))  # not markup: a label may hold brackets
-    Console(width=None if Console().is_terminal else 110).print(table)
+    """The table of the page and its answer, on the terminal."""
+    summary = summary_of(study, cells, _results(outcomes))
+    print_numbers(summary, answer(summary, comparisons_of(summary)))
 
 
 def _results(outcomes: Mapping[str, Outcome]) -> dict[str, RunResult]:
     return {key: outcome.result for key, outcome in outcomes.items() if outcome.result is not None}
 
 
-def _error(row: Row) -> str:
-    words = [spread(row.mean, row.sd)] if row.finished else []
-    words += [f"{row.diverged} diverged"] if row.diverged else []
-    words += [f"{row.missing} missing"] if row.missing else []
-    return ", ".join(words)
+def _compared(study: Study, comparisons: Comparisons) -> dict[str, Any] | None:
+    """The section of the planned comparisons; None where there are none."""
+    reference = comparisons.reference
+    if reference is None or not comparisons.lines:
+        return None
+    error = reference.error
+    words = f"{reference.label}: {percent(error.mean)}"
+    interval = between(error.low, error.high, error.mean)
+    return {
+        "place": place_words((name, value) for name, value in comparisons.point if len(study.axes[name]) > 1),
+        "reference": words + (f" (95 % interval {interval})" if interval else ""),
+        "lines": comparison_lines(comparisons),
+    }
 
 
-def _seed(result: RunResult) -> str:
-    return "diverged" if result.test_error is None else percent(result.test_error)
-
-
-def _curves(rows: Sequence[Row], colours: Mapping[str, str]) -> list[tuple[str, str]]:
-    """For each arm that has any, its label and its learning curves as SVG."""
-    limits = curve_limits(rows)
-    reference = next((row for row in rows if row.reference), None)
-    if limits is None:
-        return []
-    return [
-        (
-            row.label,
-            inline_svg(
-                curve_figure(row, None if row.reference else reference, colours[row.name], limits),
-                f"curve{number}",
-                f"Test error of {row.label} over the epochs",
-            ),
+def _methods(comparisons: Comparisons) -> str:
+    """How intervals and tests were made, with their sources."""
+    words = (
+        "An interval of a mean is Student's t interval over the seeds, at 95 %; runs that diverged have no part in it and"
+        " are counted instead."
+    )
+    if not comparisons.lines:
+        return words
+    family = len(comparisons.lines)
+    words += (
+        " A difference is the mean of the differences of runs with the same seed, its interval Student's as well. Its p is"
+        " that of Fisher's two-sided sign-flip test (The Design of Experiments, 1935): the share of all ways to give the"
+        " differences their signs whose mean is at least as far from zero."
+    )
+    if family > 1:
+        words += (
+            f" The {family} comparisons are corrected together by Holm's procedure (1979, Scandinavian Journal of"
+            f" Statistics 6), so that the chance of any false claim among them is at most {100 * ALPHA:g} %; intervals are"
+            " of each difference alone."
         )
-        for number, row in enumerate(rows)
+    words += (
+        f" With {plural(family, 'comparison')}, {comparisons.needed} seeds are needed before the smallest p there can be"
+        f" reaches {ALPHA:g}. Where a run of an arm or of the reference diverged, nothing is compared: the mean of the"
+        " runs that survive would favour the arm that loses its worst ones."
+    )
+    return words
+
+
+def _axes(summary: Summary) -> list[tuple[str, str]]:
+    """The axes with their values."""
+    return [
+        (f"{axis_word(name)} ({name})", ", ".join(value_word(value) for value in values))
+        for name, values in summary.study.axes.items()
     ]
 
 
-def _repeat(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> str | None:
-    repeat = study.repeat_distributed
-    if repeat is None:
-        return None
-    cell = next(c for c in cells if (c.arm, c.seed) == (repeat.arm, repeat.seed))
-    label = next(arm.label for arm in study.arms if arm.name == repeat.arm)
-    emulated, repeated = outcomes.get(cell.key), outcomes.get(repeat_id(repeat, cells))
-    return repeat_words(
-        emulated.result if emulated else None,
-        repeated.result if repeated else None,
-        f"{label}, seed {repeat.seed},",
-        repeat.processes,
-        repeated.message if repeated else "",
-    )
+def _only(summary: Summary, only: Mapping[str, Sequence[Any]]) -> str:
+    """Where an arm is run, if not everywhere."""
+    parts = [f"{axis_word(name)} {', '.join(value_word(value) for value in values)}" for name, values in only.items()]
+    return f"run only at {'; '.join(parts)}" if parts else ""
+
+
+def _yaml(values: Mapping[str, Any], block: bool = False) -> str:
+    style = None if block else True
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=style, width=1000)
+    return text.strip() if values else "nothing"
 
 
 def _versions(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
     """What the runs ran on: each property once, with all the values that occur."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, None]] = {}
     for result in results.values():
         for name, value in result.environment.items():
-            found.setdefault(name, {})[value] = None
+            found.setdefault(name, {})[str(value)] = None
     return [(name, ", ".join(values)) for name, values in found.items()]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 
 from syncbn.study.study_file import study_from_dict
-from syncbn.train.config_io import config_to_dict
+from syncbn.train.config_io import config_to_dict, load_config
 from syncbn.train.result import RunResult
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
 def small_study(**changes):
@@ -27,7 +31,7 @@ def small_study(**changes):
     return study_from_dict({**content, **changes})
 
 
-def fake_result(config, error=0.1, status="ok", losses=(1.0, 0.5)):
+def fake_result(config, error=0.1, status="ok", losses=(1.0, 0.5), processes=1):
     diverged = status == "diverged"
     entry = {"epoch": 1, "step": 2, "train_loss": 0.5, "test_error": error, "test_loss": 0.3}
     return RunResult(
@@ -41,20 +45,34 @@ def fake_result(config, error=0.1, status="ok", losses=(1.0, 0.5)):
         parameters=10,
         losses=list(losses),
         history=[] if diverged else [entry],
-        processes=1,
+        processes=processes,
         environment={"torch": "2"},
         config=config_to_dict(config),
     )
 
 
 def train(config, out=None, *, resume=False):
-    """Takes a moment, records the call, and has an error that depends on the arm."""
+    """Takes a moment, records the call, and has an error that depends on the arm; without a folder, only a speed."""
+    time.sleep(0.1)
+    if out is None:
+        return fake_result(config)
     out.mkdir(parents=True, exist_ok=True)
     with (out.parent.parent / "calls.txt").open("a") as file:
         file.write(f"{out.name}\n")
-    time.sleep(0.2)
     error = {"batch": 0.4, "sync": 0.03}[config.norm.name] if config.norm.eps == 1e-5 else 0.02
-    fake_result(config, error + 0.01 * config.seed).to_json(out / "result.json")
+    result = fake_result(config, error + 0.01 * config.seed)
+    result.to_json(out / "result.json")
+    return result
+
+
+def launch(processes, arguments, log, timeout=None):
+    """The repeat under real processes, without any: writes what they would."""
+    words = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+    config, out = load_config(words["--config"]), Path(words["--out"])
+    out.mkdir(parents=True, exist_ok=True)
+    with (out.parent.parent / "calls.txt").open("a") as file:
+        file.write(f"{out.name}\n")
+    fake_result(config, 0.4, processes=processes).to_json(out / "result.json")
 
 
 def train_with_accidents(config, out=None, *, resume=False):
@@ -65,4 +83,11 @@ def train_with_accidents(config, out=None, *, resume=False):
         os.kill(os.getpid(), signal.SIGKILL)
     out.mkdir(parents=True, exist_ok=True)
     status = "diverged" if config.norm.eps == 1e-5 else "ok"
-    fake_result(config, 0.02, status).to_json(out / "result.json")
+    fake_result(config, 0.02, status, losses=(1.0, float("nan"))).to_json(out / "result.json")
+
+
+def train_then_killed(config, out=None, *, resume=False):
+    """Finishes the first seed's runs and is killed before they can be recorded."""
+    train(config, out, resume=resume)
+    if config.seed == 0:
+        os.kill(os.getpid(), signal.SIGKILL)

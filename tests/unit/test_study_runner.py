@@ -6,19 +6,32 @@ import collections
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
+import pytest
 import study_fakes
-from study_fakes import small_study
+from study_fakes import fake_result, small_study
 
+from syncbn.cli import main
+from syncbn.study import commands, status
 from syncbn.study.plan import study_cells
-from syncbn.study.runner import run_cells
-from syncbn.study.worker import Trainer, load_record
+from syncbn.study.records import Records, read_records
+from syncbn.study.runner import repeat_id, run_cells, study_jobs
+from syncbn.study.status import study_outcomes
+from syncbn.study.worker import Trainer, attempt, failure, last_error, load_result, note_failure
+from syncbn.train.checkpoint import try_lock
+from syncbn.train.config import ConfigError
+
+STUDY = small_study()
+CELLS = study_cells(STUDY)
+JOBS = 7
+"""Six cells and the repeat."""
 
 
-def run(out, train=study_fakes.train, workers=2):
-    study = small_study()
-    return run_cells(study, study_cells(study), out, workers=workers, trainer=Trainer(train=train))
+def run(out, train=study_fakes.train, workers=2, **options):
+    trainer = Trainer(train=train, launch=study_fakes.launch)
+    return run_cells(STUDY, CELLS, out, workers=workers, trainer=trainer, **options)
 
 
 def calls(out):
@@ -28,32 +41,181 @@ def calls(out):
 def test_each_cell_once_and_then_never_again(tmp_path):
     first = run(tmp_path)
     assert {o.status for o in first.values()} == {"ran"}
-    assert sorted(calls(tmp_path).values()) == [1] * 6
+    assert sorted(calls(tmp_path).values()) == [1] * JOBS
+    records = read_records(tmp_path)
+    assert {key: o.result for key, o in first.items()} == {key: r.result for key, r in records.items()}
+    repeat = records[repeat_id(STUDY.repeat_distributed, CELLS)]
+    assert repeat.key == f"{CELLS[0].key}-2"
+    assert repeat.result.processes == 2
+    # A file for each worker, and a record is what it says: wall time, in the order of the clock.
+    assert {path.stem for path in (tmp_path / "records").iterdir()} == {r.worker for r in records.values()}
+    assert all(0.1 < r.seconds < 5 for r in records.values() if "-" not in r.key)
+    assert all(abs((r.ended - r.started).total_seconds() - r.seconds) < 0.1 for r in records.values())
     second = run(tmp_path)
     assert {o.status for o in second.values()} == {"kept"}
     assert {k: o.result for k, o in second.items()} == {k: o.result for k, o in first.items()}
-    assert sorted(calls(tmp_path).values()) == [1] * 6
+    assert sorted(calls(tmp_path).values()) == [1] * JOBS
 
 
-def test_a_half_written_record_is_run_again(tmp_path):
-    key = study_cells(small_study())[0].key
-    (tmp_path / "runs" / key).mkdir(parents=True)
-    (tmp_path / "runs" / key / "result.json").write_text('{"status": "ok", "test_er')
-    assert load_record(tmp_path / "runs" / key) is None
-    assert {o.status for o in run(tmp_path).values()} == {"ran"}
-    assert calls(tmp_path)[key] == 1
+def test_results_of_the_trainer_are_recorded_without_running_again(tmp_path):
+    """Killed between the result and the record; what is half-written is run."""
+    done, half = CELLS[0], CELLS[1]
+    fake = fake_result(done.config, 0.123)
+    for cell in (done, half):
+        (tmp_path / "runs" / cell.key).mkdir(parents=True)
+    fake.to_json(tmp_path / "runs" / done.key / "result.json")
+    (tmp_path / "runs" / half.key / "result.json").write_text('{"status": "ok", "test_er')
+    assert load_result(tmp_path / "runs" / half.key) is None
+    outcomes = run(tmp_path)
+    assert outcomes[done.key].status == "kept"
+    assert outcomes[done.key].result == fake
+    record = read_records(tmp_path)[done.key]
+    assert record.seconds == fake.seconds
+    assert (record.ended - record.started).total_seconds() == pytest.approx(fake.seconds, abs=0.01)
+    assert calls(tmp_path)[done.key] == 0
+    assert calls(tmp_path)[half.key] == 1
+    # The records are what counts from then on.
+    (tmp_path / "runs" / done.key / "result.json").unlink()
+    assert run(tmp_path)[done.key].result == fake
 
 
-def test_accidents_are_outcomes(tmp_path):
+def test_a_worker_that_dies_after_its_result_has_done_its_run(tmp_path):
+    outcomes = run(tmp_path, study_fakes.train_then_killed)
+    assert {o.status for o in outcomes.values()} == {"ran"}
+    assert len(read_records(tmp_path)) == JOBS
+    assert sorted(calls(tmp_path).values()) == [1] * JOBS
+
+
+def test_accidents_are_outcomes(tmp_path, monkeypatch, capsys):
     """One run raises, one kills its worker, two diverge: the others are done all the same."""
     outcomes = run(tmp_path, study_fakes.train_with_accidents)
-    by_place = {(c.arm, c.seed): outcomes[c.key] for c in study_cells(small_study())}
+    by_place = {(c.arm, c.seed): outcomes[c.key] for c in CELLS}
     assert by_place["sync", 0].status == "failed"
     assert "no luck" in by_place["sync", 0].message
     assert by_place["sync", 1].status == "failed"
     assert "SIGKILL" in by_place["sync", 1].message
     assert [by_place["batch", seed].result.status for seed in (0, 1)] == ["diverged"] * 2
     assert [by_place["iid", seed].result.test_error for seed in (0, 1)] == [0.02] * 2
+    # The folder says the same to who asks it.
+    seen = study_outcomes(STUDY, CELLS, tmp_path)
+    assert {k: (o.status == "failed", o.message) for k, o in seen.items()} == {
+        k: (o.status == "failed", o.message) for k, o in outcomes.items()
+    }
+    monkeypatch.setattr(status, "load_study", lambda name: STUDY)
+    with try_lock(tmp_path / "locks" / f"{by_place['sync', 1].job.id}.lock"):
+        assert main(["study", "status", "--config", "small", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index(f"small: 7 runs in {tmp_path}") + 1 :]
+    words = [line.split() for line in lines[:4]]
+    assert [w[:2] for w in words] == [["done", "5,"], ["running", "1"], ["failed", "1,"], ["missing", "0"]]
+    assert "2 of them diverged" in lines[0]
+    assert "runs an hour while it was running; about" in lines[4]
+    assert lines[5:8] == ["running: sync, seed 1", "diverged: batch, seed 0", "diverged: batch, seed 1"]
+    assert lines[8].startswith("failed: sync, seed 0: RuntimeError: no luck (log: ")
+    assert len(lines) == 9
+
+
+def test_status_of_a_folder_that_does_not_exist(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(status, "load_study", lambda name: STUDY)
+    out = tmp_path / "none"
+    assert main(["study", "status", "--config", "small", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"small: 7 runs in {out}, which does not exist yet"
+    assert [line.split() for line in lines[1:5]] == [
+        [k, n] for k, n in zip(("done", "running", "failed", "missing"), "0007", strict=True)
+    ]
+    assert lines[5:] == ["no run has ended yet"]
+    assert not out.exists()
+
+
+def test_report_from_what_is_there(tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
+    monkeypatch.setattr(commands, "print_table", lambda *arguments: None)
+    monkeypatch.setattr(commands, "write_report", lambda *arguments, command: written.append(arguments) or "the page")
+    words = ["study", "report", "--config", "small", "--out"]
+    assert main([*words, str(tmp_path / "none")]) == 2
+    assert "expected a folder with at least one finished run of the study small" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    for cell in CELLS[:4]:
+        Records(tmp_path).add(cell.key, study_fakes.NOON, 1.0, fake_result(cell.config))
+    assert main([*words, str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "report: the page\n"
+    study, cells, outcomes, out = written[0]
+    assert (study, cells, out) == (STUDY, CELLS, tmp_path)
+    assert {key: o.status for key, o in outcomes.items()} == {cell.key: "kept" for cell in CELLS[:4]}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_repeat_is_the_other_way_round_where_real_processes_did_the_cell(tmp_path):
+    jobs = {job.id: job for job in study_jobs(STUDY, CELLS, tmp_path)}
+    repeat = jobs[repeat_id(STUDY.repeat_distributed, CELLS)]
+    records = Records(tmp_path)
+    records.add(repeat.repeats, study_fakes.NOON, 1.0, fake_result(repeat.config, processes=2))
+    assert attempt(repeat, Trainer(launch=study_fakes.launch), records).status == "ran"
+    assert records.get(repeat.id).result.processes == 1
+
+
+def test_a_log_tells_of_its_last_attempt(tmp_path):
+    log = tmp_path / "logs" / "k.log"
+    assert failure(log) is None
+    assert last_error(log) == ""
+    note_failure(log, "OSError: first")
+    assert failure(log) == "OSError: first"
+    with log.open("a") as file:
+        file.write("== 2026-03-01T12:00:00+00:00 began: sync, seed 0\nstep 1\nValueError: second\nstep 2\n")
+    assert failure(log) is None
+    assert last_error(log) == "ValueError: second"
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
+
+    def said(*words, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main(["study", "run", "--config", "small", "--out", str(tmp_path / "out"), *words]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
+
+    assert "workers: got 0, expected a positive integer" in said("--workers", "0")
+    assert "executor: got 'cloud', expected one of pool, slurm, local" in said("--executor", "cloud")
+    assert "slurm-options" in said("--slurm-options", "{partition: x}")
+    assert "measure-speedup" in said("--executor", "local", "--measure-speedup")
+    assert "slurm-options" in said("--slurm-options", "nonsense")
+    assert "workers: got 2, expected 1, as the 4 processes" in said("--workers", "2", WORLD_SIZE="4")
+    assert "executor: got 'local', expected none, as the 4 processes" in said("--executor", "local")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_needs_submitit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert main(["study", "run", "--config", "small", "--out", str(tmp_path), "--executor", "slurm"]) == 2
+    assert capsys.readouterr().err == "syncbn: error: submitit is not installed; pip install 'syncbn[slurm]'\n"
+
+
+def test_speedup_is_measured_and_not_recorded(tmp_path, monkeypatch, capsys):
+    trainer = Trainer(train=study_fakes.train)
+    found = commands.measure_speedup(CELLS[0], 2, tmp_path, trainer=trainer, seconds=0.1)
+    assert found["alone"] == 80
+    assert found["together"] == 160
+    assert found["speedup"] == 2
+    assert found["spread"] == {"alone": [80, 80], "together": [160, 160], "speedup": [2, 2]}
+    assert [len(r["together"]) for r in found["rounds"]] == [2] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "speedup.json"]
+    with pytest.raises(commands.MeasurementError, match="no luck"):
+        commands.measure_speedup(CELLS[1], 2, tmp_path, trainer=Trainer(train=study_fakes.train_with_accidents))
+    commands._measure(STUDY, CELLS, tmp_path, 1)
+    assert capsys.readouterr().out == "speed-up: nothing to measure, as one worker does the runs\n"
+
+
+def test_records_of_a_newer_version_stop_the_study(tmp_path):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "w.jsonl").write_text('{"schema": 2, "key": "a"}\n')
+    with pytest.raises(ConfigError, match="a newer version of syncbn"):
+        run(tmp_path)
 
 
 def test_killed_and_two_at_once(tmp_path):
@@ -62,11 +224,11 @@ def test_killed_and_two_at_once(tmp_path):
     first = context.Process(target=run, args=(tmp_path,), kwargs={"workers": 1})
     first.start()
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/result.json")) and time.monotonic() < deadline:
+    while not read_records(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    done = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
+    done = set(read_records(tmp_path))
     assert done
     # The killed study's worker notices and ends; what it was at is free again then.
     together = [context.Process(target=run, args=(tmp_path,), kwargs={"workers": 1}) for _ in range(2)]
@@ -75,9 +237,10 @@ def test_killed_and_two_at_once(tmp_path):
     for process in together:
         process.join(100)
     assert [process.exitcode for process in together] == [0, 0]
-    records = [load_record(tmp_path / "runs" / cell.key) for cell in study_cells(small_study())]
-    assert None not in records
+    assert len(read_records(tmp_path)) == JOBS
+    lines = [line for path in (tmp_path / "records").iterdir() for line in path.read_text().splitlines()]
+    assert len(lines) == JOBS
     # The cell that was cut off was begun twice; every other cell once.
     counts = calls(tmp_path)
-    assert sum(counts.values()) <= 7
+    assert sum(counts.values()) <= JOBS + 1
     assert all(counts[key] == 1 for key in done)

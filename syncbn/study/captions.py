@@ -1,0 +1,181 @@
+"""What the figures show in these numbers: the sentences under them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from syncbn.study.evaluations import FAMILIES, Evaluated
+from syncbn.study.layout import fixed_words
+from syncbn.study.panels import curves_of
+from syncbn.study.plan import Point
+from syncbn.study.summary import Setting, Summary
+from syncbn.study.words import coordinate, percent, place_words, points, some, value_word
+
+MIN_RISE = 1.25
+"""Ratio of errors from which on an arm is said to rise along the sweep."""
+
+
+def sweep_caption(summary: Summary, panel: Point) -> list[str]:
+    """What the main figure of a sweep shows, for one of its panels; means only, no claim about differences."""
+    traces = [_finished(summary, arm.name, panel) for arm in summary.study.arms]
+    varying = [t for t in traces if len(t) > 1 and not summary.constant(t[0].arm, panel)]
+    words = []
+    title = summary.layout.title(panel)
+    if varying:
+        # The reference tells most: it is what the study is about. Otherwise the arm that changes most.
+        main = next((t for t in varying if t[0].reference), max(varying, key=_rise))
+        if _rise(main) < MIN_RISE:
+            main = max(varying, key=_rise)
+        text = f"{_from_to(summary, main)}{_counterpart(varying, main)}."
+        words.append(f"{title}: {text}" if title else text[0].upper() + text[1:])
+        words += _crossing(summary, main, [t for t in traces if t and summary.constant(t[0].arm, panel)])
+    return words
+
+
+def diverged_words(settings: Sequence[Setting]) -> str:
+    """Which settings lost runs; empty where none did. The same runs at several places are named once."""
+    seen: dict[tuple[str, ...], Setting] = {}
+    shared: set[tuple[str, ...]] = set()
+    for setting in settings:
+        if setting.diverged:
+            shared |= {setting.keys} & seen.keys()
+            seen.setdefault(setting.keys, setting)
+    if not seen:
+        return ""
+    names = []
+    for keys, setting in seen.items():
+        place = "" if keys in shared or not setting.point else f" at {place_words(setting.point)}"
+        names.append(f"{setting.label}{place} ({setting.diverged} of {setting.diverged + setting.finished})")
+    return f"Diverged: {some(names, 8)}."
+
+
+def missing_words(settings: Sequence[Setting]) -> str:
+    """Which arms have no result at all; empty where there is none."""
+    arms = {setting.label: False for setting in settings}
+    for setting in settings:
+        arms[setting.label] |= bool(setting.runs)
+    without = [label for label, there in arms.items() if not there]
+    return f"Without a result yet: {some(without, 8)}." if without else ""
+
+
+def fixed_caption(summary: Summary) -> str:
+    """What stays the same along the sweep; arms that it does not touch are explained where there are any."""
+    level = any(
+        summary.constant(arm.name, panel) for arm in summary.study.arms for panel in summary.layout.panels
+    )
+    words = " Level lines are arms that it does not touch, run once." if level else ""
+    return fixed_words(summary.study) + words
+
+
+def arms_caption(settings: Sequence[Setting]) -> str:
+    """What the dots of arms at one place show."""
+    finished = [setting for setting in settings if setting.finished]
+    if len(finished) < 2:
+        return ""
+    low, high = (pick(finished, key=lambda s: s.error.mean) for pick in (min, max))
+    wide = max(finished, key=lambda s: max(_errors(s)) - min(_errors(s)))
+    words = f"Means go from {percent(low.error.mean)} ({low.label}) to {percent(high.error.mean)} ({high.label})"
+    reach = max(_errors(wide)) - min(_errors(wide))
+    if wide.finished < 2 or not reach:
+        return f"{words}."
+    return f"{words}; the seeds of {wide.label} are farthest apart, by {points(reach)} points."
+
+
+def curves_caption(settings: Sequence[Setting]) -> str:
+    """Whether the order at the end was there half-way."""
+    means = {}
+    for setting in settings:
+        curves = [curve for curve in curves_of(setting) if curve]
+        if curves:
+            epochs = sorted(set.intersection(*map(set, curves)))
+            means[setting.label] = {epoch: sum(curve[epoch] for curve in curves) / len(curves) for epoch in epochs}
+    common = sorted(set.intersection(*map(set, means.values()))) if means else []
+    if len(common) < 2 or len(means) < 2:
+        return ""
+    half, end = common[(len(common) - 1) // 2], common[-1]
+    then, now = (min(means, key=lambda label: means[label][epoch]) for epoch in (half, end))  # noqa: B023
+    same = "also at the end" if then == now else f"at the end {now} has"
+    return (
+        f"Half-way, at epoch {half:g}, {then} has the lowest mean ({percent(means[then][half])}), {same} "
+        f"({percent(means[now][end])})."
+    )
+
+
+def samples_caption(items: Sequence[Evaluated]) -> str:
+    """What more images for the population statistics change."""
+    changes = []
+    for item in items:
+        for family in FAMILIES:
+            series = sorted(item.series(family), key=lambda pair: pair[0])
+            if family.startswith("population") and len(series) > 1:
+                (first, few), (last, many) = series[0], series[-1]
+                changes.append((abs(few.mean - many.mean), few.mean, many.mean, first, last, item.setting, family))
+    if not changes:
+        return ""
+    change, few, many, first, last, setting, family = max(changes, key=lambda entry: entry[0])
+    return (
+        f"From {first} to {last} images the error changes by at most {points(change)} points ({setting.label}, "
+        f"{FAMILIES[family]}: {percent(few)} to {percent(many)})."
+    )
+
+
+def _finished(summary: Summary, arm: str, panel: Point) -> list[Setting]:
+    return [setting for _, setting in summary.across(arm, panel) if setting.finished]
+
+
+def _errors(setting: Setting) -> list[float]:
+    return [error for error in setting.errors if not math.isnan(error)]
+
+
+def _rise(trace: Sequence[Setting]) -> float:
+    return trace[-1].error.mean / max(trace[0].error.mean, 1e-9)
+
+
+def _place(summary: Summary, setting: Setting) -> str:
+    name = summary.layout.across
+    assert name is not None
+    return coordinate(name, dict(setting.point)[name])
+
+
+def _from_to(summary: Summary, trace: Sequence[Setting]) -> str:
+    first, last = trace[0], trace[-1]
+    change, name = _rise(trace), summary.layout.across
+    assert name is not None
+    verb = "rises" if change >= MIN_RISE else "falls" if change <= 1 / MIN_RISE else "goes"
+    return (
+        f"from {value_word(dict(first.point)[name])} to {_place(summary, last)}, the error of {first.label} {verb} from "
+        f"{percent(first.error.mean)} to {percent(last.error.mean)}"
+    )
+
+
+def _counterpart(varying: Sequence[Sequence[Setting]], main: Sequence[Setting]) -> str:
+    """The arm that changes least over the same places."""
+    ends = main[0].point, main[-1].point
+    others = [t for t in varying if t is not main and (t[0].point, t[-1].point) == ends]
+    if not others:
+        return ""
+    steady = min(others, key=lambda t: abs(math.log(max(_rise(t), 1e-9))))
+    return f"; {steady[0].label} goes from {percent(steady[0].error.mean)} to {percent(steady[-1].error.mean)}"
+
+
+def _crossing(summary: Summary, main: Sequence[Setting], level: Sequence[Sequence[Setting]]) -> list[str]:
+    """From where on the best arm that the sweep does not touch has the lower mean."""
+    if not level:
+        return []
+    best = min((trace[0] for trace in level), key=lambda setting: setting.error.mean)
+    above = [setting.error.mean > best.error.mean for setting in main]
+    lowest = ", the lowest of the level lines" if len(level) > 1 else ""
+    name, label = f"that of {best.label} ({percent(best.error.mean)}{lowest})", main[0].label
+    if all(above) or not any(above):
+        return [f"The mean of {label} is {'above' if above[0] else 'below'} {name} everywhere."]
+    if not above[-1]:
+        return []
+    start = next(i for i in range(len(above)) if all(above[i:]))
+    return [f"From {_place(summary, main[start])} on, the mean of {label} is above {name}."]
+
+
+def shown_words(summary: Summary, point: Point) -> str:
+    """Where on the axes a section looks, as far as the study has other places."""
+    several = [(name, value) for name, value in point if len(summary.study.axes[name]) > 1]
+    return f"Shown at {place_words(several)}." if several else ""

@@ -1,0 +1,80 @@
+"""What the repeat of one cell under real processes shows about the emulation of logical GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from syncbn.study.agreement import agreement
+from syncbn.study.plan import Cell, Study, repeated_cell
+from syncbn.study.words import percent, place_words
+
+if TYPE_CHECKING:
+    from syncbn.study.runner import Outcome
+    from syncbn.train.result import RunResult
+
+
+def study_repeat_words(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> str:
+    """The repeat of a study in words; empty where it names none."""
+    from syncbn.study.runner import repeat_id
+
+    repeat, cell = study.repeat_distributed, repeated_cell(study, list(cells))
+    if repeat is None or cell is None:
+        return ""
+    label = next(arm.label for arm in study.arms if arm.name == cell.arm)
+    place = place_words(cell.point)
+    emulated, repeated = outcomes.get(cell.key), outcomes.get(repeat_id(repeat, cells))
+    return repeat_words(
+        emulated.result if emulated else None,
+        repeated.result if repeated else None,
+        f"{label}{f' at {place}' if place else ''}, seed {cell.seed},",
+        repeat.processes,
+        repeated.message if repeated else "",
+    )
+
+
+def repeat_words(
+    emulated: RunResult | None, repeated: RunResult | None, label: str, processes: int, message: str = ""
+) -> str:
+    """One repeat in words.
+
+    Args:
+        emulated: the cell's result in one process, if there is one.
+        repeated: its result under ``processes`` processes, if there is one.
+        label: the arm and the seed, in words.
+        processes: real processes of the repeat.
+        message: why the repeat failed, if it did.
+    """
+    if emulated is None or repeated is None:
+        why = f": {message}" if message else ""
+        return f"{label} was to be repeated under {processes} real processes; there is nothing to compare{why}."
+    words = f"{label} was run in one process and again under {processes} real processes. "
+    if emulated.losses and repeated.losses:
+        found = agreement(emulated.losses, repeated.losses)
+        words += (
+            f"The training losses differ by {_small(found.first)} at the first step and by at most "
+            f"{_small(found.largest)}, at step {found.largest_step} of {min(found.steps)} "
+            f"(by {_small(found.mean)} on average; {_within(found.steps_within, min(found.steps), found.tolerance)}). "
+        )
+    ends = [
+        percent(result.test_error) if result.test_error is not None and result.status == "ok" else "divergence"
+        for result in (emulated, repeated)
+    ]
+    words += f"They end at {ends[0]} and {ends[1]} test error."
+    precision = emulated.config.get("precision")
+    if precision in ("fp32", "bf16", "fp16"):
+        words += (
+            f" Both do the same sums in another order, so in {precision} rounding differences appear, and training"
+            " amplifies them; the command syncbn parity makes the exact comparison, in fp64."
+        )
+    return words
+
+
+def _within(steps: int, of: int, tolerance: float) -> str:
+    if steps == of:
+        return f"never above {tolerance:g}"
+    return f"the first {steps} steps agree within {tolerance:g}" if steps else f"above {tolerance:g} from the start"
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if value < 0.01 else f"{value:.2f}"

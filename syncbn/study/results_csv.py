@@ -1,0 +1,60 @@
+"""The numbers of a study as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from syncbn.study.evaluations import evaluated, kinds_of
+from syncbn.study.plan import Cell, Study
+from syncbn.study.words import value_word
+
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
+
+_FIGURES = (
+    "test_error",
+    "test_loss",
+    "steps",
+    "samples",
+    "seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+    "parameters",
+    "processes",
+)
+
+
+def write_csv(
+    study: Study,
+    cells: Sequence[Cell],
+    results: Mapping[str, RunResult],
+    path: Path,
+    *,
+    failed: Collection[str] = (),
+) -> None:
+    """One line a cell, also for those without a result: place, status, figures, and the error of each evaluation.
+
+    Errors are fractions; a figure that a run does not have is empty. ``failed`` are keys whose run broke off: their
+    status is ``failed`` and not ``missing``. Cells of one key are one run, whose figures stand in each of their lines.
+    """
+    kinds = kinds_of(list(results.values()))
+    labels = {arm.name: arm.label for arm in study.arms}
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # two study runs may end at once
+    with draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        head = ["arm", "label", *study.axes, "seed", "normalization_batch_size", "key", "status"]
+        writer.writerow([*head, *_FIGURES, *(kind.column for kind in kinds)])
+        for cell in cells:
+            result = results.get(cell.key)
+            place = [cell.arm, labels[cell.arm], *(value_word(value) for _, value in cell.point), cell.seed]
+            status = ("failed" if cell.key in failed else "missing") if result is None else result.status
+            figures = [getattr(result, name, None) for name in _FIGURES]
+            errors = [evaluated(result, kind) for kind in kinds]
+            values = [*figures, *("" if math.isnan(error) else error for error in errors)]
+            writer.writerow([*place, cell.config.normalization_batch_size, cell.key, status, *values])
+    draft.replace(path)
