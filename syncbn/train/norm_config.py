@@ -59,6 +59,8 @@ class NormConfig:
     """`group`, `ws_group`, `evonorm`: groups of channels."""
     freeze_at: float = 0.75
     """`frozen`: part of the optimizer steps after which the statistics stay as they are."""
+    window: int = 16
+    """`mabn`: steps whose batch statistics are averaged."""
     clip_factor: float = 0.02
     """`nf`: largest norm of a unit's gradient, relative to the norm of its weights (adaptive gradient clipping)."""
 
@@ -99,6 +101,7 @@ class NormConfig:
             )
         require(self.groups >= 1, "norm.groups", self.groups, "a positive integer")
         require(0 <= self.freeze_at <= 1, "norm.freeze_at", self.freeze_at, "a number from 0 to 1")
+        require(self.window >= 1, "norm.window", self.window, "a positive integer")
         require(self.clip_factor > 0, "norm.clip_factor", self.clip_factor, "a positive number")
 
     @property

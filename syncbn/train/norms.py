@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -145,7 +146,7 @@ def adapt_model(model: nn.Module, config: NormConfig, layout: Layout) -> nn.Modu
     make = norm_factory(config, layout)
     for parent, name, child in _children(model):
         if isinstance(child, _BatchNorm):
-            setattr(parent, name, make(child.num_features))
+            setattr(parent, name, _begin_alike(make(child.num_features), child))
     return adapt_convolutions(model, config)
 
 
@@ -190,6 +191,16 @@ def clip_gradients(model: nn.Module, config: NormConfig) -> None:
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     _timm("utils.agc").adaptive_clip_grad(weights, clip_factor=config.clip_factor)
+
+
+def _begin_alike(made: nn.Module, replaced: _BatchNorm) -> nn.Module:
+    """``made`` with the weight and bias of the layer it replaces: some models begin with zeros in places."""
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            value, first = getattr(made, name, None), getattr(replaced, name)
+            if value is not None and first is not None:
+                value.copy_(first)
+    return made
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
