@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from syncbn.study.comparisons import Compared, Comparisons, difference_words, interval_words
+from syncbn.study.comparisons import Compared, Comparisons, interval_words
 from syncbn.study.summary import Setting, Summary
-from syncbn.study.words import SPACE, at_place, between, joined, p_equals, percent, plural, points, some
+from syncbn.study.words import SPACE, at_place, between, p_equals, percent, plural, points, some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ def _sentences(summary: Summary, comparisons: Comparisons) -> tuple[str, str]:
     ended = [setting for setting in comparisons.settings if setting.finished + setting.diverged]
     if not ended:
         anywhere = any(setting.runs for setting in summary.settings.values())
-        return (f"{at}{'no' if at else 'No'} run has a result yet." if anywhere else "No run has a result yet."), ""
+        return _begin(at if anywhere else "", "no run has a result yet."), ""
     if not any(setting.finished for setting in ended):
         runs = sum(setting.diverged for setting in ended)
-        return f"{at}{'every' if at else 'Every'} run diverged: all {runs} of {len(ended)} arms.", ""
+        return _begin(at, f"every run diverged: {plural(runs, 'run')} of {plural(len(ended), 'arm')}."), ""
     reference = comparisons.reference
     if reference is None:
         return _without_reference(at, ended)
@@ -65,21 +65,25 @@ def _without_reference(at: str, ended: Sequence[Setting]) -> tuple[str, str]:
 
 
 def _without_measure(at: str, reference: Setting, ended: Sequence[Setting]) -> tuple[str, str]:
-    """There is nothing to measure differences from: some or all of the reference's runs diverged or are missing."""
-    whole = [setting for setting in ended if setting.finished and not setting.diverged and setting is not reference]
+    """There is nothing to measure differences from: some or all of the reference's runs diverged, or none has ended."""
+    others = [setting for setting in ended if setting is not reference]
+    whole = [setting for setting in others if setting.finished and not setting.diverged]
     runs = reference.finished + reference.diverged
+    name = _begin(at, f"the reference, {reference.label},")
+    words = []
+    if whole:
+        best = min(whole, key=_mean)
+        words.append(f"The lowest mean of those without a diverged run is that of {best.label}, {_error(best)}.")
     if not runs:
-        headline = f"{at}{'the' if at else 'The'} reference, {reference.label}, has no result yet: nothing is compared."
-    else:
-        start = f"{at}{'the' if at else 'The'} reference, {reference.label}, diverged in {reference.diverged} of {runs} runs"
-        counts = (
-            f"{plural(len(whole), 'other arm')} of {len([s for s in ended if s is not reference])} finished all theirs"
-        )
-        headline = f"{start}; {counts}."
-    lowest = f"The lowest mean among those that finished is {whole and min(whole, key=_mean).label}" if whole else ""
-    lowest += f", with {_error(min(whole, key=_mean))}." if whole else ""
-    why = "A mean over the runs that survived would flatter the reference, so no difference is tested." if runs else ""
-    return headline, " ".join(filter(None, (lowest, why)))
+        return f"{name} has no result yet, so nothing is compared.", " ".join(words)
+    headline = f"{name} diverged in {reference.diverged} of {plural(runs, 'run')}"
+    if others:
+        part = f"{len(whole)} of the {plural(len(others), 'other arm')}"
+        which = "any other arm" if len(whole) == len(others) else part
+        headline += f"; no run of {which} did" if whole else "; so did runs of every other arm"
+    if reference.finished:
+        words.append("The runs that survived would flatter the reference, so no difference from it is tested.")
+    return f"{headline}.", " ".join(words)
 
 
 def _gain(at: str, reference: Setting, comparisons: Comparisons) -> tuple[str, str]:
@@ -87,11 +91,10 @@ def _gain(at: str, reference: Setting, comparisons: Comparisons) -> tuple[str, s
     lower = comparisons.having("lower")
     best = lower[0]
     still_lower = [line for line in comparisons.having("not shown", "not enough seeds") if _lower_than(line, best)]
-    claim = "has the lowest error" if not still_lower else "has the lowest error of those shown to differ"
-    headline = (
-        f"{at}{best.setting.label} {claim}: {percent(best.setting.error.mean)}, {_points(best)} below the reference, "
-        f"{reference.label} ({percent(reference.error.mean)})."
-    )
+    whom = " of those shown to differ" if still_lower else _of_whom(best, comparisons)
+    claim = f"{best.setting.label} has the lowest error{whom}: {percent(best.setting.error.mean)}"
+    against = f"the reference, {reference.label} ({percent(reference.error.mean)})"
+    headline = f"{at}{claim}, {_points(best)} below {against}."
     support = f"That is shown ({_certainty(best, comparisons)})"
     others = [f"{line.setting.label} (by {points(-line.found.difference)})" for line in lower[1:]]
     support += f"; so are {some(others)}." if len(others) > 1 else f"; so is {others[0]}." if others else "."
@@ -102,10 +105,12 @@ def _no_gain(at: str, reference: Setting, comparisons: Comparisons) -> tuple[str
     """Some arms are shown to be above the reference and none below: the reference is a goal, or nothing helps."""
     closest = comparisons.having("higher", "not shown", "not enough seeds")[0]
     side = "above" if closest.found.difference > 0 else "below"
-    headline = (
-        f"{at}{'no' if at else 'No'} arm is shown to be below the reference, {reference.label} "
-        f"({percent(reference.error.mean)}); {closest.setting.label} has the lowest error of the others, "
-        f"{percent(closest.setting.error.mean)}, {_points(closest)} {side} it."
+    whom = _of_whom(closest, comparisons) or " of the others"
+    headline = _begin(
+        at,
+        f"no arm is shown to be below the reference, {reference.label} ({percent(reference.error.mean)}); "
+        f"{closest.setting.label} has the lowest error{whom}, {percent(closest.setting.error.mean)}, "
+        f"{_points(closest)} {side} it.",
     )
     higher = [line for line in comparisons.having("higher") if line is not closest]
     above = [f"{line.setting.label} (by {points(line.found.difference)})" for line in reversed(higher)]
@@ -126,22 +131,24 @@ def _nothing_shown(at: str, reference: Setting, comparisons: Comparisons) -> tup
     open_, few = comparisons.having("not shown"), comparisons.having("not enough seeds")
     against = f"the reference, {reference.label} ({percent(reference.error.mean)})"
     if open_:
-        headline = f"{at}{'no' if at else 'No'} arm is shown to differ from {against}."
-        support = f"The lowest of the others is {_described(open_[0])}; {_certainty(open_[0], comparisons)}: "
-        return headline, _sentence(support + "no proof that they are equal.", *_rest(comparisons, [], open_[0]))
-    if few:
-        pairs = max(line.found.pairs for line in few)
-        family = f"of {len(comparisons.lines)} " if len(comparisons.lines) > 1 else ""
-        headline = (
-            f"Not enough seeds to claim anything: with {pairs}, no comparison {family}can reach significance "
-            f"({comparisons.needed} are needed)."
-        )
-        best, worst = few[0], few[-1]
-        support = f"{at}{'described' if at else 'Described'}, not claimed: the lowest mean is {_described(best)}"
-        if worst is not best:
-            support += f" and the highest {worst.setting.label}'s, {percent(worst.setting.error.mean)}"
-        return headline, _sentence(f"{support}, against {against}.", *_rest(comparisons, [], best))
-    return f"{at}{'nothing' if at else 'Nothing'} can be compared with {against} yet.", " ".join(_rest(comparisons, []))
+        best = open_[0]
+        certainty = f"{_certainty(best, comparisons)}, which does not prove them equal"
+        support = f"{_described(best, comparisons)} the reference's; {certainty}."
+        headline = _begin(at, f"no arm is shown to differ from {against}.")
+        return headline, _sentence(support, *_rest(comparisons, [], best))
+    if not few:
+        return _begin(at, f"nothing can be compared with {against} yet."), _sentence(*_rest(comparisons, []))
+    family = len(comparisons.lines)
+    which = f"none of the {family} comparisons can" if family > 1 else "the comparison cannot"
+    pairs = max(line.found.pairs for line in few)
+    seeds = plural(pairs, "seed") if pairs == len(reference.errors) else f"{plural(pairs, 'finished pair')} of runs"
+    least = f"{comparisons.needed} are needed"
+    headline = f"Not enough seeds to claim anything: with {seeds}, {which} become significant ({least})."
+    best, worst = few[0], few[-1]
+    support = f"Described, not claimed: {at[:1].lower() + at[1:]}{_described(best, comparisons)} that of {against}"
+    if worst is not best and worst.found.difference > 0:
+        support += f"; {worst.setting.label} has the highest, {percent(worst.setting.error.mean)}"
+    return headline, _sentence(f"{support}.", *_rest(comparisons, [], best))
 
 
 def _rest(comparisons: Comparisons, still_lower: Sequence[Compared], said: Compared | None = None) -> list[str]:
@@ -167,15 +174,18 @@ def _rest(comparisons: Comparisons, still_lower: Sequence[Compared], said: Compa
 
 def _caveat(summary: Summary, comparisons: Comparisons) -> str:
     seeds = len(summary.study.seeds)
-    if seeds == 1:
-        words = ["One seed: how far another would be from it is unknown."]
-    elif comparisons.lines:
-        words = [
+    words = []
+    if seeds == 1 and any(setting.runs for setting in comparisons.settings):
+        words.append("One seed: how far another would be from it is unknown.")
+    elif any(not math.isnan(line.found.p) for line in comparisons.lines):
+        words.append(
             f"Means over {seeds} seeds, each paired with the reference's of the same seed; points are percentage points"
-            " of test error. Only differences from the reference were tested, not those between other arms."
-        ]
-    else:
-        words = [f"Means over {seeds} seeds."]
+            " of test error."
+        )
+        if comparisons.having("lower", "higher"):
+            words.append("Only differences from the reference were tested, not those between other arms.")
+    elif any(setting.finished for setting in comparisons.settings):
+        words.append(f"Means over {seeds} seeds.")
     runs = {key: result for s in summary.settings.values() for key, result in zip(s.keys, s.results, strict=True)}
     ended = [result for result in runs.values() if result is not None]
     diverged = sum(result.status == "diverged" or result.test_error is None for result in ended)
@@ -186,9 +196,23 @@ def _caveat(summary: Summary, comparisons: Comparisons) -> str:
     return " ".join(words)
 
 
-def _described(line: Compared) -> str:
-    """ "SyncBatchNorm's, 1.7 % (+0.1 points, 95 % interval −0.2 to 0.4)"."""
-    return f"{line.setting.label}'s, {percent(line.setting.error.mean)}{SPACE}[{difference_words(line.found)}]"
+def _of_whom(best: Compared, comparisons: Comparisons) -> str:
+    """Said where an arm that was not compared, or could not be, has a lower mean."""
+    compared = {line.setting.arm for line in comparisons.lines if not math.isnan(line.found.difference)}
+    lower = [s for s in comparisons.settings if s.finished and s.error.mean < best.setting.error.mean]
+    return " of the arms compared" if any(s.arm not in compared and not s.reference for s in lower) else ""
+
+
+def _described(line: Compared, comparisons: Comparisons) -> str:
+    """ "SyncBatchNorm has the lowest mean of the others, 1.7 %, 0.1 points (95 % interval −0.2 to 0.4) above"."""
+    above = line.found.difference > 0
+    whom = _of_whom(line, comparisons) or (" of the other arms" if above and len(comparisons.lines) > 1 else "")
+    has = (
+        f"{line.setting.label} has the lowest mean{whom},"
+        if len(comparisons.lines) > 1
+        else f"{line.setting.label} has"
+    )
+    return f"{has} {percent(line.setting.error.mean)}, {_points(line)} {'above' if above else 'below'}"
 
 
 def _certainty(line: Compared, comparisons: Comparisons) -> str:
@@ -229,6 +253,11 @@ def _mean(setting: Setting) -> float:
 
 def _lower_than(line: Compared, best: Compared) -> bool:
     return line.found.difference < best.found.difference
+
+
+def _begin(at: str, words: str) -> str:
+    """A sentence that begins with a place, or with its own first word where there is none to name."""
+    return at + words if at else words[0].upper() + words[1:]
 
 
 def _sentence(*parts: str) -> str:

@@ -21,14 +21,13 @@ def sweep_caption(summary: Summary, panel: Point) -> list[str]:
     traces = [_finished(summary, arm.name, panel) for arm in summary.study.arms]
     varying = [t for t in traces if len(t) > 1 and not summary.constant(t[0].arm, panel)]
     words = []
-    title = summary.layout.title(panel)
     if varying:
         # The reference tells most: it is what the study is about. Otherwise the arm that changes most.
         main = next((t for t in varying if t[0].reference), max(varying, key=_rise))
         if _rise(main) < MIN_RISE:
             main = max(varying, key=_rise)
         text = f"{_from_to(summary, main)}{_counterpart(varying, main)}."
-        words.append(f"{title}: {text}" if title else text[0].upper() + text[1:])
+        words.append(text[0].upper() + text[1:])
         words += _crossing(summary, main, [t for t in traces if t and summary.constant(t[0].arm, panel)])
     return words
 
@@ -44,9 +43,15 @@ def diverged_words(settings: Sequence[Setting]) -> str:
     if not seen:
         return ""
     names = []
-    for keys, setting in seen.items():
-        place = "" if keys in shared or not setting.point else f" at {place_words(setting.point)}"
-        names.append(f"{setting.label}{place} ({setting.diverged} of {setting.diverged + setting.finished})")
+    for label in dict.fromkeys(setting.label for setting in seen.values()):
+        places = [setting for setting in seen.values() if setting.label == label]
+        most = max(places, key=lambda setting: setting.diverged)
+        counts = f"{most.diverged} of {most.diverged + most.finished}"
+        where = "" if most.keys in shared or not most.point else f" at {place_words(most.point)}"
+        if len(places) > 1:
+            names.append(f"{label} at {len(places)} places (most{where}: {counts} runs)")
+        else:
+            names.append(f"{label}{where} ({counts} runs)")
     return f"Diverged: {some(names, 8)}."
 
 
@@ -61,9 +66,7 @@ def missing_words(settings: Sequence[Setting]) -> str:
 
 def fixed_caption(summary: Summary) -> str:
     """What stays the same along the sweep; arms that it does not touch are explained where there are any."""
-    level = any(
-        summary.constant(arm.name, panel) for arm in summary.study.arms for panel in summary.layout.panels
-    )
+    level = any(summary.constant(arm.name, panel) for arm in summary.study.arms for panel in summary.layout.panels)
     words = " Level lines are arms that it does not touch, run once." if level else ""
     return fixed_words(summary.study) + words
 
@@ -94,10 +97,14 @@ def curves_caption(settings: Sequence[Setting]) -> str:
     if len(common) < 2 or len(means) < 2:
         return ""
     half, end = common[(len(common) - 1) // 2], common[-1]
-    then, now = (min(means, key=lambda label: means[label][epoch]) for epoch in (half, end))  # noqa: B023
-    same = "also at the end" if then == now else f"at the end {now} has"
+    then, now = (min(means, key=lambda label: means[label][epoch]) for epoch in (half, end))
+    if then == now:
+        return (
+            f"{then} has the lowest mean half-way, at epoch {half:g}, and at the end ({percent(means[then][half])}, "
+            f"{percent(means[now][end])})."
+        )
     return (
-        f"Half-way, at epoch {half:g}, {then} has the lowest mean ({percent(means[then][half])}), {same} "
+        f"Half-way, at epoch {half:g}, {then} has the lowest mean ({percent(means[then][half])}), at the end {now} "
         f"({percent(means[now][end])})."
     )
 
@@ -113,10 +120,10 @@ def samples_caption(items: Sequence[Evaluated]) -> str:
                 changes.append((abs(few.mean - many.mean), few.mean, many.mean, first, last, item.setting, family))
     if not changes:
         return ""
-    change, few, many, first, last, setting, family = max(changes, key=lambda entry: entry[0])
+    change, before, after, least, most, setting, family = max(changes, key=lambda entry: entry[0])
     return (
-        f"From {first} to {last} images the error changes by at most {points(change)} points ({setting.label}, "
-        f"{FAMILIES[family]}: {percent(few)} to {percent(many)})."
+        f"From {least} to {most} images the error changes by at most {points(change)} points ({setting.label}, "
+        f"{FAMILIES[family]}: {percent(before)} to {percent(after)})."
     )
 
 
@@ -143,10 +150,9 @@ def _from_to(summary: Summary, trace: Sequence[Setting]) -> str:
     change, name = _rise(trace), summary.layout.across
     assert name is not None
     verb = "rises" if change >= MIN_RISE else "falls" if change <= 1 / MIN_RISE else "goes"
-    return (
-        f"from {value_word(dict(first.point)[name])} to {_place(summary, last)}, the error of {first.label} {verb} from "
-        f"{percent(first.error.mean)} to {percent(last.error.mean)}"
-    )
+    places = f"from {value_word(dict(first.point)[name])} to {_place(summary, last)}"
+    errors = f"from {percent(first.error.mean)} to {percent(last.error.mean)}"
+    return f"{places}, the error of {first.label} {verb} {errors}"
 
 
 def _counterpart(varying: Sequence[Sequence[Setting]], main: Sequence[Setting]) -> str:
@@ -156,7 +162,8 @@ def _counterpart(varying: Sequence[Sequence[Setting]], main: Sequence[Setting]) 
     if not others:
         return ""
     steady = min(others, key=lambda t: abs(math.log(max(_rise(t), 1e-9))))
-    return f"; {steady[0].label} goes from {percent(steady[0].error.mean)} to {percent(steady[-1].error.mean)}"
+    first, last = percent(steady[0].error.mean), percent(steady[-1].error.mean)
+    return f"; {steady[0].label} " + (f"stays at {first}" if first == last else f"goes from {first} to {last}")
 
 
 def _crossing(summary: Summary, main: Sequence[Setting], level: Sequence[Sequence[Setting]]) -> list[str]:

@@ -156,30 +156,31 @@ def kind_words(kind: Kind) -> str:
 
 def _cost_words(cause: Cause) -> tuple[str, str]:
     name, cost = _name(cause.setting), points(cause.cost)
-    same_arm = cause.base.arm == cause.setting.arm
-    base = f"at {place_words(_differing(cause))}" if same_arm else f"of {cause.base.label}"
+    base = place_words(_differing(cause)) if cause.base.arm == cause.setting.arm else cause.base.label
+    lost = f"points lost against {base} ({percent(cause.running - cause.cost)})"
     kind, error = cause.best
     if cause.verdict == "estimation" and cause.population is not None:
         kind, error = cause.population
-    numbers = (
-        f"{percent(cause.running)} with running statistics, {percent(error)} with {kind_words(kind)}, against "
-        f"{percent(cause.running - cause.cost)} {base}"
-    )
+    becomes = f"{percent(cause.running)} becomes {percent(error)}"
     back, left = points(cause.back(error)), points(max(cause.cost - cause.back(error), 0.0))
     if cause.verdict == "estimation":
-        return f"{name}: the estimate", f"{numbers}. {back} of {cost} points come back with the weights as they are."
+        part = "All" if cause.back(error) >= cause.cost else f"{back} of"
+        why = f"{part} the {cost} {lost} come back with {kind_words(kind)}, the weights as they are: {becomes}."
+        return f"{name}: the estimate", why
     if cause.verdict == "mismatch":
         assert cause.population is not None
-        return (
-            f"{name}: the mismatch of training and inference",
-            f"{numbers}. The weights have learnt to go with the statistics of such batches, and population statistics do "
-            f"not replace them ({percent(cause.population[1])}).",
+        part = "All" if cause.back(error) >= cause.cost else f"{back} of"
+        why = (
+            f"{part} the {cost} {lost} come back with {kind_words(kind)} ({becomes}), but population statistics leave "
+            f"{percent(cause.population[1])}: the weights have learnt to go with the statistics of such batches."
         )
+        return f"{name}: the mismatch of training and inference", why
     if cause.verdict == "training":
-        why = f"{left} of {cost} points stay with the best statistics: the weights themselves are worse."
-        return f"{name}: the training", f"{numbers}. {why}"
-    why = f"Of {cost} points {back} come back with better statistics; {left} are in the weights."
-    return f"{name}: both", f"{numbers}. {why}"
+        part = "All" if cause.back(error) <= 0 else f"{left} of"
+        why = f"{part} the {cost} {lost} stay with the best statistics, {kind_words(kind)}: {becomes}."
+        return f"{name}: the training", f"{why} The weights themselves are worse."
+    why = f"Of {cost} {lost}, {back} come back with {kind_words(kind)} ({becomes}); {left} are in the weights."
+    return f"{name}: both", why
 
 
 def _base(summary: Summary, setting: Setting) -> Setting | None:

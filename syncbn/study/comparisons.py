@@ -78,7 +78,7 @@ def comparisons_of(summary: Summary) -> Comparisons:
         point=point,
         settings=settings,
         reference=reference,
-        lines=sorted(lines, key=lambda line: _place(line.found.difference)),
+        lines=sorted(lines, key=lambda line: (_last(line.found.difference), _last(line.setting.error.mean))),
         needed=seeds_needed(len(lines), ALPHA),
     )
 
@@ -105,22 +105,15 @@ def verdict_words(found: Comparison) -> str:
     if found.verdict in ("lower", "higher"):
         return f"{found.verdict} error"
     if found.verdict == "not enough seeds":
-        return f"no claim: {plural(found.pairs, 'seed')}, {found.seeds_needed} needed"
+        return f"no claim: {plural(found.pairs, 'seed')}, needs {found.seeds_needed}"
     if found.verdict == "missing":
         return f"no claim: {plural(found.pairs, 'pair')} of runs finished"
     if found.verdict == "not shown":
         return "not shown"
     arm, reference = found.diverged
-    runs = [f"{arm} of its runs"] if arm else []
-    runs += [f"{reference} of the reference's"] if reference else []
-    return f"no claim: {' and '.join(runs)} diverged"
-
-
-def difference_words(found: Comparison) -> str:
-    """A difference with its interval: "−12.4 points (95 % interval −12.9 to −11.9)"."""
-    words = f"{points(found.difference, signed=True)}{SPACE}points"
-    interval = interval_words(found)
-    return f"{words} ({interval})" if interval else words
+    if not arm:
+        return f"no claim: the reference diverged in {plural(reference, 'run')}"
+    return f"no claim: diverged in {plural(arm, 'run')}"
 
 
 def interval_words(found: Comparison) -> str:
@@ -130,5 +123,5 @@ def interval_words(found: Comparison) -> str:
     return f"95{SPACE}% interval {points_between(found.low, found.high, found.difference)}"
 
 
-def _place(difference: float) -> float:
-    return math.inf if math.isnan(difference) else difference
+def _last(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -19,8 +19,8 @@ from syncbn.study.plots import (
     MUTED,
     NARROW,
     SURFACE,
-    Mark,
     TITLE_HEIGHT,
+    Mark,
     error_axis,
     fraction_of,
     new_axes,
@@ -76,7 +76,7 @@ def sweep_figure(
     label_width = 0.35 * width if width <= NARROW else 0.3 * width
     lines = [textwrap.wrap(trace.label, int(label_width / 6.4)) or [""] for trace in traces]
     needed = sum(LINE_HEIGHT * len(wrapped) + 3 for wrapped in lines)
-    plot_height = max(needed, 190 if width <= NARROW else 280)
+    plot_height = max(needed, 220 if width <= NARROW else 300)
     title = summary.layout.title(panel)
     with style():
         top = 20 + TITLE_HEIGHT * bool(title)

@@ -130,8 +130,8 @@ def layer_words(summary: Summary) -> list[str]:
     if beyond:
         _, where, means = max(beyond, key=lambda entry: entry[2].running_kl)
         words.append(
-            f"The running statistics are farther off than a single batch in {len(beyond)} of {len(drifts)} cases, most in "
-            f"{means.layer} of {_name(where)} ({significant(means.running_kl)} against {significant(means.kl)})."
+            f"The running statistics are farther off than a single batch in {len(beyond)} of {len(drifts)} cases, most"
+            f" in {means.layer} of {_name(where)} ({significant(means.running_kl)} against {significant(means.kl)})."
         )
     elif drifts:
         _, where, means = max(drifts, key=lambda entry: entry[2].running_kl)
@@ -152,8 +152,8 @@ def _correlation(summary: Summary) -> list[str]:
     if means is None or means.effective > means.count / 2:
         return []
     return [
-        f"Values of one image are alike, so a batch counts for fewer than it has: in {means.layer} of {_name(setting)}, "
-        f"{compact(means.count)} values a channel are worth {compact(means.effective)} independent ones."
+        f"Values of one image are alike, so a batch counts for fewer than it has: in {means.layer} of {_name(setting)},"
+        f" {means.count:,.0f} values a channel are worth {compact(means.effective)} independent ones."
     ]
 
 
@@ -168,7 +168,7 @@ def _columns(summary: Summary) -> list[tuple[str, str | None, list[tuple[str, Se
     if summary.layout.across is None:
         here = [s for s in summary.at(summary.study.comparison_point()) if layer_means(s)]
         return [("", None, [(s.label, s) for s in here])] if here else []
-    found = []
+    found: list[tuple[str, str | None, list[tuple[str, Setting]]]] = []
     for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
         along = [(i, s) for i, s in summary.across(arm.name, panel) if layer_means(s)]
         if along:
@@ -218,7 +218,7 @@ def _few_digits(value: float) -> str:
         return DASH
     if value < 0.0005:
         return "<.001"
-    return significant(value) if value >= 0.0995 else f"{value:.2f}" if value >= 0.00995 else f"{value:.3f}"
+    return significant(value) if value >= 0.0995 else f"{value:.2f}" if value >= 0.0095 else f"{value:.3f}"
 
 
 def _spread(layers: list[str], limit: int) -> list[str]:
@@ -239,7 +239,7 @@ def _shown(summary: Summary) -> list[Setting]:
 def _worth(means: LayerMeans) -> str:
     if math.isnan(means.effective):
         return ""
-    return f", as those of {compact(means.effective)} independent values would ({compact(means.count)} were there)"
+    return f", as those of {compact(means.effective)} independent values would ({means.count:,.0f} were there)"
 
 
 def _name(setting: Setting) -> str:

@@ -51,7 +51,7 @@ def layout_of(study: Study) -> Layout:
     unless the study's file has them falling; without that, nothing.
     """
     axes = study.axes
-    across = None
+    across: str | None = None
     if study.sweep is not None and len(study.sweep.values) > 1:
         across = study.sweep.vary
     else:
@@ -87,7 +87,8 @@ def fixed_words(study: Study) -> str:
         return ""
     if sweep.kind == "decoupled":
         whole = "" if sweep.global_batch_size is None else f" of {sweep.global_batch_size} images"
-        return f"The global batch{whole}, the learning rate and the steps are the same everywhere: only the cut varies."
+        same = f"The global batch{whole}, the learning rate and the steps are the same everywhere"
+        return f"{same}; which images share statistics varies."
     held = {"epochs": "the epochs stay the same", "steps": f"every run has {sweep.steps} steps"}
     constant = " or ".join(held[name] for name in sweep.hold)
     panels = " (a panel for each)" if len(sweep.hold) > 1 else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -152,8 +152,8 @@ def layers_figure(found: LayerMap) -> Figure:
     with style():
         cell, left = (44.0, 18.0), 8 + 6.3 * max(len(row.layer) for row in found.rows)
         width = left + cell[0] * len(found.columns) + 10
-        height = cell[1] * len(found.rows) + 56
-        figure, axes = new_axes(width, height, left, 10, 24, 32)
+        below = 32 if found.arm is not None else 24 + 6.3 * min(24, max(map(len, found.columns)))
+        figure, axes = new_axes(width, cell[1] * len(found.rows) + 24 + below, left, 10, 24, below)
         axes.set_xlim(0, len(found.columns))
         axes.set_ylim(len(found.rows), 0)
         for y, row in enumerate(found.rows):
@@ -166,16 +166,17 @@ def layers_figure(found: LayerMap) -> Figure:
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
         axes.set_yticks([y + 0.5 for y in range(len(found.rows))], [row.layer for row in found.rows])
-        axes.set_xticks([x + 0.5 for x in range(len(found.columns))], found.columns)
+        names = [heading if len(heading) <= 24 else heading[:23] + "…" for heading in found.columns]
+        axes.set_xticks([x + 0.5 for x in range(len(names))], names, rotation=0 if found.arm is not None else 90)
         axes.set_xlabel(found.across)
         axes.text(0, 1.0, found.title, transform=axes.transAxes, va="bottom", fontweight="bold")
     return figure
 
 
-def used_families(items: Mapping[object, Evaluated] | Sequence[Evaluated]) -> list[str]:
+def used_families(items: Iterable[Evaluated]) -> list[str]:
     """The kinds of statistics that occur, in their order."""
-    every = list(items.values()) if isinstance(items, Mapping) else list(items)
-    return [family for family in FAMILIES if any(item.largest(family) is not None for item in every)]
+    used = {kind.family for item in items for kind in item.errors}
+    return [family for family in FAMILIES if family in used]
 
 
 def _series(axes: Axes, x: Sequence[float], y: Sequence[float], mark: Mark, size: float = 5.0) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -156,12 +156,14 @@ def study_cells(study: Study, source: str | None = None) -> list[Cell]:
     Raises:
         ConfigError: a setting's configuration is impossible; the message names the arm and the key.
     """
+    where = source or study.name
+    parsed: _Parsed = {}
     settings = [(arm, point) for arm in study.arms for point in study.points(arm)]
-    resolved = [(arm, point, _resolve(study, arm, point, source or study.name)) for arm, point in settings]
+    configs = [_resolve(study, arm, point, where, parsed) for arm, point in settings]
     return [
-        _seeded(arm, point, values, seed, source or study.name)
+        _seeded(arm, point, config, seed)
         for seed in study.seeds
-        for arm, point, values in resolved
+        for (arm, point), config in zip(settings, configs, strict=True)
     ]
 
 
@@ -197,19 +199,23 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _resolve(study: Study, arm: Arm, point: Point, source: str) -> dict[str, Any]:
-    """The configuration of a setting, as nested values without a seed."""
+_Parsed = dict[str, RunConfig]
+"""Configurations by the values they were made of: settings that differ for other arms alone are parsed once."""
+
+
+def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: _Parsed) -> RunConfig:
+    """The configuration of a setting, with a seed that means nothing."""
     values = merge(study.base, arm.overrides)
     if "seed" in values:
         raise ConfigError(f"{source}: arm {arm.name}: seed", values["seed"], "no seed here: the study's `seeds` set it")
     at = dict(point)
+    where = f"{source}: arm {arm.name}" + "".join(f", {name} {value}" for name, value in point)
     for name in study.grid:
         values = merge(values, _nested(name, at[name]))
     if study.sweep is not None:
-        where = f"{source}: arm {arm.name}"
-        config = _config(merge(values, _any_place(study.sweep, values)), where)
+        config = _config(merge(values, _any_place(study.sweep, values)), where, parsed)
         values = merge(values, _swept(study.sweep, config, at))
-    return values
+    return _config(values, where, parsed)
 
 
 def _any_place(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,17 +252,19 @@ def _nested(dotted: str, value: Value) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _seeded(arm: Arm, point: Point, values: dict[str, Any], seed: int, source: str) -> Cell:
-    place = "".join(f", {name} {value}" for name, value in point)
-    config = _config({**values, "seed": seed}, f"{source}: arm {arm.name}{place}")
+def _seeded(arm: Arm, point: Point, config: RunConfig, seed: int) -> Cell:
+    config = replace(config, seed=seed)
     return Cell(arm=arm.name, seed=seed, point=point, config=config, key=cell_key(config))
 
 
-def _config(values: dict[str, Any], where: str) -> RunConfig:
-    try:
-        return config_from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.key}", error.value, error.expected) from None
+def _config(values: dict[str, Any], where: str, parsed: _Parsed) -> RunConfig:
+    name = repr(values)
+    if name not in parsed:
+        try:
+            parsed[name] = config_from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.key}", error.value, error.expected) from None
+    return parsed[name]
 
 
 def _canonical(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What all figures of a report share: colours, marks and sizes, the axis of errors, and how they are written.
 
-For colour-blind readers and for prints without colour, place, marks and labels carry the meaning; colour helps. One unit
-of a figure is one pixel of the page, so that text has its size on a telephone too: figures are drawn as wide as a
+For colour-blind readers and for prints without colour, place, marks and labels carry the meaning; colour helps. One
+unit of a figure is one pixel of the page, so that text has its size on a telephone too: figures are drawn as wide as a
 telephone shows them, and again for a wide page where one of them stands alone.
 """
 
@@ -32,7 +32,13 @@ TITLE_HEIGHT = 22
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, without its yellow and black, which vanish on light and dark pages."""
 INK, MUTED, GRID, SURFACE = "#1c1e21", "#636b74", "#d9dce0", "#fdfdfd"
-_PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE: "var(--surface)"}
+_PAGE_COLOURS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    SURFACE: "var(--surface)",
+    COLOURS[1]: "var(--blue)",  # too dark for a dark page
+}
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "<": "◀", ">": "▶"}
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 DASHED: Any = (0, (4, 3))
@@ -46,7 +52,11 @@ class Mark:
     colour: str
     marker: str
     dash: Any
-    reference: bool = False
+
+    @property
+    def page_colour(self) -> str:
+        """The colour in a style sheet, which differs between light and dark pages."""
+        return _PAGE_COLOURS.get(self.colour, self.colour)
 
     @property
     def glyph(self) -> str:
@@ -66,7 +76,7 @@ def arm_marks(study: Study) -> dict[str, Mark]:
         )
         for i, name in enumerate(others)
     }
-    return marks | {arm.name: Mark(colour=INK, marker="o", dash=DASHED, reference=True) for arm in study.arms if arm.reference}
+    return marks | {arm.name: Mark(colour=INK, marker="o", dash=DASHED) for arm in study.arms if arm.reference}
 
 
 def new_axes(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:

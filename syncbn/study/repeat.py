@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from syncbn.study.agreement import agreement
+from syncbn.study.agreement import Agreement, agreement
 from syncbn.study.plan import Cell, Study, repeated_cell
 from syncbn.study.words import percent, place_words
 
@@ -50,12 +50,7 @@ def repeat_words(
         return f"{label} was to be repeated under {processes} real processes; there is nothing to compare{why}."
     words = f"{label} was run in one process and again under {processes} real processes. "
     if emulated.losses and repeated.losses:
-        found = agreement(emulated.losses, repeated.losses)
-        words += (
-            f"The training losses differ by {_small(found.first)} at the first step and by at most "
-            f"{_small(found.largest)}, at step {found.largest_step} of {min(found.steps)} "
-            f"(by {_small(found.mean)} on average; {_within(found.steps_within, min(found.steps), found.tolerance)}). "
-        )
+        words += f"{_loss_words(agreement(emulated.losses, repeated.losses))} "
     ends = [
         percent(result.test_error) if result.test_error is not None and result.status == "ok" else "divergence"
         for result in (emulated, repeated)
@@ -68,6 +63,17 @@ def repeat_words(
             " amplifies them; the command syncbn parity makes the exact comparison, in fp64."
         )
     return words
+
+
+def _loss_words(found: Agreement) -> str:
+    if found.largest == 0:
+        return "The training losses are the same at every step."
+    steps = min(found.steps)
+    within = _within(found.steps_within, steps, found.tolerance)
+    return (
+        f"The training losses differ by {_small(found.first)} at the first step and by at most {_small(found.largest)},"
+        f" at step {found.largest_step} of {steps} (by {_small(found.mean)} on average; {within})."
+    )
 
 
 def _within(steps: int, of: int, tolerance: float) -> str:

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from syncbn.study.answer import answer
 from syncbn.study.comparisons import ALPHA, Comparisons, comparison_lines, comparisons_of
+from syncbn.study.layout import fixed_words
 from syncbn.study.plan import Cell, Study
 from syncbn.study.plots import arm_marks
 from syncbn.study.repeat import study_repeat_words
@@ -26,8 +27,8 @@ from syncbn.study.sections import (
     samples_section,
 )
 from syncbn.study.summary import Summary, summary_of
-from syncbn.study.tables import axis_headings, print_numbers, table_lines
-from syncbn.study.words import axis_word, between, percent, place_words, plural, value_word
+from syncbn.study.tables import axis_headings, means_tables, print_numbers, table_lines
+from syncbn.study.words import axis_word, between, coordinate, joined, percent, place_words, plural, value_word
 from syncbn.train.result import RunResult, write_atomically
 
 TEMPLATE = "report.html.j2"
@@ -73,15 +74,18 @@ def write_report(
         curves=curve_section(summary, comparisons, marks),
         costs=cost_section(summary, comparisons, out),
         headings=axis_headings(summary),
+        means=means_tables(summary),
         lines=lines,
+        across=axis_word(summary.layout.across) if summary.layout.across is not None else "",
         lines_open=len(lines) <= OPEN_LINES,
+        lines_title=plural(len(lines), "setting"),
         repeat=study_repeat_words(study, cells, outcomes),
         failures=[(o.job.label, o.message) for o in outcomes.values() if o.status == "failed"],
         methods=_methods(comparisons),
-        axes=_axes(summary),
+        plan=_plan(summary, comparisons),
         versions=_versions(results),
         base=_yaml(study.base, block=True),
-        overrides=[(arm.name, arm.label, _yaml(arm.overrides), _only(summary, arm.only)) for arm in study.arms],
+        overrides=[(arm.name, arm.label, _yaml(arm.overrides), _only(arm.only)) for arm in study.arms],
         command=command,
     )
     write_atomically(out / "report.html", "\n".join(line for line in page.splitlines() if line.strip()) + "\n")
@@ -101,14 +105,16 @@ def _results(outcomes: Mapping[str, Outcome]) -> dict[str, RunResult]:
 def _compared(study: Study, comparisons: Comparisons) -> dict[str, Any] | None:
     """The section of the planned comparisons; None where there are none."""
     reference = comparisons.reference
-    if reference is None or not comparisons.lines:
+    if reference is None or not any(setting.runs for setting in comparisons.settings) or not comparisons.lines:
         return None
     error = reference.error
     words = f"{reference.label}: {percent(error.mean)}"
     interval = between(error.low, error.high, error.mean)
+    lost = f", {reference.diverged} of {plural(reference.diverged + reference.finished, 'run')} diverged"
+    lost = lost if reference.diverged else ""
     return {
         "place": place_words((name, value) for name, value in comparisons.point if len(study.axes[name]) > 1),
-        "reference": words + (f" (95 % interval {interval})" if interval else ""),
+        "reference": words + (f" (95 % interval {interval})" if interval else "") + lost,
         "lines": comparison_lines(comparisons),
     }
 
@@ -116,43 +122,49 @@ def _compared(study: Study, comparisons: Comparisons) -> dict[str, Any] | None:
 def _methods(comparisons: Comparisons) -> str:
     """How intervals and tests were made, with their sources."""
     words = (
-        "An interval of a mean is Student's t interval over the seeds, at 95 %; runs that diverged have no part in it and"
-        " are counted instead."
+        "An interval of a mean is Student's t interval over the seeds, at 95 %; runs that diverged have no part in it"
+        " and are counted instead."
     )
     if not comparisons.lines:
         return words
     family = len(comparisons.lines)
     words += (
-        " A difference is the mean of the differences of runs with the same seed, its interval Student's as well. Its p is"
-        " that of Fisher's two-sided sign-flip test (The Design of Experiments, 1935): the share of all ways to give the"
-        " differences their signs whose mean is at least as far from zero."
+        " A difference is the mean of the differences of runs with the same seed, its interval Student's as well. Its p"
+        " is that of Fisher's two-sided sign-flip test (The Design of Experiments, 1935): the share of all ways to give"
+        " the differences their signs whose mean is at least as far from zero."
     )
     if family > 1:
         words += (
             f" The {family} comparisons are corrected together by Holm's procedure (1979, Scandinavian Journal of"
-            f" Statistics 6), so that the chance of any false claim among them is at most {100 * ALPHA:g} %; intervals are"
-            " of each difference alone."
+            f" Statistics 6), so that the chance of any false claim among them is at most {100 * ALPHA:g} %; intervals"
+            " are of each difference alone."
         )
-    words += (
-        f" With {plural(family, 'comparison')}, {comparisons.needed} seeds are needed before the smallest p there can be"
-        f" reaches {ALPHA:g}. Where a run of an arm or of the reference diverged, nothing is compared: the mean of the"
-        " runs that survive would favour the arm that loses its worst ones."
+    return words + (
+        f" With {plural(family, 'comparison')}, {comparisons.needed} seeds are needed before the smallest p there can"
+        f" be reaches {ALPHA:g}. Where a run of an arm or of the reference diverged, nothing is compared: the mean of"
+        " the runs that survive would favour the arm that loses its worst ones."
     )
-    return words
 
 
-def _axes(summary: Summary) -> list[tuple[str, str]]:
-    """The axes with their values."""
-    return [
+def _plan(summary: Summary, comparisons: Comparisons) -> list[tuple[str, str]]:
+    """The axes with their values, what is fixed along them, what is compared, the seeds."""
+    study = summary.study
+    lines = [
         (f"{axis_word(name)} ({name})", ", ".join(value_word(value) for value in values))
-        for name, values in summary.study.axes.items()
+        for name, values in study.axes.items()
     ]
+    if study.sweep is not None:
+        lines.append((f"{study.sweep.kind} sweep", fixed_words(study)))
+    if comparisons.reference is not None and comparisons.lines:
+        labels = [s.label for s in comparisons.settings if any(s is line.setting for line in comparisons.lines)]
+        lines.append(("compared", f"{joined(labels)}, each with {comparisons.reference.label}"))
+    return [*lines, ("seeds", ", ".join(map(str, study.seeds)))]
 
 
-def _only(summary: Summary, only: Mapping[str, Sequence[Any]]) -> str:
+def _only(only: Mapping[str, Sequence[Any]]) -> str:
     """Where an arm is run, if not everywhere."""
-    parts = [f"{axis_word(name)} {', '.join(value_word(value) for value in values)}" for name, values in only.items()]
-    return f"run only at {'; '.join(parts)}" if parts else ""
+    places = [joined([coordinate(name, value) for value in values]) for name, values in only.items()]
+    return f"run only at {', '.join(places)}" if places else ""
 
 
 def _yaml(values: Mapping[str, Any], block: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from syncbn.study.captions import (
 )
 from syncbn.study.causes import cause_words, causes_of, estimator_words
 from syncbn.study.comparisons import Comparisons
-from syncbn.study.evaluations import FAMILIES, Evaluated, evaluated_settings, with_several_samples
+from syncbn.study.evaluations import FAMILIES, evaluated_settings, with_several_samples
 from syncbn.study.figures import arms_figure, extent, sweep_figure
 from syncbn.study.layers import HEAT, LEVELS, PARTS, LayerMap, divergence_maps, effective_map, layer_words
 from syncbn.study.panels import (
@@ -94,7 +94,7 @@ def main_section(summary: Summary, marks: Mapping[str, Mark], out: Path) -> Sect
     """The main figure, also as files: a panel for each place on the axes that do not go across."""
     layout, settings = summary.layout, list(summary.settings.values())
     sweeps = layout.across is not None
-    panels = [panel for panel in layout.panels if any(s.runs for s in _within(summary, panel))] or list(layout.panels[:1])
+    panels = [panel for panel in layout.panels if any(s.runs for s in _within(summary, panel))]
     limits = extent(settings) if sweeps else [error for s in settings for error in s.errors]
 
     def draw(panel: Point, width: float) -> Figure:
@@ -102,6 +102,8 @@ def main_section(summary: Summary, marks: Mapping[str, Mark], out: Path) -> Sect
             return sweep_figure(summary, panel, marks, width, limits)
         return arms_figure(by_badness(summary.at(panel)), marks, width, limits, layout.title(panel))
 
+    if not any(setting.runs for setting in settings):
+        return Section(heading="Test error", words=["No run has a result yet."])
     figures = [draw(panel, NARROW) for panel in panels]
     wide = draw(panels[0], WIDE) if len(panels) == 1 else None
     files = [wide] if wide is not None else figures
@@ -111,18 +113,22 @@ def main_section(summary: Summary, marks: Mapping[str, Mark], out: Path) -> Sect
     save_svg([wide_svg] if wide_svg else svgs, out / f"{name}.svg")
     save_png(files, out / f"{name}.png")
     described = "Test error along the sweep" if sweeps else "Test error of each arm"
-    words = []
-    for panel in panels[:SHOWN_PANELS]:
-        found = sweep_caption(summary, panel) if sweeps else [arms_caption(summary.at(panel))]
-        words += [f"{layout.title(panel)}: {text}" if not sweeps and layout.title(panel) and text else text for text in found]
-    words += [diverged_words(settings), missing_words(settings)]
+    said = [
+        (layout.title(p), sweep_caption(summary, p) if sweeps else _said(arms_caption(summary.at(p)))) for p in panels
+    ]
+    lines = [(title[0].upper() + title[1:], " ".join(texts)) for title, texts in said if title and texts]
+    words = [text for title, texts in said if not title for text in texts]
+    words += _said(diverged_words(settings), missing_words(settings))
     titled = [f"{described}, {layout.title(panel)}" if layout.title(panel) else described for panel in panels]
     return Section(
-        heading=f"Test error against {axis_word(layout.across)}" if layout.across is not None else "Test error of each arm",
+        heading=f"Test error against {axis_word(layout.across)}"
+        if layout.across is not None
+        else "Test error of each arm",
         reading=[*([fixed_caption(summary)] if sweeps else []), _reading(summary, figures[0])],
         figures=[inline(svg, f"e{i}", text) for i, (svg, text) in enumerate(zip(svgs, titled, strict=True))],
         wide=inline(wide_svg, "ew", described) if wide_svg else "",
-        words=[text for text in words if text],
+        words=words,
+        lines=lines[:SHOWN_PANELS],
     )
 
 
@@ -142,11 +148,13 @@ def estimation_section(summary: Summary, out: Path) -> Section | None:
     items = {place: item for place, item in every.items() if summary.layout.panel_of(place[1]) == panel}
     if not items:
         return None
-    families = used_families(items)
+    families = used_families(items.values())
     limits = [error.mean for item in items.values() for error in item.errors.values()]
+    wide = ""
     if summary.layout.across is None:
         here = list(items.values())
         figures = [kinds_row_figure(here, NARROW, families)]
+        wide = svg_of(kinds_row_figure(here, WIDE, families))
     else:
         traces = [
             [(i, items[arm.name, s.point]) for i, s in summary.across(arm.name, panel) if (arm.name, s.point) in items]
@@ -154,9 +162,11 @@ def estimation_section(summary: Summary, out: Path) -> Section | None:
         ]
         figures = [kinds_figure(summary, trace, limits, families) for trace in traces if trace][:MAX_PANELS]
     svgs = [svg_of(figure) for figure in figures]
-    save_svg(svgs, out / "estimation.svg")
+    save_svg([wide] if wide else svgs, out / "estimation.svg")
     inlined = [inline(svg, f"k{i}", "Test error by kind of statistics") for i, svg in enumerate(svgs)]
-    skewed = any((run.config.get("data") or {}).get("class_skew", 1) > 1 for i in items.values() for run in i.setting.runs)
+    skewed = any(
+        (run.config.get("data") or {}).get("class_skew", 1) > 1 for i in items.values() for run in i.setting.runs
+    )
     leak = (
         "Under class skew the test batches are in class order too, as the training's were: their own statistics then "
         "give away something about the class, which inference does not have."
@@ -164,9 +174,10 @@ def estimation_section(summary: Summary, out: Path) -> Section | None:
     return Section(
         figures=inlined[:SHOWN_PANELS],
         more=inlined[SHOWN_PANELS:],
-        legend=[(FAMILY_MARKS[f].glyph, FAMILY_MARKS[f].colour, FAMILIES[f]) for f in families],
+        wide=inline(wide, "kw", "Test error by kind of statistics") if wide else "",
+        legend=[(FAMILY_MARKS[f].glyph, FAMILY_MARKS[f].page_colour, FAMILIES[f]) for f in families],
         lines=cause_words(causes_of(summary, items)),
-        words=[text for text in (estimator_words(items), leak if skewed else "", shown_words(summary, panel)) if text],
+        words=_said(estimator_words(items), leak if skewed else "", shown_words(summary, panel)),
     )
 
 
@@ -182,9 +193,7 @@ def samples_section(summary: Summary, out: Path) -> Section | None:
     save_svg(svgs, out / "samples.svg")
     inlined = [inline(svg, f"n{i}", "Test error by samples of the population") for i, svg in enumerate(svgs)]
     words = [samples_caption(items), shown_words(summary, point)]
-    return Section(
-        figures=inlined[:SHOWN_PANELS], more=inlined[SHOWN_PANELS:], words=[text for text in words if text]
-    )
+    return Section(figures=inlined[:SHOWN_PANELS], more=inlined[SHOWN_PANELS:], words=[text for text in words if text])
 
 
 def layer_section(summary: Summary, out: Path) -> LayerSection | None:
@@ -213,13 +222,19 @@ def curve_section(summary: Summary, comparisons: Comparisons, marks: Mapping[str
     reference = comparisons.reference
     figures = [
         inline(
-            svg_of(curve_figure(s, None if s.reference else reference, marks[s.arm].colour, [min(limits), max(limits)])),
+            svg_of(
+                curve_figure(s, None if s.reference else reference, marks[s.arm].colour, [min(limits), max(limits)])
+            ),
             f"c{number}",
             f"Test error of {s.label} over the epochs",
         )
         for number, s in enumerate(settings)
     ]
-    return Section(figures=figures, titles=[s.label for s in settings], words=_said(shown_words(summary, comparisons.point), curves_caption(settings)))
+    return Section(
+        figures=figures,
+        titles=[s.label for s in settings],
+        words=_said(shown_words(summary, comparisons.point), curves_caption(settings)),
+    )
 
 
 def cost_section(summary: Summary, comparisons: Comparisons, out: Path) -> CostSection | None:
@@ -246,5 +261,3 @@ def _within(summary: Summary, panel: Point) -> list[Setting]:
 
 def _said(*texts: str) -> list[str]:
     return [text for text in texts if text]
-
-

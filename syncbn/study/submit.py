@@ -151,12 +151,14 @@ class _Cluster:
 
     def stop(self) -> None:
         """Cancel what is going on, and wait for processes of this machine to end."""
+        if self.kind == "slurm" and self.active:
+            ids = [handle.submitted.job_id for handle in self.active]
+            subprocess.run(["scancel", *ids], capture_output=True, timeout=60, check=False)
+            return
         for handle in self.active:
             handle.submitted.cancel(check=False)
         deadline = time.monotonic() + STOP_SECONDS
-        while self.kind == "local" and time.monotonic() < deadline:
-            if all(handle.submitted.done() for handle in self.active):
-                break
+        while not all(handle.submitted.done() for handle in self.active) and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def _look_at_queue(self) -> None:

@@ -97,10 +97,20 @@ def _speedup(path: Path) -> str:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    ratio, workers = (found.get("speedup"), found.get("workers")) if isinstance(found, dict) else (None, None)
-    if not isinstance(ratio, int | float) or not isinstance(workers, int) or not math.isfinite(ratio):
+    if not isinstance(found, dict) or not _is_number(found.get("speedup")) or not _is_number(found.get("workers")):
         return ""
-    return f"{workers} workers side by side did {ratio:.2f} times what one does alone, on the same runs."
+    cores = f" on {plural(found['cores'], 'core')}" if _is_number(found.get("cores")) else ""
+    spread = found["spread"].get("speedup") if isinstance(found.get("spread"), dict) else None
+    rounds = ""
+    if isinstance(spread, list) and len(spread) == 2 and all(map(_is_number, spread)):
+        rounds = f" ({spread[0]:.2f} to {spread[1]:.2f} in the rounds of the measurement)"
+    workers = f"{plural(found['workers'], 'worker')} side by side{cores}"
+    ratio = f"{found['speedup']:.2f} times as many images a second as one alone"
+    return f"Measured before: {workers} trained {ratio}{rounds}."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _speed(setting: Setting) -> float:

@@ -14,8 +14,8 @@ DASH = "–"
 
 _AXES = {
     "per_gpu_batch_size": "images a GPU",
-    "ghost_batch_size": "images a ghost batch",
-    "sync_group_size": "GPUs a sync group",
+    "ghost_batch_size": "images in a ghost batch",
+    "sync_group_size": "GPUs in a sync group",
     "gpus": "GPUs",
     HOLD: "constant",
     "data.class_skew": "images of one class in a row",
@@ -138,6 +138,8 @@ def coordinate(name: str, value: Value) -> str:
     """A value of an axis in words: "1 image a GPU", "constant epochs", "data augment crop"."""
     if name == HOLD:
         return f"constant {value}"
+    if (name, value) == ("data.class_skew", 1):
+        return "i.i.d. order"
     if name not in _AXES:
         return f"{axis_word(name)} {value_word(value)}"
     word = _AXES[name]

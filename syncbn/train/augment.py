@@ -1,21 +1,33 @@
-"""Training augmentation in batches, whose draws are a function of (seed, epoch, sample) alone.
+"""Training augmentation, whose draws are a function of (seed, epoch, sample) alone.
 
 The draws come from a counter-based generator: a hash of the sample's numbers, in int64 tensor arithmetic (which wraps,
 as the hash wants). So they are the same bits on every device, and depend on neither the batch that a sample is in, its
-place there, the rank nor the loader process; and no generator's state is read or changed. Nothing here brings a value
-to the host.
+place there, the rank nor the loader process; and no generator's state is read or changed.
+
+`Augmentation` works on batches of images that have the size they are used at, where they are, and brings no value to
+the host. `AreaCrop` is part of decoding: it cuts one original image of any size, on the CPU.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from syncbn.compat import import_torchvision
 from syncbn.train.order import derive_seed
+
+AREAS = (0.08, 1.0)
+"""Smallest and largest part of an image's area that a random-area crop asks for."""
+ASPECTS = (3 / 4, 4 / 3)
+"""Smallest and largest width over height of a random-area crop."""
+TRIES = 10
+"""Random-area crops that are tried before the central one is taken."""
 
 
 def _as_int64(bits: int) -> int:
@@ -61,6 +73,25 @@ def draw_bits(seed: int, epochs: Tensor, indices: Tensor) -> Tensor:
     return mix_bits(indices * _SAMPLE_STEP + epochs * _EPOCH_STEP + _as_int64(derive_seed("augment", seed)))
 
 
+def draw_fractions(seed: int, epochs: Tensor, indices: Tensor, count: int) -> Tensor:
+    """Several uniform numbers for each sample: a pure function of the arguments, elementwise.
+
+    Args:
+        seed: the run's seed, any integer.
+        epochs: int64 [n], the epoch in which each sample is seen.
+        indices: int64 [n], each sample's index in its set, on the same device.
+        count: numbers for each sample; the first ones do not depend on it.
+
+    Returns:
+        float64 [n, count] on that device, multiples of 2^-53 in [0, 1).
+    """
+    # A sample's bits are the place where its own sequence of the generator begins: hashed already, as the sequences of
+    # neighbouring counters would be each other's, shifted by one.
+    steps = torch.arange(1, count + 1, device=indices.device) * _SAMPLE_STEP
+    words = mix_bits(draw_bits(seed, epochs, indices).unsqueeze(1) + steps)
+    return (words >> 11 & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
 def draw_crops(seed: int, epochs: Tensor, indices: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each sample is cropped and whether it is mirrored: a pure function of the arguments, elementwise.
 
@@ -102,6 +133,56 @@ def crop_images(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor | Non
     places = rows.unsqueeze(2) * (width + 2 * padding) + columns.unsqueeze(1)  # [n, H, W], in the flat padded image
     padded = F.pad(images, (padding,) * 4).flatten(2)
     return padded.gather(2, places.flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)).view(images.shape)
+
+
+def area_crop(tries: Sequence[Sequence[float]], height: int, width: int) -> tuple[int, int, int, int]:
+    """Where a random-area crop of an image is cut: a pure function of uniform numbers.
+
+    A crop has a part of the area that is uniform over `AREAS` and an aspect whose logarithm is uniform over that of
+    `ASPECTS`, and lies anywhere in the image. The first one that fits is taken. If none does, it is the central one:
+    the whole image, or as much of its longer side as `ASPECTS` allow.
+
+    Args:
+        tries: in [0, 1), four for each crop that may be tried: area, aspect, row, column.
+        height: pixels of the image from top to bottom.
+        width: from left to right.
+
+    Returns:
+        The first row, the first column, the height and the width of the crop, all within the image.
+
+    Source: Szegedy et al. 2015 (Going deeper with convolutions, arXiv 1409.4842, section 6), by the rule of
+    torchvision's ``RandomResizedCrop``.
+    """
+    low, high = map(math.log, ASPECTS)
+    for area, aspect, row, column in tries:
+        pixels = height * width * (AREAS[0] + (AREAS[1] - AREAS[0]) * area)
+        ratio = math.exp(low + (high - low) * aspect)
+        across, down = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            return int(row * (height - down + 1)), int(column * (width - across + 1)), down, across
+    down, across = min(height, round(width / ASPECTS[0])), min(width, round(height * ASPECTS[1]))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+@dataclass(frozen=True)
+class AreaCrop:
+    """Random-area crop of an original image, resized, and horizontal flip: the augmentation that ImageNet is used with.
+
+    The crop is resized bilinearly and without regard to its aspect, as torchvision's ``RandomResizedCrop(size)`` does.
+    """
+
+    size: int
+    """Side in pixels of what comes out."""
+    seed: int
+    """The run's seed."""
+
+    def __call__(self, image: Any, epoch: int, index: int) -> Any:
+        """A PIL image of ``size`` by ``size``, of one of any size, with the draws of ``epoch`` and ``index``."""
+        functional = import_torchvision("transforms.v2.functional")
+        drawn = draw_fractions(self.seed, torch.tensor([epoch]), torch.tensor([index]), 1 + 4 * TRIES)[0]
+        box = area_crop(drawn[1:].view(TRIES, 4).tolist(), image.height, image.width)
+        cut = functional.resized_crop(image, *box, [self.size, self.size])
+        return functional.horizontal_flip(cut) if drawn[0] < 0.5 else cut
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,11 @@ class DataConfig:
     """Folder of an `imagefolder` (it holds `train/CLASS/*` and `test/CLASS/*`), or where downloads are kept."""
     class_skew: int = 1
     """Samples arrive in runs of this many images of one class; 1 is an i.i.d. order."""
-    augment: Literal["none", "crop", "crop_flip"] = "none"
-    """Training augmentation, drawn as a function of (seed, epoch, sample)."""
+    augment: Literal["none", "crop", "crop_flip", "resized_crop_flip"] = "none"
+    """Training augmentation, drawn as a function of (seed, epoch, sample): `crop` shifts by up to an eighth of the
+    side, `crop_flip` mirrors half of the images too. `resized_crop_flip` is ImageNet's usual one, for an `imagefolder`:
+    8 to 100 % of the original image, resized, and mirrored or not; a test image's shorter side is then resized to
+    256/224 of `image_size`, and the middle is kept."""
     image_size: int = 32
     """Side in pixels to which an `imagefolder`'s images are resized, and of `synthetic` images."""
     synthetic_samples: int = 512
@@ -56,6 +59,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_values(self, "data.")
         require(self.class_skew >= 1, "data.class_skew", self.class_skew, "an integer of at least 1")
+        require(
+            self.augment != "resized_crop_flip" or self.name == "imagefolder",
+            "data.augment",
+            self.augment,
+            f"none, crop or crop_flip with data.name {self.name}: this one cuts the original files of an imagefolder",
+        )
         require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
         require(self.synthetic_samples >= 4, "data.synthetic_samples", self.synthetic_samples, "at least 4")
         require(self.synthetic_classes >= 2, "data.synthetic_classes", self.synthetic_classes, "at least 2")

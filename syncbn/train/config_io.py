@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -49,11 +50,17 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     return _parse(lambda parser: parser.parse_object(values))
 
 
+@lru_cache(maxsize=1)  # making it costs a hundred times what parsing does, and a study parses hundreds of runs
+def _run_parser() -> Any:
+    parser = make_parser()
+    add_run_arguments(parser)
+    return parser
+
+
 def _parse(parse: Any) -> RunConfig:
     from jsonargparse import ArgumentError
 
-    parser = make_parser()
-    add_run_arguments(parser)
+    parser = _run_parser()
     try:
         return instantiate_run(parser, parse(parser))
     except ArgumentError as error:

@@ -1,8 +1,8 @@
 """Data sets as normalized tensors, addressed by (epoch, index).
 
-A set is uint8 pixels [n, C, H, W]: a tensor on the run's device, or, of image folders that are too large for that, a
-function that decodes them on the CPU. Both go through the same augmentation and normalization, a batch at a time, where
-the pixels are.
+A set is uint8 pixels [n, C, H, W]: a tensor on the run's device, or, of image folders that are too large for that or
+are cut anew in each epoch, what decodes them on the CPU. Both go through the same augmentation and normalization, a
+batch at a time, where the pixels are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,18 +45,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images before augmentation and normalization."""
+    """Images before normalization, and before the augmentation that is not part of decoding."""
 
     pixels: Tensor | Decoder
-    """uint8 [n, C, H, W], or a function that makes that of int64 [n] indices, on the CPU."""
+    """uint8 [n, C, H, W], or what makes that of epochs and indices, int64 [n], on the CPU."""
     labels: Tensor
     """int64 [n], on the CPU."""
 
     def subset(self, indices: Tensor) -> Labelled:
-        """The samples at ``indices`` (int64): a copy, or read when they are asked for."""
-        if isinstance(self.pixels, Tensor):
-            return Labelled(self.pixels[indices], self.labels[indices])
-        return Labelled(partial(_through, self.pixels, indices), self.labels[indices])
+        """The samples at ``indices`` (int64 [m]), numbered from 0 to m - 1: a copy, or read when they are asked for."""
+        pixels = self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels.subset(indices)
+        return Labelled(pixels, self.labels[indices])
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
@@ -105,7 +103,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         # From pinned memory, as a copy from any other makes the host wait.
         numbers = torch.tensor([*chain.from_iterable(keys)], dtype=torch.int64, pin_memory=self.device.type == "cuda")
         epochs, indices = numbers.to(self.device, non_blocking=True).view(-1, 2).unbind(1)
-        pixels = _take(self._pixels, indices)
+        pixels = _take(self._pixels, epochs, indices)
         if self._augmentation is not None:
             pixels = self._augmentation(pixels, epochs, indices)
         return pixels.to(torch.float32).sub_(self._mean).div_(self._std), self._labels_there[indices]
@@ -123,7 +121,7 @@ class Data:
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Data:
-    """Make the sets that ``config`` names, held on ``device`` unless they are a large image folder.
+    """Make the sets that ``config`` names, held on ``device`` unless they are an image folder that cannot be.
 
     The samples, the split and the normalization are the same for every seed; ``seed`` enters the augmentation only. The
     test set is never augmented and never cut.
@@ -132,21 +130,23 @@ def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Dat
         config: the sets.
         seed: the run's seed.
         device: where pixels and labels are kept, augmented and normalized. An image folder that takes more than
-            `data_files.HELD_BYTES` stays on disk, and its batches come on the CPU.
+            `data_files.HELD_BYTES`, or is augmented by `resized_crop_flip`, stays on disk, and its batches come on
+            the CPU.
 
     Raises:
         ConfigError: a folder, a file in it or a download that cannot be used, or more ``train_samples`` than there are.
         ImportError: the package that brings or reads the set is not installed; names the extra.
     """
-    train, test, num_classes = _load(config)
+    train, test, num_classes = _load(config, seed)
     if config.train_samples is not None:
         if config.train_samples > len(train.labels):
             raise ConfigError(
                 "data.train_samples", config.train_samples, f"at most the {len(train.labels)} images of {config.name}"
             )
         train = train.subset(spread_subset(train.labels, config.train_samples))
-    augmentation = None if config.augment == "none" else Augmentation(config.augment, seed)
-    channels, height, width = _take(train.pixels, torch.empty(0, dtype=torch.int64)).shape[1:]
+    augmentation = Augmentation(config.augment, seed) if config.augment in ("crop", "crop_flip") else None
+    none = torch.empty(0, dtype=torch.int64)
+    channels, height, width = _take(train.pixels, none, none).shape[1:]
     return Data(
         train=Images(train, *_STATISTICS[config.name], augmentation, device),
         test=Images(test, *_STATISTICS[config.name], device=device),
@@ -184,20 +184,17 @@ def _as_fetched(batch: Any) -> Any:
     return batch
 
 
-def _take(pixels: Tensor | Decoder, indices: Tensor) -> Tensor:
-    return pixels[indices] if isinstance(pixels, Tensor) else pixels(indices)
+def _take(pixels: Tensor | Decoder, epochs: Tensor, indices: Tensor) -> Tensor:
+    return pixels[indices] if isinstance(pixels, Tensor) else pixels(epochs, indices)
 
 
-def _through(decode: Decoder, positions: Tensor, indices: Tensor) -> Tensor:
-    return decode(positions[indices])
-
-
-def _load(config: DataConfig) -> tuple[Labelled, Labelled, int]:
+def _load(config: DataConfig, seed: int) -> tuple[Labelled, Labelled, int]:
     if config.name == "synthetic":
         return _synthetic(config)
     if config.name == "imagefolder":
         assert config.root is not None, "DataConfig asks for it"
-        in_train, in_test, num_classes = read_image_folder(config.root, config.image_size)
+        area_seed = seed if config.augment == "resized_crop_flip" else None
+        in_train, in_test, num_classes = read_image_folder(config.root, config.image_size, area_seed)
         return Labelled(*in_train), Labelled(*in_test), num_classes
     if config.name in _DOWNLOADED:
         return _downloaded(config)

@@ -1,12 +1,16 @@
-"""Folders of images: decoded once and held as uint8 where they fit, else decoded when they are asked for."""
+"""Folders of images: decoded once and held as uint8 where they fit, else decoded when they are asked for.
+
+Decoding reads a file and cuts an image of the size that is used out of it. A cut that is drawn anew in each epoch needs
+the original each time, so a folder with such a cut is never held.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from syncbn.compat import import_torchvision
+from syncbn.train.augment import AreaCrop
 from syncbn.train.config import ConfigError
 from syncbn.train.data_cache import cached
 
@@ -27,17 +32,73 @@ _CHUNK = 64  # images a thread decodes at a time
 # than this on average, threads mostly pass the lock around: CIFAR's JPEGs take longer with several than with one.
 _SMALL_FILE = 8192  # bytes
 
-Decoder = Callable[[Tensor], Tensor]
-"""int64 [n] indices -> uint8 [n, C, H, W], both on the CPU."""
+
+@dataclass(frozen=True)
+class CentreCut:
+    """The middle of an image whose shorter side is resized, bilinearly: the same at any epoch and index."""
+
+    size: int
+    """Side in pixels of what comes out."""
+    shorter_side: int
+    """Pixels of the shorter side before the middle is cut out."""
+
+    def __call__(self, image: Any, epoch: int = 0, index: int = 0) -> Any:
+        """Cut a PIL image of any size: a PIL image of ``size`` by ``size``."""
+        if image.size == (self.size, self.size) and self.shorter_side == self.size:
+            return image
+        functional = import_torchvision("transforms.v2.functional")
+        return functional.center_crop(functional.resize(image, [self.shorter_side]), [self.size])
+
+
+Cut = CentreCut | AreaCrop
+"""Makes an image of the size that is used, of a file's and the epoch and index that it is seen at."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Images that are read from their files each time they are asked for."""
+
+    paths: Sequence[str]
+    """A file for each image."""
+    cut: Cut
+    """What is used of it."""
+
+    def __call__(self, epochs: Tensor, indices: Tensor) -> Tensor:
+        """uint8 [n, 3, H, W] of int64 [n] epochs and indices, all on the CPU; n may be 0.
+
+        Raises:
+            ConfigError: a file that is no image.
+        """
+        images = torch.empty(len(indices), 3, self.cut.size, self.cut.size, dtype=torch.uint8)
+        for image, epoch, index in zip(images, epochs.tolist(), indices.tolist(), strict=True):
+            image.copy_(_decode_file(self.paths[index], self.cut, epoch, index))
+        return images
+
+    def subset(self, indices: Tensor) -> Decoder:
+        """The images at ``indices`` (int64 [m]), which are then numbered from 0 to m - 1, for the cut too."""
+        return replace(self, paths=[self.paths[index] for index in indices.tolist()])
+
+
 Part = tuple[Tensor | Decoder, Tensor]
-"""Images, uint8 [n, 3, H, W] or a function that decodes them, and labels, int64 [n]."""
+"""Images, uint8 [n, 3, H, W] or what decodes them, and labels, int64 [n]."""
 
 
-def read_image_folder(root: str, size: int) -> tuple[Part, Part, int]:
+def read_image_folder(root: str, size: int, area_seed: int | None = None) -> tuple[Part, Part, int]:
     """The images in ``root/train/CLASS/*`` and ``root/test/CLASS/*`` (or ``root/val``), ``size`` pixels a side.
 
-    What fits into `HELD_BYTES` is decoded now, and a binary copy goes to the cache folder under a
-    name that changes with the files' names, sizes and times of modification, with ``size`` and with `DECODING`.
+    Without ``area_seed`` an image's shorter side is resized to ``size`` and its middle is kept. What fits into
+    `HELD_BYTES` is then decoded now, and a binary copy goes to the cache folder under a name that changes with the
+    files' names, sizes and times of modification, with ``size`` and with `DECODING`.
+
+    With it, as is usual with ImageNet, a training image is an `AreaCrop`, and a test image's shorter side is resized to
+    256/224 of ``size`` before its middle is kept (Goyal et al. 2017, arXiv 1706.02677, section 5.1; the numbers are
+    those of the code that they follow, github.com/facebookarchive/fb.resnet.torch). All images are decoded when they
+    are asked for.
+
+    Args:
+        root: the folder.
+        size: side of an image in pixels.
+        area_seed: the run's seed, for random-area crops of the training images; None for no such crops.
 
     Returns:
         The training part, the test part, and the number of classes.
@@ -47,9 +108,14 @@ def read_image_folder(root: str, size: int) -> tuple[Part, Part, int]:
         ImportError: torchvision is not installed; names the extra.
     """
     train, test = _list_folder(root)
+    num_classes = len(train.classes)
+    if area_seed is not None:
+        crop, centre = AreaCrop(size, area_seed), CentreCut(size, round(size * 256 / 224))
+        return _on_demand(train, crop), _on_demand(test, centre), num_classes
+    centre = CentreCut(size, size)
     held = (len(train.samples) + len(test.samples)) * 3 * size * size <= HELD_BYTES
     read = _held if held else _on_demand
-    return read(train, size), read(test, size), len(train.classes)
+    return read(train, centre), read(test, centre), num_classes
 
 
 def _list_folder(root: str) -> tuple[Any, Any]:
@@ -77,18 +143,18 @@ def _files(dataset: Any) -> tuple[list[str], Tensor]:
     return [path for path, _ in dataset.samples], torch.tensor([label for _, label in dataset.samples])
 
 
-def _on_demand(dataset: Any, size: int) -> Part:
+def _on_demand(dataset: Any, cut: Cut) -> Part:
     paths, labels = _files(dataset)
-    return partial(_decode, paths, size), labels
+    return Decoder(paths, cut), labels
 
 
-def _held(dataset: Any, size: int) -> Part:
+def _held(dataset: Any, cut: CentreCut) -> Part:
     paths, labels = _files(dataset)
     statuses = [_status(path) for path in paths]
-    name = f"imagefolder-{DECODING}-{size}-{_fingerprint(str(dataset.root), paths, statuses)}"
+    name = f"imagefolder-{DECODING}-{cut.size}-{_fingerprint(str(dataset.root), paths, statuses)}"
     small = sum(status.st_size for status in statuses) < _SMALL_FILE * len(paths)
     threads = 1 if small else min(16, os.cpu_count() or 1)
-    return cached(name, lambda: (_decode_all(paths, size, threads), labels), alone=True)
+    return cached(name, lambda: (_decode_all(paths, cut, threads), labels), alone=True)
 
 
 def _status(path: str) -> os.stat_result:
@@ -106,13 +172,13 @@ def _fingerprint(folder: str, paths: Sequence[str], statuses: Sequence[os.stat_r
     return digest.hexdigest()
 
 
-def _decode_all(paths: Sequence[str], size: int, threads: int) -> Tensor:
-    """uint8 [n, 3, size, size] of all files. Of several that cannot be read, the first in order is named."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+def _decode_all(paths: Sequence[str], cut: CentreCut, threads: int) -> Tensor:
+    """uint8 [n, 3, H, W] of all files. Of several that cannot be read, the first in order is named."""
+    images = torch.empty(len(paths), 3, cut.size, cut.size, dtype=torch.uint8)
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(paths))):
-            images[i] = _decode_file(paths[i], size)
+            images[i] = _decode_file(paths[i], cut)
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(fill, range(0, len(paths), _CHUNK)):
@@ -120,15 +186,8 @@ def _decode_all(paths: Sequence[str], size: int, threads: int) -> Tensor:
     return images
 
 
-def _decode(paths: Sequence[str], size: int, indices: Tensor) -> Tensor:
-    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
-    for image, index in zip(images, indices.tolist(), strict=True):
-        image.copy_(_decode_file(paths[index], size))
-    return images
-
-
-def _decode_file(path: str, size: int) -> Tensor:
-    """uint8 [3, size, size]: the shorter side is resized to ``size``, and the middle is kept."""
+def _decode_file(path: str, cut: Cut, epoch: int = 0, index: int = 0) -> Tensor:
+    """uint8 [3, H, W] of the image that ``cut`` makes of a file's."""
     import numpy as np
     from PIL import Image
 
@@ -138,10 +197,7 @@ def _decode_file(path: str, size: int) -> Tensor:
     # Pillow reports damage by any of these, depending on the format and on the place.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
-    if image.size != (size, size):
-        functional = import_torchvision("transforms.v2.functional")
-        image = functional.center_crop(functional.resize(image, [size]), [size])
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(cut(image, epoch, index))).permute(2, 0, 1)
 
 
 def _unreadable(path: str, error: Exception) -> ConfigError:

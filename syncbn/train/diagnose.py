@@ -1,4 +1,4 @@
-"""``syncbn diagnose``: which layers of a trained model suffer from small batches, at which size, and what would help."""
+"""``syncbn diagnose``: which layers of a trained model suffer from small batches, at which size, and what helps."""
 
 from __future__ import annotations
 
@@ -161,9 +161,10 @@ def _of_noise(found: Diagnosis) -> list[str]:
     own = suffering.get(found.trained_at, [])
     if not own:
         return []
+    named = ", ".join(own[:3]) + (", ..." if len(own) > 3 else "")
     words = (
-        f"Noise: at the {found.trained_at} samples it was trained with, {len(own)} of {len(found.shuffled)} layers have "
-        f"fewer than {FEW:.0f} effective samples ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''})."
+        f"Noise: at the {found.trained_at} samples it was trained with, {len(own)} of {len(found.shuffled)} layers "
+        f"have fewer than {FEW:.0f} effective samples ({named})."
     )
     enough = next((size for size, layers in suffering.items() if size > found.trained_at and not layers), None)
     if enough is None:

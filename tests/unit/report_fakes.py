@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from syncbn.population import effective_count
 from syncbn.study.plan import Arm, Cell, Comparisons, RepeatDistributed, Study, Sweep, cell_key
 from syncbn.study.runner import Outcome
+from syncbn.study.summary import Summary, summary_of
 from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from syncbn.train.config_io import config_to_dict
 from syncbn.train.norm_config import NormConfig
@@ -93,7 +99,9 @@ def outcomes_of(cells: list[Cell], **options: Any) -> dict[str, Outcome]:
 
 def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int = len(LAYERS)) -> RunResult:
     """The result of a cell: small normalization batches cost what :data:`ARMS` says; some runs diverge."""
-    draw = random.Random(f"{cell.arm} {cell.point} {cell.seed}" if cell.config.norm.uses_batch else f"{cell.arm} {cell.seed}")
+    draw = random.Random(
+        f"{cell.arm} {cell.point} {cell.seed}" if cell.config.norm.uses_batch else f"{cell.arm} {cell.seed}"
+    )
     _, _, cost, estimation = ARMS[cell.arm]
     size = cell.config.normalization_batch_size
     size = None if size is None else max(1.0, size / min(cell.config.data.class_skew, size))
@@ -120,6 +128,42 @@ def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int
         environment={"python": "3.12", "torch": "2.13", "device": "CPU (x86_64)", "git_commit": "0123abc"},
         config=config,
     )
+
+
+def plain_study(
+    *,
+    seeds: int = 6,
+    reference: str | None = "batch",
+    arms: tuple[str, ...] = ("batch", "sync", "group"),
+    **changes: Any,
+) -> Study:
+    """A study without axes: some of :data:`ARMS`, one of them (or none) the reference."""
+    study = grid_study(seeds=seeds, sweep=None, compare=Comparisons(), repeat_distributed=None)
+    chosen = {arm.name: arm for arm in study.arms}
+    return replace(study, arms=tuple(replace(chosen[name], reference=name == reference) for name in arms), **changes)
+
+
+def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[list[Cell], dict[str, Outcome]]:
+    """Cells and outcomes of a study whose arms have these errors by seed, or "diverged", or "missing"."""
+    cells, outcomes = cells_of(study), {}
+    for cell in cells:
+        error = errors[cell.arm][study.seeds.index(cell.seed)]
+        if error == "missing":
+            continue
+        result = result_of(cell)
+        if isinstance(error, float):
+            entries = [_entry("running", None, None, error)]
+            result = replace(result, status="ok", test_error=error, test_loss=error, evaluations=entries)
+        else:
+            result = replace(result, status="diverged", test_error=None, test_loss=None, history=[], evaluations=[])
+        outcomes[cell.key] = Outcome(job=None, status="ran", result=result)  # type: ignore[arg-type]
+    return cells, outcomes
+
+
+def summary_with(study: Study, errors: dict[str, list[float | str]]) -> Summary:
+    """The same, summarized."""
+    cells, outcomes = with_errors(study, errors)
+    return summary_of(study, cells, {key: o.result for key, o in outcomes.items() if o.result is not None})
 
 
 def _history(error: float, draw: random.Random) -> list[dict[str, float | int | None]]:
@@ -175,3 +219,15 @@ def _layers(size: float, layers: int, draw: random.Random) -> list[dict[str, Any
             }
         )
     return found
+
+
+def open_page(path: Path, profile: Path) -> str:
+    """The page's DOM as a browser without a network builds it; skips without one, fails on any message."""
+    if shutil.which("chromium") is None:
+        pytest.skip("needs chromium to open the page")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += [f"--user-data-dir={profile / 'profile'}", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    command = ["chromium", *flags, path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in done.stderr
+    return done.stdout

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torch import Tensor
 
 from syncbn.compat import import_torchvision
-from syncbn.train.augment import Augmentation, crop_images, draw_bits, draw_crops, mix_bits
+from syncbn.train.augment import (
+    TRIES,
+    AreaCrop,
+    Augmentation,
+    area_crop,
+    crop_images,
+    draw_bits,
+    draw_crops,
+    draw_fractions,
+    mix_bits,
+)
 from syncbn.train.order import derive_seed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -141,6 +154,133 @@ def test_bits_of_neighbours_are_uncorrelated() -> None:
     here, there = signs(8), signs(9)
     for other in (here[1:], there[:-1]):
         assert (here[:-1].T @ other / n).abs().max() < 5.5 / n**0.5
+
+
+def test_fractions_are_as_in_integers_without_a_limit() -> None:
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def draw(epoch: int, index: int) -> list[float]:
+        steps = index * 0x9E3779B97F4A7C15 + epoch * 0x6A09E667F3BCC909
+        first = mix((steps + derive_seed("augment", 5)) % 2**64)
+        return [(mix((first + k * 0x9E3779B97F4A7C15) % 2**64) >> 11) / 2**53 for k in range(1, 8)]
+
+    epochs, indices = grid(range(0, 3000, 999), range(0, 2**40, 2**36 + 77))
+    drawn = draw_fractions(5, epochs, indices, 7)
+    assert drawn.tolist() == [draw(e, i) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
+    assert torch.equal(draw_fractions(5, epochs, indices, 3), drawn[:, :3])
+    assert torch.equal(draw_fractions(5, epochs[7:9], indices[7:9], 7), drawn[7:9])
+
+
+@pytest.mark.parametrize(("columns", "indices"), [(1, 0), (4, 0), (0, 1), (1, -1), (-1, 1), (4, -1)])
+def test_fractions_are_uniform_and_unrelated_to_each_other(columns: int, indices: int) -> None:
+    """Those of a sample, and those of neighbours, also where one sample's sequence shifted would be the next one's."""
+    cut = (draw_fractions(2, *grid(range(3), range(4001)), 9) * 8).long().view(3, 4001, 9)
+    first = cut[:, 1:-1, 1 : 9 - 4].flatten()
+    second = cut[:, 1 + indices : 4000 + indices, 1 + columns : 9 - 4 + columns].flatten()
+    assert PLAUSIBLE[0] < dependence(first, second, 8) < PLAUSIBLE[1]
+
+
+# ---- random-area crops
+
+
+def area_boxes(samples: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+    drawn = draw_fractions(0, *grid(range(1), range(samples)), 4 * TRIES).view(-1, TRIES, 4)
+    return [area_crop(tries, height, width) for tries in drawn.tolist()]
+
+
+def test_area_and_aspect_are_uniform_where_any_aspect_fits() -> None:
+    """In a square, below three quarters of its area; pixels so many that rounding to them does not show."""
+    tops, lefts, heights, widths = np.array(area_boxes(20_000, 100_000, 100_000)).T
+    areas, aspects = heights / 1e5 * widths / 1e5, np.log(widths / heights)
+    kept = areas < 0.75
+    limit = math.log(4 / 3)
+    for values in (
+        (areas[kept] - 0.08) / 0.67,
+        (aspects[kept] + limit) / (2 * limit),
+        (tops / (1e5 - heights + 1))[kept],
+        (lefts / (1e5 - widths + 1))[kept],
+    ):
+        assert values.min() < 0.001
+        assert values.max() > 0.999
+        assert PLAUSIBLE[0] < stats.kstest(values, "uniform").pvalue < PLAUSIBLE[1]
+    assert areas.min() > 0.08 - 1e-4
+    assert np.abs(aspects).max() < limit + 1e-4
+    assert PLAUSIBLE[0] < stats.spearmanr(areas[kept], aspects[kept]).pvalue < PLAUSIBLE[1]
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(375, 500), (500, 333), (224, 224), (20, 200), (200, 19), (1, 1), (3, 4)]
+)
+def test_boxes_are_torchvisions_for_the_same_numbers(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its RandomResizedCrop with the fractions in place of its draws, in the order in which it asks for them."""
+    transform = import_torchvision("transforms.v2").RandomResizedCrop(224)
+    drawn = draw_fractions(0, *grid(range(1), range(300)), 4 * TRIES).view(-1, TRIES, 4).tolist()
+    expected = []
+    with monkeypatch.context() as patch:
+        for tries in drawn:
+            numbers = Numbers(tries)
+            patch.setattr(torch.Tensor, "uniform_", lambda _, low, high, n=numbers: n.uniform(low, high))
+            patch.setattr(torch, "randint", lambda low, high, size, n=numbers: n.integer(low, high))
+            params = transform.make_params([torch.empty(3, height, width)])
+            expected.append(tuple(params[key] for key in ("top", "left", "height", "width")))
+    assert [area_crop(tries, height, width) for tries in drawn] == expected
+
+
+class Numbers:
+    """Area and aspect of one try after another, and the row and column of the one that fits."""
+
+    def __init__(self, tries: list[list[float]]) -> None:
+        self.tries = iter(tries)
+        self.current: list[float] = []
+        self.place = 0
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        if self.place != 1:
+            self.current, self.place = next(self.tries), 0
+        return torch.tensor([float(low) + (float(high) - float(low)) * self.take()], dtype=torch.float64)
+
+    def integer(self, low: int, high: int) -> Tensor:
+        return torch.tensor([low + int((high - low) * self.take())])
+
+    def take(self) -> float:
+        self.place += 1
+        return self.current[self.place - 1]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (10, 400, (0, 193, 10, 13)),  # 4/3 of the height
+        (400, 9, (194, 0, 12, 9)),  # 4/3 of the width
+        (30, 36, (0, 0, 30, 36)),
+    ],
+    ids=["wide", "high", "neither"],
+)
+def test_the_central_crop_is_taken_where_none_fits(
+    height: int, width: int, expected: tuple[int, int, int, int]
+) -> None:
+    assert area_crop([[0.999, 0.001, 0.5, 0.5], [0.999, 0.999, 0.5, 0.5]] * 5, height, width) == expected
+
+
+def test_an_area_crop_is_torchvisions_cut_at_the_drawn_box() -> None:
+    functional = import_torchvision("transforms.v2.functional")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    flips, seen = 0, set()
+    for epoch, index in itertools.product(range(4), range(50)):
+        flip, *rest = draw_fractions(3, torch.tensor([epoch]), torch.tensor([index]), 1 + 4 * TRIES)[0].tolist()
+        box = area_crop([rest[i : i + 4] for i in range(0, 4 * TRIES, 4)], 60, 90)
+        cut = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2])).resize((32, 32), Image.Resampling.BILINEAR)
+        assert np.array_equal(functional.resized_crop(image, *box, [32, 32]), cut)
+        expected = np.array(cut)[:, ::-1] if flip < 0.5 else np.array(cut)
+        assert np.array_equal(AreaCrop(32, 3)(image, epoch, index), expected)
+        flips += flip < 0.5
+        seen.add(box)
+    assert 75 <= flips <= 125
+    assert len(seen) == 200
 
 
 # ---- crops

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
-from syncbn.study.plan import study_cells
+from syncbn.study.plan import repeated_cell, study_cells, unique_cells
+from syncbn.study.statistics import seeds_needed
 from syncbn.study.study_file import available_studies, load_study
 from syncbn.train.config import ConfigError
 
@@ -60,6 +61,141 @@ def test_quickstart_is_packaged_and_is_what_it_says():
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         small_study(**changes)
+
+
+SWEEP = {"values": [1, 2, 4], "global_batch_size": 8}
+
+
+def swept(**changes):
+    base = {"data": {"name": "digits"}}
+    arms = {name: {"overrides": {"norm": {"name": name}}} for name in ("batch", "sync", "group")}
+    return small_study(**{"base": base, "arms": arms, "sweep": SWEEP, **changes})
+
+
+def test_a_decoupled_sweep_cuts_the_same_batch_otherwise():
+    cells = [c for c in study_cells(swept()) if c.seed == 0]
+    assert [(c.arm, dict(c.point)["per_gpu_batch_size"]) for c in cells] == [
+        (arm, size) for arm in ("batch", "sync", "group") for size in (1, 2, 4)
+    ]
+    assert {c.config.global_batch_size for c in cells} == {8}
+    assert [c.config.normalization_batch_size for c in cells] == [1, 2, 4, 8, 8, 8, None, None, None]
+    assert len({c.config.optimizer.lr for c in cells}) == 1
+    # GroupNorm does not see the cut: three cells, one run.
+    assert len({c.key for c in cells if c.arm == "group"}) == 1
+    assert len(unique_cells(cells)) == 7
+
+
+def test_a_sweep_of_sync_groups_and_of_ghost_batches():
+    base = {"data": {"name": "digits"}, "gpus": 8, "per_gpu_batch_size": 4}
+    groups = study_cells(swept(base=base, sweep={"vary": "sync_group_size", "values": [1, 2, 8]}))
+    sizes = {(c.arm, dict(c.point)["sync_group_size"]): c.config.normalization_batch_size for c in groups}
+    assert [sizes["sync", k] for k in (1, 2, 8)] == [4, 8, 32]
+    assert [sizes["batch", k] for k in (1, 2, 8)] == [4, 4, 4]
+    arms = {"ghost": {"overrides": {"norm": {"name": "ghost"}}}, "group": {"overrides": {"norm": {"name": "group"}}}}
+    ghosts = study_cells(swept(base=base, arms=arms, sweep={"vary": "ghost_batch_size", "values": [1, 2]}))
+    assert [c.config.norm.ghost_batch_size for c in ghosts if c.seed == 0] == [1, 2, None, None]
+
+
+def test_a_coupled_sweep_takes_batch_and_learning_rate_along():
+    sweep = {"kind": "coupled", "values": [2, 8], "hold": ["epochs", "steps"], "steps": 30}
+    base = {"data": {"name": "digits"}, "gpus": 4, "budget": {"epochs": 3}}
+    cells = [c for c in study_cells(swept(base=base, sweep=sweep)) if (c.arm, c.seed) == ("group", 0)]
+    assert [tuple(dict(c.point).values()) for c in cells] == [(2, "epochs"), (2, "steps"), (8, "epochs"), (8, "steps")]
+    assert [c.config.global_batch_size for c in cells] == [8, 8, 32, 32]
+    assert {c.config.optimizer.lr_scaling for c in cells} == {"linear"}
+    assert [(c.config.budget.epochs, c.config.budget.steps) for c in cells] == [(3, None), (None, 30)] * 2
+    assert len({c.key for c in cells}) == 4
+
+
+def test_axes_multiply_and_only_restricts():
+    arms = {"batch": {"reference": True}, "half": {"only": {"optimizer.lr": [0.1], "per_gpu_batch_size": [4, 2]}}}
+    study = swept(arms=arms, axes={"optimizer.lr": [0.1, 0.2]})
+    assert study.axes == {"per_gpu_batch_size": (1, 2, 4), "optimizer.lr": (0.1, 0.2)}
+    points = [tuple(dict(point).values()) for point in study.points(study.arms[1])]
+    assert points == [(2, 0.1), (4, 0.1)]
+    assert {c.config.optimizer.lr for c in study_cells(study) if c.arm == "batch"} == {0.1, 0.2}
+    assert dict(study.comparison_point()) == {"per_gpu_batch_size": 1, "optimizer.lr": 0.1}
+
+
+def test_every_study_repeats_a_cell_under_real_processes():
+    repeat = swept().repeat_distributed
+    assert (repeat.arm, repeat.seed, repeat.processes, repeat.at) == ("batch", 0, 2, {"per_gpu_batch_size": 1})
+    cells = study_cells(swept())
+    assert repeated_cell(swept(), cells) is cells[0]
+    lone = small_study(base={"data": {"name": "digits"}}, arms={"a": {}})
+    assert lone.repeat_distributed is None, "one logical GPU: nothing is emulated"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": {"optimizer.lrr": [0.1]}}, r"axes: axis: got 'optimizer.lrr', expected .* such as optimizer.lr"),
+        ({"axes": {"optimizer.lr": []}}, r"axes.optimizer.lr: got \[\], expected a list of at least one value"),
+        ({"axes": {"optimizer.lr": [0.1, 0.1]}}, "values that differ"),
+        ({"axes": {"per_gpu_batch_size": [1]}}, "an axis that the sweep does not vary already"),
+        ({"axes": {"seed": [1]}}, "axis: got 'seed'"),
+        ({"axes": {"optimizer.lr": ["high"]}}, r"arm batch, .*optimizer.lr high: optimizer.lr: got"),
+        ({"sweep": {"values": [3], "global_batch_size": 8}}, r"values: got \[3\], expected divisors of"),
+        ({"sweep": {"values": []}}, "sweep.values: got"),
+        ({"sweep": {"values": [1]}}, "global_batch_size: got None, expected a positive integer"),
+        ({"sweep": {"values": [0], "global_batch_size": 8}}, "expected positive integers"),
+        ({"sweep": {**SWEEP, "vary": "weight"}}, "sweep.vary: got 'weight', expected one of per_gpu_batch_size"),
+        ({"sweep": {**SWEEP, "kind": "both"}}, "decoupled or coupled"),
+        ({"sweep": {**SWEEP, "kind": "coupled"}}, "global_batch_size: got 8, expected none"),
+        ({"sweep": {"kind": "coupled", "values": [1], "hold": "steps"}}, "sweep.steps: got None"),
+        ({"sweep": {"kind": "coupled", "values": [1], "hold": ["time"]}}, "epochs, steps or both"),
+        ({"sweep": {**SWEEP, "hold": "epochs"}}, "none with a decoupled sweep"),
+        ({"sweep": {**SWEEP, "steps": 3}}, "sweep.steps: got 3"),
+        (
+            {"arms": {"a": {"only": {"per_gpu_batch_size": [3]}}}},
+            r"only.per_gpu_batch_size: got \[3\]",
+        ),
+        ({"arms": {"a": {"only": {"gpus": [3]}}}}, "only: got 'gpus', expected an axis of the study"),
+        ({"compare": {"arms": ["batch"]}}, "compare.arms: .*an arm with `reference: true`"),
+        ({"compare": {"arms": ["nobody"]}}, "compare.arms: got"),
+        ({"compare": {"at": {"per_gpu_batch_size": 9}}}, "compare.at.per_gpu_batch_size: got"),
+        (
+            {"repeat_distributed": {"arm": "sync", "seed": 0, "processes": 2, "at": {"gpus": 1}}},
+            "repeat_distributed.at",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_grid_are_one_line(changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        swept(**changes)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("study")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "expected a YAML file"),
+        ("- 1", "expected a mapping"),
+        ("name: a\nname: b", "'name.*is given twice"),
+        ("", "got None, expected a mapping"),
+        ("name: a", "the key 'title' too"),
+    ],
+)
+def test_malformed_files_are_one_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_study(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nbs_sweep", "non_iid", "coupled", "sync_group", "cifar10_nbs", "imagenet_resnet50"])
+def test_reference_studies_can_reach_their_claims(name):
+    """As many seeds as the planned comparisons need, but where a seed costs days."""
+    study = load_study(name)
+    point = study.comparison_point()
+    compared = study.compare.arms or [a.name for a in study.arms if not a.reference and point in study.points(a)]
+    enough = len(study.seeds) >= seeds_needed(len(compared))
+    assert enough == (name != "imagenet_resnet50")
+    assert study.repeat_distributed is not None
 
 
 def test_an_unknown_study_names_those_there_are():

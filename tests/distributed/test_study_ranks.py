@@ -1,0 +1,122 @@
+"""A study under torchrun: all processes do each cell together, and one that they cannot do is a failed cell."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from study_jobs import computed
+
+from syncbn.study.plan import study_cells
+from syncbn.study.records import read_records
+from syncbn.study.runner import repeat_id
+from syncbn.study.status import study_outcomes
+from syncbn.study.study_file import study_from_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTENT = {
+    "name": "ranks",
+    "title": "Ranks",
+    "question": "What?",
+    "base": {
+        "gpus": 2,
+        "per_gpu_batch_size": 4,
+        "device": "cpu",
+        "precision": "fp64",
+        "data": {"name": "synthetic", "synthetic_samples": 40, "image_size": 8},
+        "model": {"width": 2},
+        "optimizer": {"lr": 0.02},
+        "budget": {"epochs": 2},
+    },
+    "arms": {
+        "odd": {"overrides": {"norm": {"name": "batch"}, "gpus": 3}},
+        "batch": {"overrides": {"norm": {"name": "batch"}}},
+        "sync": {"overrides": {"norm": {"name": "sync"}}, "reference": True},
+    },
+    "seeds": [0],
+}
+
+
+def torchrun(*words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    paths = os.pathsep.join([str(ROOT / "tests" / "distributed"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_under_torchrun(tmp_path):
+    config, out = tmp_path / "ranks.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(CONTENT))
+    words = ["-m", "syncbn", "study", "run", "--config", str(config), "--out", str(out)]
+    code, printed, said = torchrun(*words)
+    assert code == 1, said
+    study = study_from_dict(CONTENT)
+    cells = study_cells(study)
+    odd, batch, sync = (cell.key for cell in cells)
+    repeat = repeat_id(study.repeat_distributed, cells)
+    message = "ConfigError: gpus: got 3, expected a multiple of the number of processes (2)"
+    assert said.count(f"failed: odd, seed 0: {message} (log: {out}/logs/{odd}.log)") == 1
+    assert printed.count("\nreport: ") == 1
+    records = read_records(out)
+    assert set(records) == {batch, sync, repeat}
+    assert len(list((out / "records").iterdir())) == 1
+    # Real processes did the cell, so one process repeats it, and finds the same.
+    assert {key: record.result.processes for key, record in records.items()} == {batch: 2, sync: 2, repeat: 1}
+    losses = [records[key].result.losses for key in (study_repeated(study, cells), repeat)]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-10
+    assert {key: o.status for key, o in study_outcomes(study, cells, out).items()} == {
+        odd: "failed",
+        batch: "kept",
+        sync: "kept",
+        repeat: "kept",
+    }
+    # Again: nothing but the cell that failed is tried.
+    before = computed(out)
+    code, printed, _ = torchrun(*words)
+    assert code == 1
+    assert re.search(r"^0 runs in \d+ s, 3 kept from before, 1 failed$", printed, re.MULTILINE)
+    assert computed(out) == before
+
+
+def study_repeated(study, cells):
+    return repeat_id(study.repeat_distributed, cells).removesuffix("-2")
+
+
+def run_with_a_lonely_failure(out):
+    """Every rank of a launcher runs the tiny study; one of the processes cannot do one cell."""
+    from syncbn.study import ranks
+    from syncbn.study.runner import run_cells
+    from syncbn.study.worker import Trainer
+    from syncbn.train.loop import train
+
+    def fails(config, out=None, *, resume=False):
+        if os.environ["RANK"] == "1" and config.norm.name == "batch":
+            raise ValueError("no disk here")
+        return train(config, out, resume=resume)
+
+    ranks.ALONE_SECONDS = 1.0
+    study = study_from_dict({**CONTENT, "seeds": [0, 1], "arms": {n: CONTENT["arms"][n] for n in ("batch", "sync")}})
+    with ranks.Ranks(Trainer(train=fails, launch=lambda *arguments: None)) as processes:
+        if processes.rank:
+            processes.follow()
+        else:
+            run_cells(study, study_cells(study), Path(out), ranks=processes)
+
+
+def test_a_process_that_fails_alone_ends_all_and_holds_nothing_up(tmp_path):
+    driver = ["-c", f"import test_study_ranks as t; t.run_with_a_lonely_failure({str(tmp_path)!r})"]
+    code, _, said = torchrun("--no-python", sys.executable, *driver)
+    assert code != 0
+    line = "syncbn: error: batch, seed 0: process 1 failed alone: ValueError: no disk here; the others cannot go on"
+    assert said.count(line) == 1
+    assert not read_records(tmp_path)
+    # The next time it is tried last, so that all other cells are done.
+    code, _, said = torchrun("--no-python", sys.executable, *driver)
+    assert code != 0
+    assert "process 1 failed alone" in said
+    assert {record.result.config["norm"]["name"] for record in read_records(tmp_path).values()} == {"sync"}

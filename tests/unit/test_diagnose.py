@@ -1,0 +1,91 @@
+"""What ``syncbn diagnose`` says of trained models, and of folders that hold none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from syncbn.population import LayerDivergence
+from syncbn.train.config import ConfigError
+from syncbn.train.config_io import config_from_dict
+from syncbn.train.diagnose import Diagnosis, advice, diagnose, print_diagnosis
+from syncbn.train.loop import train
+
+RUN = {
+    "gpus": 8,
+    "per_gpu_batch_size": 4,
+    "data": {"name": "digits", "train_samples": 300, "class_skew": 4},
+    "model": {"width": 4},
+    "budget": {"epochs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(config_from_dict(RUN), folder)
+
+
+def test_the_table_of_a_trained_model(run, capsys):
+    folder, result = run
+    found = diagnose(folder, samples=256)
+    assert list(found.layers) == [1, 2, 4, 8, 16, 32]
+    assert [e["statistics"] for e in found.evaluations] == ["running", "batch", "population", "population"]
+    assert found.evaluations[0]["test_error"] == result.test_error
+    for name in ("layer1.norm", "layer6.norm"):
+        divergences = [next(x for x in found.layers[size] if x.layer == name).kl for size in found.layers]
+        assert divergences == sorted(divergences, reverse=True), "a larger batch is nearer to the population"
+    # The samples of a batch are of one class: worth less than as many of any class.
+    assert found.layers[4][-1].effective < found.shuffled[-1].effective
+    print_diagnosis(found)
+    printed = capsys.readouterr().out
+    assert "layer6.norm" in printed
+    assert "4*" in printed
+    assert "test error with population statistics (total, 256 images)" in printed
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_sizes_are_the_users_and_the_runs_own(run):
+    assert list(diagnose(run[0], samples=64, sizes=[2, 128]).layers) == [2, 4]
+
+
+def layer(effective, name="a"):
+    return LayerDivergence(layer=name, count=8, kl=0.1, effective=effective, running_kl=0.0, channels=4, dead=0)
+
+
+def diagnosis(layers, shuffled, running=0.1, batch=0.1, population=0.1):
+    kinds = [("running", None, running), ("batch", None, batch)]
+    kinds += [("population", "mean", population), ("population", "total", population)]
+    evaluations = [{"statistics": s, "estimator": e, "samples": 9, "test_error": x} for s, e, x in kinds]
+    config = config_from_dict({"gpus": 4, "per_gpu_batch_size": 2})
+    return Diagnosis(config=config, samples=64, evaluations=evaluations, layers=layers, shuffled=shuffled)
+
+
+def test_advice_follows_the_figures():
+    fine = [layer(100.0)]
+    assert advice(diagnosis({2: fine}, fine)) == ["Nothing here suggests that small batches did this model any harm."]
+    (words,) = advice(diagnosis({2: fine}, fine, running=0.3))
+    assert words.startswith("Estimation: with population statistics the error is 10.0 % and not 30.0 %")
+    (words,) = advice(diagnosis({2: [layer(40.0)]}, fine))
+    assert words.startswith("Order: shuffled, a batch of 2 would be worth 2 times")
+    (words,) = advice(diagnosis({1: [layer(3.0)], 2: [layer(8.0)], 4: [layer(15.0)], 8: [layer(30.0)]}, [layer(8.0)]))
+    assert "1 of 1 layers have fewer than 16 effective samples (a). 8 are enough: synchronize over 4 GPUs" in words
+    (words,) = advice(diagnosis({2: [layer(8.0)]}, [layer(8.0)]))
+    assert "No size tried is enough" in words
+    unknown = [layer(None)]  # no divergence to speak of
+    assert advice(diagnosis({2: unknown}, unknown))[0].startswith("Nothing")
+
+
+def test_what_cannot_be_diagnosed(tmp_path):
+    with pytest.raises(ConfigError, match=r"checkpoint: got .*model\.safetensors or a checkpoint"):
+        diagnose(tmp_path)
+    train(config_from_dict({**RUN, "norm": {"name": "group", "groups": 2}}), tmp_path)
+    with pytest.raises(ConfigError, match="batch statistics, not group"):
+        diagnose(tmp_path)
+
+
+def test_mistaken_sizes(run):
+    with pytest.raises(ConfigError, match="samples"):
+        diagnose(run[0], samples=1)
+    with pytest.raises(ConfigError, match="batch sizes"):
+        diagnose(run[0], sizes=[0])

@@ -1,0 +1,288 @@
+"""The report of a grid: sweeps, further axes, kinds of statistics, layers; and what is not there."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from report_fakes import (
+    LAYERS,
+    cells_of,
+    grid_study,
+    open_page,
+    outcomes_of,
+    plain_study,
+    result_of,
+    summary_with,
+    with_errors,
+)
+
+from syncbn.study.captions import diverged_words, sweep_caption
+from syncbn.study.causes import cause_words, causes_of, estimator_words
+from syncbn.study.evaluations import evaluated_settings
+from syncbn.study.layers import divergence_maps, effective_map, heat_level, layer_words
+from syncbn.study.layout import layout_of
+from syncbn.study.plan import Comparisons, Sweep
+from syncbn.study.records import Records
+from syncbn.study.report import print_table, write_report
+from syncbn.study.runner import Outcome
+from syncbn.study.summary import summary_of
+from syncbn.study.throughput import study_speed_words
+
+NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
+MOST_BYTES = 600_000
+"""Reports of several studies are kept in the repository."""
+
+
+def written(study, cells, outcomes, out):
+    path = write_report(study, cells, outcomes, out, command="syncbn study run --config grid")
+    text = path.read_text()
+    shown = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    return path, text, re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", shown)))
+
+
+def summarized(study, cells, outcomes):
+    return summary_of(study, cells, {key: outcome.result for key, outcome in outcomes.items()})
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    study = grid_study()
+    cells = cells_of(study)
+    outcomes = outcomes_of(cells)
+    gone = [cell for cell in cells if (cell.arm, cell.seed) == ("renorm", 5)]
+    for cell in gone[:2]:
+        del outcomes[cell.key]
+    out = tmp_path_factory.mktemp("grid")
+    return study, cells, outcomes, *written(study, cells, outcomes, out)
+
+
+def test_grid_page_is_whole_and_small(grid):
+    study, _, _, path, text, words = grid
+    assert len(text) < MOST_BYTES
+    assert sum(file.stat().st_size for file in path.parent.glob("*.svg")) < MOST_BYTES / 3
+    assert not NO_NUMBER.search(words)
+    for arm in study.arms:
+        assert words.count(arm.label) >= 5
+    for heading in ("error", "comparisons", "estimation", "layers", "curves", "costs", "numbers", "emulation", "run"):
+        assert f'<h2 id="{heading}">' in text
+        assert f'href="#{heading}"' in text
+    files = {file.name for file in path.parent.iterdir()}
+    assert files == {
+        "report.html",
+        "results.csv",
+        "error_by_nbs.svg",
+        "error_by_nbs.png",
+        "estimation.svg",
+        "samples.svg",
+        "layers.svg",
+    }
+    for name in files:
+        if name.endswith(".svg"):
+            svg = path.with_name(name).read_text()
+            assert svg.count("<svg") == svg.count("</svg>") >= 1
+            assert "<path" in svg
+            assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_grid_words_are_of_its_numbers(grid):
+    words = grid[5]
+    assert "The global batch of 128 images, the learning rate and the steps are the same everywhere" in words
+    assert re.search(r"From 128 to 1 image a GPU, the error of Local BatchNorm rises from 9\.\d % to 49\.\d %", words)
+    assert "Diverged: Local BatchNorm at 1 image a GPU (2 of 6 runs) and No normalization (1 of 6 runs)." in words
+    assert "Incomplete: 2 of 324 runs have no result." in words
+    assert (
+        "Not enough seeds to claim anything: with 6 seeds, none of the 11 comparisons can become significant" in words
+    )
+    assert "Local BatchNorm at 1 image a GPU: the estimate." in words
+    assert "Local BatchRenorm at 1 image a GPU: the training." in words
+    assert "Shown at 2 images a GPU. SyncBatchNorm has the lowest mean half-way" in words
+    assert "Holm's procedure" in words
+
+
+def test_grid_page_opens_with_all_figures_and_tables(grid, tmp_path):
+    study, cells, _, path, text, _ = grid
+    dom = open_page(path, tmp_path)
+    batch = sum(next(c for c in cells if c.arm == arm.name).config.norm.uses_batch for arm in study.arms)
+    # Main figure for either width, one for each arm with batch statistics (kinds, samples), one for each arm (curves).
+    assert dom.count("<svg") == text.count("<svg") == 2 + batch + batch + len(study.arms)
+    maps = batch + 1
+    assert dom.count("<table") == 1 + maps + 1 + 1 + 1
+    lines = batch * len(study.sweep.values) + (len(study.arms) - batch)
+    rows = len(study.arms) + maps * (1 + len(LAYERS)) + 1 + len(study.arms) + 1 + len(study.arms) + 1 + lines
+    assert dom.count("<tr>") == rows
+
+
+def test_csv_has_axes_and_evaluations(grid):
+    _, cells, outcomes, path, _, _ = grid
+    lines = list(csv.DictReader(path.with_name("results.csv").open()))
+    assert len(lines) == len(cells) == 576
+    kinds = ["batch", *(f"population_{estimator}_{n}" for n in (128, 1024) for estimator in ("mean", "total"))]
+    assert [name for name in lines[0] if name.startswith("error_")] == ["error_running", *(f"error_{k}" for k in kinds)]
+    for cell, line in zip(cells, lines, strict=True):
+        assert (line["arm"], line["per_gpu_batch_size"]) == (cell.arm, str(dict(cell.point)["per_gpu_batch_size"]))
+        result = outcomes[cell.key].result if cell.key in outcomes else None
+        assert line["status"] == ("missing" if result is None else result.status)
+        entries = result.evaluations if result is not None else []
+        total = [e["test_error"] for e in entries if (e["estimator"], e["samples"]) == ("total", 1024)]
+        assert line["error_population_total_1024"] == (str(total[0]) if total else "")
+        assert line["peak_memory_bytes"] == ("" if result is None else str(result.peak_memory_bytes))
+
+
+def test_coupled_sweep_has_a_panel_for_what_is_held(tmp_path):
+    sweep = Sweep(kind="coupled", values=(2, 8, 32), hold=("epochs", "steps"), steps=400)
+    study = grid_study(arms=7, seeds=3, sweep=sweep, repeat_distributed=None)
+    cells = cells_of(study)
+    _, text, words = written(study, cells, outcomes_of(cells), tmp_path)
+    assert "At 2 images a GPU, constant epochs" in words or "at 2 images a GPU, constant epochs" in words
+    assert "Constant epochs. From 32 to 2 images a GPU, the error of Local BatchNorm rises" in words
+    assert "Constant steps. From 32 to 2 images a GPU" in words
+    assert "every run has 400 steps" in words
+    assert "Level lines" not in words  # a coupled sweep changes the training of every arm
+    assert text.count('aria-label="Test error along the sweep, constant') == 2
+
+
+def test_axis_of_numbers_goes_across_where_there_is_no_sweep(tmp_path):
+    study = grid_study(arms=2, seeds=2, sweep=None, grid={"data.class_skew": (1, 2, 4)}, compare=Comparisons())
+    study = replace(study, repeat_distributed=None)
+    cells = cells_of(study)
+    path, _, words = written(study, cells, outcomes_of(cells), tmp_path)
+    assert path.with_name("error_by_class_skew.svg").is_file()
+    assert "Test error against images of one class in a row" in words
+    assert "their own statistics then give away something about the class" in words
+    assert layout_of(study).values == (1, 2, 4)
+    assert layout_of(grid_study(values=3)).values == (4, 2, 1)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_pages_of_unfinished_studies(tmp_path, capsys, seeds):
+    study = grid_study(arms=3, values=2, seeds=seeds)
+    cells = cells_of(study)
+    _, text, words = written(study, cells, {}, tmp_path)
+    assert words.count("No run has a result yet.") == 2
+    assert "<svg" not in text
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "results.csv"}
+    diverged = {
+        c.key: Outcome(job=None, status="ran", result=replace(result_of(c), status="diverged", test_error=None))
+        for c in cells
+    }
+    _, text, words = written(study, cells, diverged, tmp_path)
+    assert "every run diverged" in words
+    assert not NO_NUMBER.search(words)
+    print_table(study, cells, diverged)
+    assert f"{seeds}×" in capsys.readouterr().out
+
+
+def test_user_labels_are_escaped_everywhere(tmp_path):
+    study = grid_study(arms=3, values=2, seeds=2, question="<i>?</i>", repeat_distributed=None)
+    bad = "</svg><script>alert(1)</script>"
+    study = replace(study, arms=tuple(replace(arm, label=f"{bad} {arm.name}") for arm in study.arms))
+    cells = cells_of(study)
+    path, text, _ = written(study, cells, outcomes_of(cells), tmp_path)
+    assert "<script" not in text
+    assert "<i>" not in text
+    assert all("<script" not in file.read_text() for file in path.parent.glob("*.svg"))
+
+
+def evaluated_as(running, batch, population):
+    """A summary of one arm with these errors for each kind of statistics, beside a reference of 10 %."""
+    study = plain_study(arms=("batch", "sync"), reference="sync", seeds=3)
+    cells, outcomes = with_errors(study, {"batch": [running] * 3, "sync": [0.1, 0.101, 0.099]})
+    for cell in cells:
+        if cell.arm == "batch":
+            found = outcomes[cell.key].result
+            entries = [
+                {"statistics": "running", "estimator": None, "samples": None, "test_error": running},
+                {"statistics": "batch", "estimator": None, "samples": None, "test_error": batch},
+                {"statistics": "population", "estimator": "mean", "samples": 1024, "test_error": population + 0.01},
+                {"statistics": "population", "estimator": "total", "samples": 1024, "test_error": population},
+            ]
+            outcomes[cell.key] = replace(outcomes[cell.key], result=replace(found, evaluations=entries))
+    return summarized(study, cells, outcomes)
+
+
+@pytest.mark.parametrize(
+    ("running", "batch", "population", "title", "text"),
+    [
+        (0.5, 0.3, 0.12, "the estimate", "38.0 of the 40.0 points lost against SyncBatchNorm (10.0 %) come back"),
+        (0.5, 0.48, 0.49, "the training", "38.0 of the 40.0 points lost against SyncBatchNorm (10.0 %) stay"),
+        (0.5, 0.4, 0.3, "both", "Of 40.0 points lost against SyncBatchNorm (10.0 %), 20.0 come back"),
+        (0.5, 0.12, 0.45, "the mismatch of training and inference", "but population statistics leave 45.0 %"),
+        (0.102, 0.101, 0.1, "No cost to divide", "Local BatchNorm (less than 0.5 points"),
+    ],
+)
+def test_training_or_estimation(running, batch, population, title, text):
+    summary = evaluated_as(running, batch, population)
+    items = evaluated_settings(summary)
+    ((found, words),) = cause_words(causes_of(summary, items))
+    assert found.endswith(title)
+    assert text in words.replace("\N{NO-BREAK SPACE}", " ")
+    assert "end at most 1.0 points apart" in estimator_words(items)
+
+
+def test_cost_of_an_arm_is_measured_against_its_own_largest_batch():
+    study = grid_study(arms=2, values=8, seeds=3)
+    cells = cells_of(study)
+    summary = summarized(study, cells, outcomes_of(cells))
+    causes = causes_of(summary, evaluated_settings(summary))
+    found = {c.setting.arm: (dict(c.setting.point), c.base.arm, dict(c.base.point)) for c in causes}
+    assert found["batch"] == ({"per_gpu_batch_size": 1}, "batch", {"per_gpu_batch_size": 128})
+    assert found["sync"][1] == "batch"  # its own batch is the same everywhere
+
+
+def test_layer_maps():
+    study = grid_study(arms=2, values=3, seeds=2)
+    cells = cells_of(study)
+    outcomes = outcomes_of(cells, layers=30)
+    other = next(c for c in cells if c.arm == "batch" and c.config.per_gpu_batch_size == 2)
+    outcomes[other.key].result.layers[0].update({"kl": None, "effective": None})
+    summary = summarized(study, cells, outcomes)
+    maps = divergence_maps(summary)
+    assert [(found.arm, found.columns, len(found.rows), found.omitted) for found in maps] == [
+        ("batch", ["4", "2", "1"], 24, 6),
+        ("sync", ["4", "2", "1"], 24, 6),
+    ]
+    assert maps[0].rows[0].layer == "layer0.0.norm"
+    assert maps[0].rows[-1].layer == "layer3.5.norm"
+    assert all(cell.level is not None for row in maps[0].rows for cell in row.cells)  # the other seed has that layer
+    assert effective_map(summary).arm == "batch"
+    assert [heat_level(value) for value in (0.001, 0.003, 0.5, 99.0, float("nan"))] == [0, 1, 5, 8, None]
+    words = " ".join(layer_words(summary))
+    assert re.search(r"Farthest off is \S+ of Local BatchNorm at 1 image a GPU", words)
+    assert "counts for fewer than it has" in words
+    assert "nearer to the population's than a single batch in every layer" in words
+
+
+def test_divergence_is_named_by_place_and_level_arms_once():
+    study = grid_study(arms=12, values=3, seeds=3)
+    cells = cells_of(study)
+    summary = summarized(study, cells, outcomes_of(cells))
+    words = diverged_words(list(summary.settings.values()))
+    assert words == "Diverged: Local BatchNorm at 1 image a GPU (1 of 3 runs) and No normalization (1 of 3 runs)."
+    caption = " ".join(sweep_caption(summary, ()))
+    assert "lowest of the level lines" in caption
+
+
+def test_speed_of_the_study_comes_from_its_records(tmp_path):
+    study = plain_study(seeds=1, arms=("batch",))
+    records, start = Records(tmp_path), datetime(2026, 1, 1, tzinfo=UTC)
+    for number, cell in enumerate(cells_of(study) * 3):
+        began = start + timedelta(seconds=60 * number)
+        records.add(f"{cell.key}{number}", began, 60.0, result_of(cell), ended=began + timedelta(seconds=60))
+    assert study_speed_words(tmp_path) == [
+        "3 recorded runs of 1 worker process: 60 runs an hour while the study was running."
+    ]
+    (tmp_path / "speedup.json").write_text("[1, 2]")
+    assert len(study_speed_words(tmp_path)) == 1
+    assert study_speed_words(tmp_path / "nowhere") == []
+
+
+def test_a_falling_error_is_not_called_rising():
+    study = plain_study(seeds=2, grid={"data.class_skew": (1, 2, 4)})
+    errors = {name: [0.3, 0.32] for name in ("batch", "sync", "group")}
+    summary = summary_with(study, errors)
+    assert "goes from 31.0" in sweep_caption(summary, ())[0].replace("\N{NO-BREAK SPACE}", " ")
