@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,17 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"syncbn: error: {error.name} is not installed; pip install 'syncbn[study]'", file=sys.stderr)
         return 2
     from syncbn.train.config import ConfigError, LocalError
-    from syncbn.train.config_io import config_error
     from syncbn.train.launch import LaunchError
 
     parser, parsers = _parsers()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     command = "syncbn"
     try:
-        parsed = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        parsed = parser.parse_args(words)
         command = parsed.subcommand
         return _COMMANDS[command](parsers[command], parsed[command])
     except ArgumentError as error:
-        return _fail(str(config_error(error)))
+        return _fail(_argument_error(str(error), error, words))
     except (ConfigError, ImportError) as error:
         return _fail(str(error))
     except LocalError as error:
@@ -49,6 +50,23 @@ def _fail(message: str, everywhere: bool = False) -> int:
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def _argument_error(text: str, error: Exception, words: Sequence[str]) -> str:
+    """What is wrong with the words of a command, in one line."""
+    from syncbn.train.config_io import config_error
+
+    if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", text):
+        choices = choice[2].replace("'", "")
+        return f"command: got {choice[1]!r}, expected one of {choices}"
+    if choice := re.search(r"subcommand\" to be one of \{(.*?)\}", text):
+        return f"command: got none, expected one of {choice[1].replace(',', ', ')}"
+    if missing := re.search(r"arguments are required: (.+)", text):
+        names = ", ".join(f"--{name.split('.')[-1]}" for name in missing[1].split(", "))
+        return f"{' '.join(words[:2])}: expected {names} too (see --help)"
+    if words[0] == "study" and (unknown := re.search(r"unrecognized arguments: (\S+)", text)):
+        return f"{' '.join(words[:2])}: got {unknown[1]}, expected an option of this command (see --help)"
+    return str(config_error(error))
 
 
 def _parsers() -> tuple[Any, dict[str, Any]]:

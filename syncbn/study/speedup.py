@@ -63,9 +63,11 @@ def measure_speedup(
             process, pipe = _start(trainer or Trainer(), out / "logs" / "speedup.log")
             processes.append(process)
             pipes.append(pipe)
-        # The first training also loads and allocates what later ones find in place.
-        speeds = _train(pipes, _steps(cell.config, _PROBE_STEPS))
-        steps = max(_PROBE_STEPS, round(seconds * median(speeds) / cell.config.step_batch_size))
+        steps = _PROBE_STEPS
+        for duration in (seconds / 4, seconds):
+            # The first steps also load and allocate what later ones find in place: a second, longer look tells more.
+            speeds = _train(pipes, _steps(cell.config, steps))
+            steps = max(_PROBE_STEPS, round(duration * median(speeds) / cell.config.step_batch_size))
         config = _steps(cell.config, steps)
         rounds = [(_train(pipes[:1], config)[0], _train(pipes, config)) for _ in range(ROUNDS)]
     finally:

@@ -64,7 +64,7 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
     """
     config, weights = _find(folder)
     size = config.normalization_batch_size
-    if size is None:
+    if size is None or config.norm.name == "mabn":  # whose windows are no batch's statistics
         raise ConfigError("checkpoint", str(folder), f"a run whose norm uses batch statistics, not {config.norm.name}")
     if samples < 2 or any(s < 1 for s in sizes or ()):
         raise ConfigError("samples", samples, "at least 2, and batch sizes of at least 1")

@@ -23,6 +23,7 @@ from syncbn.train.estimation import evaluate_statistics
 from syncbn.train.evaluate import evaluate
 from syncbn.train.logical import Layout
 from syncbn.train.metrics import flatten, peak_memory, reset_peak_memory
+from syncbn.train.moving_average import exchange_rows
 from syncbn.train.norms import clip_gradients
 from syncbn.train.order import derive_seed
 from syncbn.train.result import RunResult, environment
@@ -103,6 +104,7 @@ def _train_epochs(run: Run, out: Path | None) -> None:
             return
         last = run.progress.epoch == run.schedule.epochs
         reconcile(run.model)
+        exchange_rows(run.model)
         if last or run.progress.epoch % budget.eval_every == 0:
             _evaluate(run)
         if (

@@ -14,6 +14,7 @@ NormName = Literal[
     "ghost",
     "renorm",
     "frozen",
+    "mabn",
     "group",
     "layer",
     "instance",
@@ -24,7 +25,7 @@ NormName = Literal[
     "evonorm",
     "frn",
 ]
-BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen")
+BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen", "mabn")
 """Those whose training normalizes by statistics over samples."""
 
 
@@ -46,11 +47,12 @@ class NormConfig:
     sync: bool = False
     """`ghost`, `renorm`: merge the statistics over the logical GPUs of a sync group."""
     r_max: float = 3.0
-    """`renorm`: largest scale correction, reached at `r_ramp_end`."""
+    """`renorm`: largest scale correction, reached at `r_ramp_end`. `mabn`: the same, in force after the warm-up."""
     d_max: float = 5.0
     """`renorm`: largest shift correction, in standard deviations, reached at `d_ramp_end`."""
     warmup_steps: int = 5_000
-    """`renorm`: training forwards with plain batch statistics before the ramps begin."""
+    """`renorm`: training forwards with plain batch statistics before the ramps begin. `mabn`: before the windows are
+    used; at least `window` of them."""
     r_ramp_end: int = 40_000
     """`renorm`: training forward at which `r_max` is reached."""
     d_ramp_end: int = 25_000
@@ -60,7 +62,7 @@ class NormConfig:
     freeze_at: float = 0.75
     """`frozen`: part of the optimizer steps after which the statistics stay as they are."""
     window: int = 16
-    """`mabn`: steps whose batch statistics are averaged."""
+    """`mabn`: training forwards whose batch statistics are averaged, on each logical GPU."""
     clip_factor: float = 0.02
     """`nf`: largest norm of a unit's gradient, relative to the norm of its weights (adaptive gradient clipping)."""
 

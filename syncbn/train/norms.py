@@ -5,6 +5,7 @@
 | none | nothing | |
 | batch, sync, ghost, renorm | this package's layers | see :mod:`syncbn.modules.layers` |
 | frozen | batch; then its running statistics are constants | Wu and Johnson 2021, arXiv 2105.07576, section 4 |
+| mabn | over a window of past batches, weights centred | Yan et al. 2020, arXiv 2001.06838, section 4 |
 | group | over groups of channels of a sample | Wu and He 2018, arXiv 1803.08494 (torch) |
 | layer | over all channels of a sample | Ba et al. 2016, arXiv 1607.06450 (torch: one group) |
 | instance | over each channel of a sample | Ulyanov et al. 2016, arXiv 1607.08022 (torch) |
@@ -15,10 +16,9 @@
 | ws_group | standardized weights, and group | Qiao et al. 2019, arXiv 1903.10520 (timm) |
 | nf | scaled standardized weights, gradients clipped unit by unit | Brock et al. 2021, arXiv 2102.06171 (timm) |
 
-Two families are not here. Cross-iteration batch normalization (Yao et al. 2021, arXiv 2002.05712) corrects the
+One family is not here: cross-iteration batch normalization (Yao et al. 2021, arXiv 2002.05712) corrects the
 statistics of past iterations by their gradients with respect to the convolution before, which a layer that sees its
-input alone cannot have. Moving average batch normalization (Yan et al. 2020, arXiv 2001.06838) keeps a window of past
-batches on every GPU: a state that no other process has, so a run would depend on how many processes execute it.
+input alone cannot have.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from syncbn.convert import convert
 from syncbn.modules import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 from syncbn.train.config import ConfigError, NormConfig
 from syncbn.train.logical import Layout
+from syncbn.train.moving_average import MovingAverageBatchNorm, centre
 
 _KINDS: dict[str, type[SmallBatchNorm]] = {
     "batch": GhostBatchNorm,
@@ -76,6 +78,8 @@ def norm_factory(config: NormConfig, layout: Layout) -> Callable[[int], nn.Modul
         return lambda num_features: kind(
             num_features, eps=config.eps, momentum=config.momentum, affine=config.affine, **options
         )
+    if config.name == "mabn":
+        return partial(MovingAverageBatchNorm, **_window_options(config, layout))
     if config.name in ("none", "weight", "nf"):
         return lambda num_features: nn.Identity()
     if config.name in ("group", "ws_group"):
@@ -85,6 +89,11 @@ def norm_factory(config: NormConfig, layout: Layout) -> Callable[[int], nn.Modul
     if config.name == "instance":
         return lambda num_features: nn.InstanceNorm2d(num_features, config.eps, affine=config.affine)
     return _timm_norm(config)
+
+
+def _window_options(config: NormConfig, layout: Layout) -> dict[str, Any]:
+    names = ("window", "eps", "momentum", "affine", "r_max", "warmup_steps")
+    return {"gpus": layout.gpus, "hosted": layout.row_range} | {name: getattr(config, name) for name in names}
 
 
 def _group_norm(config: NormConfig, num_features: int) -> nn.Module:
@@ -157,6 +166,10 @@ def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
             if isinstance(child, nn.Conv2d):
                 _bias(child)
                 nn.utils.parametrizations.weight_norm(child)
+    if config.name == "mabn":
+        for _, _, child in _children(model):
+            if isinstance(child, nn.Conv2d):
+                centre(child)
     if config.name in ("ws_group", "nf"):
         layers = _timm("layers")
         kind = layers.StdConv2d if config.name == "ws_group" else layers.ScaledStdConv2d
@@ -214,7 +227,7 @@ def _bias(conv: nn.Conv2d) -> None:
 
 def _residual_ends(model: nn.Module) -> set[nn.Module]:
     """The last convolution of each residual branch (this package's blocks and torchvision's ResNets)."""
-    ends = set()
+    ends: set[nn.Module] = set()
     for block in model.modules():
         if type(block).__name__ in ("BasicBlock", "Bottleneck"):
             branch = [m for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in name]

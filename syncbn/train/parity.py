@@ -20,6 +20,7 @@ from syncbn.train.result import RunResult
 
 TOLERANCE = 1e-10
 """Largest difference of a float64 run: rounding of sums taken in another order, grown over the steps."""
+_WINDOWS = ("window_second_moment", "window_gradient", "running_second_moment")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def compare(a: Trained, b: Trained) -> Difference:
         name: _distance(a.tensors[name], b.tensors[name]) if name in a.tensors and name in b.tensors else math.inf
         for name in sorted(a.tensors.keys() | b.tensors.keys())
     }
-    is_buffer = ("running_mean", "running_var", "num_batches_tracked")
+    is_buffer = ("running_mean", "running_var", "num_batches_tracked", *_WINDOWS)
     buffers = [d for name, d in by_tensor.items() if name.endswith(is_buffer)]
     weights = [d for name, d in by_tensor.items() if not name.endswith(is_buffer)]
     return Difference(losses, max(weights, default=0.0), max(buffers, default=0.0), by_tensor)

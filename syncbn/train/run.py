@@ -21,6 +21,7 @@ from syncbn.train.data import Data, load_data
 from syncbn.train.logical import Layout
 from syncbn.train.metrics import MetricsLog, ProgressBar
 from syncbn.train.models import build_model
+from syncbn.train.moving_average import MovingAverageBatchNorm
 from syncbn.train.norms import adapt_convolutions, adapt_model, norm_factory
 from syncbn.train.optim import make_optimizer, make_scheduler
 from syncbn.train.schedule import Schedule
@@ -66,6 +67,8 @@ class Run:
     progress: Progress
     norms: list[SmallBatchNorm]
     """The model's layers that share statistics over samples."""
+    windowed: list[MovingAverageBatchNorm]
+    """Its layers that average them over past batches."""
     pending: list[Tensor] = field(default_factory=list)
 
     @property
@@ -78,10 +81,25 @@ class Run:
         groups = self.layout.groups(samples, self.device)
         for layer in self.norms:
             layer.sample_groups = groups
+        for windowed in self.windowed:
+            windowed.sample_groups = groups
+            windowed.gradient_scale = self.gradient_scale
+
+    @property
+    def gradient_scale(self) -> float | Tensor:
+        """What the loss is multiplied by before a backward pass: a float, or a () tensor on the device."""
+        processes, scaler = float(self.layout.placement.processes), self.accelerator.scaler
+        # Multiplied on the device, where the loss scale is: asking for its value would wait for the GPU.
+        return processes if scaler is None else scaler.scale(torch.full((), processes, device=self.device))
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+
+def steps_of(config: RunConfig) -> int:
+    """Optimizer steps of a run. Reads the data set."""
+    return Schedule(config, load_data(config.data, config.seed).train.labels).total_steps
 
 
 def prepare(config: RunConfig, layout: Layout, accelerator: Any, out: Path | None, resume: bool, progress: bool) -> Run:
@@ -135,6 +153,7 @@ def prepare(config: RunConfig, layout: Layout, accelerator: Any, out: Path | Non
         bar=ProgressBar(schedule.total_steps, progress and first),
         progress=done,
         norms=[m for m in model.modules() if isinstance(m, SmallBatchNorm)],
+        windowed=[m for m in model.modules() if isinstance(m, MovingAverageBatchNorm)],
     )
 
 

@@ -14,7 +14,7 @@ from syncbn.study.worker import Trainer
 from syncbn.train.result import RunResult
 
 SEEDS = list(range(6))
-EPOCHS = 24
+EPOCHS = 40
 
 
 def tiny_study(**changes):
@@ -28,7 +28,7 @@ def tiny_study(**changes):
             "per_gpu_batch_size": 4,
             "device": "cpu",
             "precision": "fp64",
-            "data": {"name": "digits", "train_samples": 48},
+            "data": {"name": "synthetic", "synthetic_samples": 48, "image_size": 8},
             "model": {"width": 2},
             "optimizer": {"lr": 0.02},
             "budget": {"epochs": EPOCHS, "checkpoint_every": 1, "eval_every": 10},

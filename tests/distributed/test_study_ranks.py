@@ -6,16 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
-from study_jobs import computed
 
 from syncbn.study.plan import study_cells
-from syncbn.study.records import read_records
+from syncbn.study.records import Records, read_records
 from syncbn.study.runner import repeat_id
 from syncbn.study.status import study_outcomes
 from syncbn.study.study_file import study_from_dict
+from syncbn.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = {
@@ -50,41 +51,29 @@ def torchrun(*words):
 
 
 def test_the_command_under_torchrun(tmp_path):
+    """One cell was done before, by one process; one cannot be done by two; all others are done by both."""
     config, out = tmp_path / "ranks.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump(CONTENT))
-    words = ["-m", "syncbn", "study", "run", "--config", str(config), "--out", str(out)]
-    code, printed, said = torchrun(*words)
-    assert code == 1, said
     study = study_from_dict(CONTENT)
     cells = study_cells(study)
     odd, batch, sync = (cell.key for cell in cells)
     repeat = repeat_id(study.repeat_distributed, cells)
+    assert repeat == f"{batch}-2"
+    Records(out).add(sync, datetime.now(UTC), 1.0, train(cells[2].config))
+    code, printed, said = torchrun("-m", "syncbn", "study", "run", "--config", str(config), "--out", str(out))
+    assert code == 1, said
     message = "ConfigError: gpus: got 3, expected a multiple of the number of processes (2)"
     assert said.count(f"failed: odd, seed 0: {message} (log: {out}/logs/{odd}.log)") == 1
     assert printed.count("\nreport: ") == 1
+    assert re.search(r"^2 runs in \d+ s, 1 kept from before, 1 failed$", printed, re.MULTILINE)
     records = read_records(out)
-    assert set(records) == {batch, sync, repeat}
-    assert len(list((out / "records").iterdir())) == 1
+    assert len(list((out / "records").iterdir())) == 2
     # Real processes did the cell, so one process repeats it, and finds the same.
-    assert {key: record.result.processes for key, record in records.items()} == {batch: 2, sync: 2, repeat: 1}
-    losses = [records[key].result.losses for key in (study_repeated(study, cells), repeat)]
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-10
-    assert {key: o.status for key, o in study_outcomes(study, cells, out).items()} == {
-        odd: "failed",
-        batch: "kept",
-        sync: "kept",
-        repeat: "kept",
-    }
-    # Again: nothing but the cell that failed is tried.
-    before = computed(out)
-    code, printed, _ = torchrun(*words)
-    assert code == 1
-    assert re.search(r"^0 runs in \d+ s, 3 kept from before, 1 failed$", printed, re.MULTILINE)
-    assert computed(out) == before
-
-
-def study_repeated(study, cells):
-    return repeat_id(study.repeat_distributed, cells).removesuffix("-2")
+    assert {key: record.result.processes for key, record in records.items()} == {batch: 2, sync: 1, repeat: 1}
+    losses = zip(records[batch].result.losses, records[repeat].result.losses, strict=True)
+    assert max(abs(a - b) for a, b in losses) < 1e-10
+    states = {key: outcome.status for key, outcome in study_outcomes(study, cells, out).items()}
+    assert states == {odd: "failed", batch: "kept", sync: "kept", repeat: "kept"}
 
 
 def run_with_a_lonely_failure(out):
@@ -92,7 +81,6 @@ def run_with_a_lonely_failure(out):
     from syncbn.study import ranks
     from syncbn.study.runner import run_cells
     from syncbn.study.worker import Trainer
-    from syncbn.train.loop import train
 
     def fails(config, out=None, *, resume=False):
         if os.environ["RANK"] == "1" and config.norm.name == "batch":

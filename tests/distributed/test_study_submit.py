@@ -171,7 +171,6 @@ def test_an_array_of_slurm_jobs(tmp_path, monkeypatch):
     for line in ("--array=0-6%2", "--partition=gpu", "--time=30", "--mem=2GB", "--job-name=syncbn-study"):
         assert f"#SBATCH {line}\n" in script
     assert not (tmp_path / "state" / "cancelled").exists()
-    assert {o.status for o in run(out, executor="slurm").values()} == {"ran", "kept"}
 
 
 @pytest.mark.parametrize(

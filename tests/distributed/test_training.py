@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from syncbn.train import loop
 from syncbn.train.config_io import config_from_dict
 from syncbn.train.loop import train
 from syncbn.train.parity import TOLERANCE, Trained, compare, parity_config
@@ -36,6 +37,7 @@ NORMS = {
     "renorm-sync": {"name": "renorm", "sync": True, "warmup_steps": 3, "r_ramp_end": 8, "d_ramp_end": 6},
     "group": {"name": "group", "groups": 2},
     "frozen": {"name": "frozen", "freeze_at": 0.5},
+    "mabn": {"name": "mabn", "warmup_steps": 2, "window": 2},
     "instance": {"name": "instance"},
     "rms": {"name": "rms"},
     "weight": {"name": "weight"},
@@ -46,6 +48,9 @@ NORMS = {
 }
 PLAIN = ("none", "group", "instance", "rms", "weight", "ws_group", "nf", "evonorm", "frn")
 """Norms without batch statistics: nothing of theirs depends on the processes, so two numbers of them are enough."""
+
+RUNNING_ONLY = (*PLAIN, "mabn")
+"""Norms that are evaluated in one way: those, and one that has no mean and variance to put in place of others."""
 
 
 def configured(norm, **changes):
@@ -62,14 +67,36 @@ def train_into(config, out):
     return errors, [(layer["count"], layer["kl"], layer["running_kl"]) for layer in result.layers]
 
 
+def train_until_interrupted(config, out):
+    """Train to the second epoch's evaluation, in whose place an error comes; returns the steps of the checkpoint."""
+    evaluate = loop.evaluate
+
+    def interrupt(*args):
+        if (out / "checkpoint" / "latest").exists():
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    loop.evaluate = interrupt
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out)
+    finally:
+        loop.evaluate = evaluate
+    return int((out / "checkpoint" / "latest").read_text().removeprefix("step-"))
+
+
+def resume(config, out):
+    train(config, out, resume=True)
+
+
 def flat(layers):
     return [value for layer in layers for value in layer]
 
 
 def check_same(pools, config, worlds, tmp_path):
     errors, layers = train_into(config, tmp_path / "1")
-    assert len(errors) == (1 if config.norm.name in PLAIN else 4)
-    assert bool(layers) == (config.norm.name not in PLAIN)
+    assert len(errors) == (1 if config.norm.name in RUNNING_ONLY else 4)
+    assert bool(layers) == (config.norm.name not in RUNNING_ONLY)
     for world in worlds:
         for other_errors, other_layers in pools(world).run(train_into, config, tmp_path / str(world)):
             assert other_errors == errors
@@ -84,7 +111,21 @@ def check_same(pools, config, worlds, tmp_path):
 def test_same_answer_on_1_2_4_processes(pools, name, tmp_path):
     trained = check_same(pools, configured(NORMS[name]), (2,) if name in PLAIN else (2, 4), tmp_path)
     assert len(trained.losses) == 6
-    assert (name in PLAIN) == (not any("running_var" in key for key in trained.tensors))
+    assert (name in RUNNING_ONLY) == (not any("running_var" in key for key in trained.tensors))
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(pools, first, then, tmp_path):
+    """What each logical GPU remembers is in the checkpoint, whoever wrote it and whoever hosts it next."""
+    config = configured(NORMS["mabn"])
+    config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, checkpoint_every=1))
+    train(config, tmp_path / "whole")
+    assert pools(first).run(train_until_interrupted, config, tmp_path / "broken") == [3] * first
+    pools(then).run(resume, config, tmp_path / "broken")
+    difference = compare(Trained.read(tmp_path / "whole"), Trained.read(tmp_path / "broken"))
+    assert difference.largest <= TOLERANCE, difference
+    tracked = Trained.read(tmp_path / "whole").tensors["layer6.norm.num_batches_tracked"]
+    assert tracked.tolist() == [10] * 6 + [8] * 2
 
 
 @pytest.mark.parametrize(("gpus", "sync_group_size", "world"), [(6, 2, 2), (6, 3, 3), (12, 4, 3)])

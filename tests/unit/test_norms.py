@@ -10,6 +10,7 @@ import syncbn
 from syncbn.train.config import ConfigError, ModelConfig, NormConfig, RunConfig
 from syncbn.train.logical import Layout, Placement
 from syncbn.train.models import build_model
+from syncbn.train.moving_average import MovingAverageBatchNorm
 from syncbn.train.norm_config import BATCH_NORMS
 from syncbn.train.norms import adapt_convolutions, adapt_model, clip_gradients, norm_factory
 
@@ -47,6 +48,7 @@ EXPECTED = {
     "ghost": "GhostBatchNorm",
     "renorm": "BatchRenorm",
     "frozen": "GhostBatchNorm",
+    "mabn": "MovingAverageBatchNorm",
     "group": "GroupNorm",
     "layer": "GroupNorm",
     "instance": "InstanceNorm2d",
@@ -67,7 +69,8 @@ def test_convnet(name):
     reference, _ = build("group")
     convolutions = [[m.weight for m in x.modules() if isinstance(m, nn.Conv2d)] for x in (model, reference)]
     for own, other in zip(*convolutions, strict=True):
-        torch.testing.assert_close(own, other)  # weight normalization recomposes them, to rounding
+        expected = other - other.mean((1, 2, 3), keepdim=True) if name == "mabn" else other
+        torch.testing.assert_close(own, expected)  # weight normalization recomposes them, to rounding
     y = model(torch.randn(8, 3, 32, 32))
     y.square().sum().backward()
     assert y.isfinite().all()
@@ -104,6 +107,15 @@ def test_normalizer_free_branches_begin_at_zero_and_keep_the_scale(model):
     assert conv(signal).detach().var() == pytest.approx(1, rel=0.2)  # zero padding takes a little at the border
 
 
+def test_moving_averages_begin_as_the_layers_they_replace():
+    model, _ = build("mabn", "resnet18", window=3, warmup_steps=7, r_max=2.0)
+    layer = model.layer1[0].bn1
+    assert (layer.window, layer.warmup_steps, layer.r_max, layer.num_features) == (3, 7, 2.0, 64)
+    assert layer.running_second_moment.shape == (2, 64)
+    assert model.layer1[0].conv1.bias is None
+    assert model.layer1[0].conv1.weight.mean((1, 2, 3)).abs().max() < 1e-6
+
+
 def test_adaptive_clipping_bounds_each_unit():
     model, norm = build("nf", clip_factor=0.1)
     (1e6 * model(torch.randn(8, 3, 32, 32)).square().sum()).backward()
@@ -134,7 +146,7 @@ def test_groups_divide_the_channels(name):
 def test_which_norms_have_batch_statistics():
     for name in EXPECTED:
         model, norm = build(name)
-        has = any(isinstance(m, syncbn.modules.SmallBatchNorm) for m in model.modules())
+        has = any(isinstance(m, syncbn.modules.SmallBatchNorm | MovingAverageBatchNorm) for m in model.modules())
         assert has == norm.uses_batch == (name in BATCH_NORMS)
         size = RunConfig(per_gpu_batch_size=4, norm=norm).normalization_batch_size
         assert (size is not None) == has

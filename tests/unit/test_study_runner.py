@@ -189,6 +189,25 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("study foo", "command: got 'foo', expected one of plan, run, status, report"),
+        ("study", "command: got none, expected one of plan, run, status, report"),
+        ("study run --out x", "study run: expected --config too (see --help)"),
+        ("study status", "study status: expected --config, --out too (see --help)"),
+        ("study run --config a --out b --wurkers 2", "study run: got --wurkers, expected an option of this command"),
+        ("study run --config a --out b --workers two", "workers: got 'two', expected an integer or null"),
+        ("study run --config nothing --out b", "study: got 'nothing', expected an existing YAML file or the name"),
+    ],
+)
+def test_words_that_are_wrong(words, message, capsys):
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"syncbn: error: {message}")
+    assert said.count("\n") == 1
+
+
 def test_a_cluster_needs_submitit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
     monkeypatch.setitem(sys.modules, "submitit", None)
@@ -220,7 +239,9 @@ def test_records_of_a_newer_version_stop_the_study(tmp_path):
 
 def test_killed_and_two_at_once(tmp_path):
     """A study killed half-way leaves whole records; then two go on with it together and run each cell once."""
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has imported torch, a runner starts at once; its workers are new processes, as always.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "study_fakes"])
     first = context.Process(target=run, args=(tmp_path,), kwargs={"workers": 1})
     first.start()
     deadline = time.monotonic() + 60
