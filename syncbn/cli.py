@@ -122,7 +122,8 @@ def _study_parsers() -> dict[str, Any]:
         type=str,
         default="pool",
         help="Who does the runs: pool, processes of this machine; slurm, jobs of a Slurm cluster, through submitit "
-        "(pip install 'syncbn[slurm]'); local, the same on this machine.",
+        "(pip install 'syncbn[slurm]'); local, the same on this machine, without its GPUs unless --slurm-options has "
+        "gpus_per_node.",
     )
     run.add_argument(
         "--slurm-options",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from syncbn.study.plan import Cell, Study, study_cells, unique_cells
 from syncbn.study.progress import duration
+from syncbn.study.records import read_records
 from syncbn.study.study_file import load_study
 from syncbn.train.config import RunConfig
 from syncbn.train.loop import train
@@ -34,8 +35,6 @@ def plan_study(config: str, out: Path | None = None, workers: int | None = None)
     Raises:
         ConfigError: a mistake in the study.
     """
-    from syncbn.study.records import read_records
-
     study = load_study(config)
     cells = study_cells(study)
     runs = unique_cells(cells)
@@ -88,8 +87,8 @@ def timed(config: RunConfig) -> float:
         first = train(replace(few, budget=replace(few.budget, steps=TIMED_STEPS // 2)), Path(folder) / "a").seconds
         whole = train(few, Path(folder) / "b").seconds
     each = (whole - first) / (TIMED_STEPS - TIMED_STEPS // 2)
-    # On a noisy machine the difference may come out as nothing.
-    return max(each, 0.5 * whole / TIMED_STEPS) * steps_of(config)
+    # On a noisy machine the difference may come out as nothing; then all the time counts, as a bound from above.
+    return (each if each > 0 else whole / TIMED_STEPS) * steps_of(config)
 
 
 def _print_grid(study: Study, cells: Sequence[Cell]) -> None:
@@ -101,7 +100,6 @@ def _print_grid(study: Study, cells: Sequence[Cell]) -> None:
     for arm in study.arms:
         sizes = sorted({c.config.normalization_batch_size or 0 for c in cells if c.arm == arm.name})
         batch = "no batch statistics" if sizes == [0] else f"normalization batch {', '.join(map(str, sizes))}"
-        runs = f"{keys[arm.name]} runs" + (
-            f" for {per_arm[arm.name]} cells" if keys[arm.name] < per_arm[arm.name] else ""
-        )
+        shared = f" for {per_arm[arm.name]} cells" if keys[arm.name] < per_arm[arm.name] else ""
+        runs = f"{keys[arm.name]} runs{shared}"
         print(f"  {arm.label}{' (reference)' if arm.reference else ''}: {runs}, {batch}")

@@ -101,14 +101,16 @@ def run_cells(
     with display or Display() as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         if ranks is not None:
-            events = ranks.events(missing, out)
+            outcomes |= collect(ranks.events(missing, out), records, shown)
+        elif not missing:
+            pass
         elif executor == "pool":
-            events = pool_events(missing, side_by_side, trainer, out)
+            outcomes |= collect(pool_events(missing, side_by_side, trainer, out), records, shown)
         else:
             from syncbn.study.submit import submitted_events
 
             events = submitted_events(missing, side_by_side, trainer, out, executor, options or {})
-        outcomes |= collect(events, records, shown)
+            outcomes |= collect(events, records, shown)
     return {job.id: outcomes[job.id] for job in jobs}
 
 
@@ -159,7 +161,7 @@ def _repeat_job(repeat: RepeatDistributed, cells: Sequence[Cell], out: Path) -> 
     name = repeat_id(repeat, cells)
     return Job(
         id=name,
-        label=f"{cell.label}, repeated on {repeat.processes} processes",
+        label=f"{cell.label}, repeated with other processes",
         config=cell.config,
         directory=out / "distributed" / name,
         lock=out / "locks" / f"{name}.lock",

@@ -25,6 +25,7 @@ from syncbn.study.worker import (
     Reply,
     Trainer,
     attempt,
+    forget_launcher,
     is_held,
     last_error,
     note_failure,
@@ -60,6 +61,7 @@ class CellRun:
         """Do one of the study's jobs, in a process of its own."""
         import torch
 
+        forget_launcher()
         torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
         return attempt(job, self.trainer, Records(self.out))
 
@@ -193,7 +195,8 @@ def submitted_events(
         size: jobs at one time.
         trainer: what does the runs.
         out: the study's folder, on a file system that all machines see.
-        kind: ``slurm``, or ``local`` for processes of this machine that submitit watches over.
+        kind: ``slurm``, or ``local`` for processes of this machine that submitit watches over, which see as many GPUs
+            as the option ``gpus_per_node`` says.
         options: submitit's parameters of a job; Slurm's own may be named without the ``slurm_`` before them.
 
     Returns:

@@ -192,6 +192,13 @@ def prepare_worker() -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     importlib.import_module("torch").set_num_threads(1)
+    forget_launcher()
+
+
+def forget_launcher() -> None:
+    """A run of this process is none of the launcher's, which may have started a study with a single process."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def last_error(log: Path) -> str:

@@ -21,6 +21,7 @@ from syncbn.study.records import read_records
 from syncbn.study.runner import repeat_id, run_cells
 from syncbn.study.worker import Trainer
 from syncbn.train.config import ConfigError
+from syncbn.train.launch import LaunchError
 from syncbn.train.loop import train
 from tests.unit import study_fakes
 
@@ -190,3 +191,14 @@ def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="srun was not found"):
         run(tmp_path, executor="slurm")
+
+
+def test_slurm_does_not_take_the_jobs(tmp_path, monkeypatch):
+    fake_slurm.install(tmp_path / "bin", tmp_path / "state")
+    (tmp_path / "bin" / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n"
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(LaunchError, match=r"slurm did not take the jobs: .*invalid partition specified: x") as caught:
+        run(tmp_path / "out", executor="slurm", partition="x")
+    assert "\n" not in str(caught.value)
