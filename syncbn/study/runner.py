@@ -97,19 +97,12 @@ def run_cells(
     missing = [job for job in jobs if job.id not in outcomes]
     limit = workers if workers is not None else len(missing) if executor == "slurm" else len(os.sched_getaffinity(0))
     side_by_side = 1 if ranks else max(1, min(limit, sum(job.processes is None for job in missing)))
-    trainer = trainer or Trainer()
     with display or Display() as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
-        if ranks is not None:
+        if ranks is not None:  # also with nothing to do: the other processes wait to be told so
             outcomes |= collect(ranks.events(missing, out), records, shown)
-        elif not missing:
-            pass
-        elif executor == "pool":
-            outcomes |= collect(pool_events(missing, side_by_side, trainer, out), records, shown)
-        else:
-            from syncbn.study.submit import submitted_events
-
-            events = submitted_events(missing, side_by_side, trainer, out, executor, options or {})
+        elif missing:
+            events = _events(missing, side_by_side, trainer or Trainer(), out, executor, options or {})
             outcomes |= collect(events, records, shown)
     return {job.id: outcomes[job.id] for job in jobs}
 
@@ -154,6 +147,16 @@ def collect(events: Events, records: Records, display: Display) -> dict[str, Out
                 ran = outcome.status == "ran"
                 display.ended(event.job.id, event.job.label, outcome.result, outcome.message, timed=ran)
     return outcomes
+
+
+def _events(
+    jobs: Sequence[Job], size: int, trainer: Trainer, out: Path, executor: Executor, options: Mapping[str, Any]
+) -> Events:
+    if executor == "pool":
+        return pool_events(jobs, size, trainer, out)
+    from syncbn.study.submit import submitted_events
+
+    return submitted_events(jobs, size, trainer, out, executor, options)
 
 
 def _repeat_job(repeat: RepeatDistributed, cells: Sequence[Cell], out: Path) -> Job:

@@ -73,20 +73,24 @@ def test_jobs_on_this_machine(tmp_path):
 def test_jobs_beside_a_pool(tmp_path):
     """Both share the folder; each cell is run once, and both end with all results."""
     found = {}
-    threads = [
-        threading.Thread(target=lambda kind=kind: found.update({kind: run(tmp_path, executor=kind)}))
-        for kind in ("local", "pool")
-    ]
+    study = study_fakes.small_study(seeds=[0])
+    cells = study_cells(study)
+    trainer = Trainer(train=study_fakes.train, launch=study_fakes.launch)
+
+    def work(kind):
+        found[kind] = run_cells(study, cells, tmp_path, workers=2, trainer=trainer, executor=kind)
+
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in ("local", "pool")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(100)
-    assert sorted(calls(tmp_path).values()) == [1] * 7
+    assert sorted(calls(tmp_path).values()) == [1] * 4
     for outcomes in found.values():
         assert {o.status for o in outcomes.values()} <= {"ran", "kept"}
     assert {k: o.result for k, o in found["local"].items()} == {k: o.result for k, o in found["pool"].items()}
     lines = [line for path in (tmp_path / "records").iterdir() for line in path.read_text().splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 4
 
 
 def test_a_job_that_is_put_back_goes_on_from_its_checkpoint(tmp_path):
