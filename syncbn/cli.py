@@ -1,4 +1,4 @@
-"""The command line: ``syncbn train``, ``syncbn parity``, ``syncbn study``."""
+"""The command line: ``syncbn train``, ``syncbn parity``, ``syncbn diagnose``, ``syncbn study``."""
 
 from __future__ import annotations
 
@@ -83,8 +83,19 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
     add_run_arguments(parity)
     parity.add_argument("--processes", type=str, default="1,2,4", help="Numbers of processes, separated by commas.")
     parity.add_argument("--steps", type=int, default=20, help="Optimizer steps.")
+    diagnose = make_parser(description="Say which layers of a trained model suffer from small batches, and what helps.")
+    diagnose.add_argument(
+        "--checkpoint", type=str, required=True, help="Folder of a run, finished or with a checkpoint."
+    )
+    diagnose.add_argument("--samples", type=int, default=1024, help="Training images to measure on.")
+    diagnose.add_argument(
+        "--sizes",
+        type=str | None,
+        default=None,
+        help="Normalization batch sizes, such as 1,2,4 (default: powers of 2).",
+    )
     study = make_parser(description="Compare arms over seeds and normalization batches.")
-    parsers = {"train": train, "parity": parity, "study": study}
+    parsers = {"train": train, "parity": parity, "diagnose": diagnose, "study": study}
     subcommands = parser.add_subcommands(required=True)
     for name, subparser in parsers.items():
         subcommands.add_subcommand(name, subparser)
@@ -166,11 +177,26 @@ def _parity(parser: Any, parsed: Any) -> int:
     config = instantiate_run(parser, parsed)
     if parsed.steps < 1:
         raise ConfigError("steps", parsed.steps, "a positive integer")
-    words = parsed.processes.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
-        raise ConfigError("processes", parsed.processes, "positive integers separated by commas, such as 1,2,4")
-    same = run_parity(config, [int(word) for word in words], parsed.steps, lambda line: print(line, flush=True))
+    processes = _integers("processes", parsed.processes)
+    same = run_parity(config, processes, parsed.steps, lambda line: print(line, flush=True))
     return 0 if same else 1
+
+
+def _diagnose(parser: Any, parsed: Any) -> int:
+    from syncbn.train.diagnose import diagnose, print_diagnosis
+
+    sizes = None if parsed.sizes is None else _integers("sizes", parsed.sizes)
+    print_diagnosis(diagnose(Path(parsed.checkpoint), parsed.samples, sizes))
+    return 0
+
+
+def _integers(key: str, text: str) -> list[int]:
+    from syncbn.train.config import ConfigError
+
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(key, text, "positive integers separated by commas, such as 1,2,4")
+    return [int(word) for word in words]
 
 
 def _study(parser: Any, parsed: Any) -> int:
@@ -212,4 +238,4 @@ def _mapping(text: str | None) -> dict[str, Any] | None:
     return found
 
 
-_COMMANDS = {"train": _train, "parity": _parity, "study": _study}
+_COMMANDS = {"train": _train, "parity": _parity, "diagnose": _diagnose, "study": _study}

@@ -364,10 +364,3 @@ def _checked_scores(scores: ArrayLike, ran: ArrayLike | None) -> tuple[FloatArra
 def _check_probability(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a number between 0 and 1")
-
-
-def recovered(score: float, worst: float, reference: float) -> float:
-    """Share of the gap between the worst arm and the reference that an arm with mean ``score`` closes (1 is all)."""
-    if worst == reference:
-        raise ValueError(f"recovered: got no gap between worst and reference ({worst!r}), expected two values")
-    return (worst - score) / (worst - reference)

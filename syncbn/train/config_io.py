@@ -126,11 +126,6 @@ def config_error(error: Exception) -> ConfigError:
         return ConfigError(key_match[1] if key_match else "config", missing[1], "a file that exists")
     if option := re.match(r"argument --?([\w.]+): (.*)", text):
         return ConfigError(option[1], _Unquoted("no value"), option[2].removeprefix("expected "))
-    if "subcommand" in text:
-        choice = re.search(r"invalid choice: '(.*?)'", text)
-        return ConfigError(
-            "command", choice[1] if choice else _Unquoted("none"), "one of train, parity, study (--help)"
-        )
     key = key_match[1] if key_match else "config"
     return ConfigError(key, _Unquoted("what cannot be read"), f"valid YAML ({' '.join(text.split())})")
 

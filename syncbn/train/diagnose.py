@@ -128,7 +128,7 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
 
 def advice(found: Diagnosis) -> list[str]:
     """What the figures say, a sentence each, the most important first."""
-    words = [*_of_estimation(found), *_of_order(found), *_of_noise(found)]
+    words = [*_of_estimation(found), *_of_mismatch(found), *_of_order(found), *_of_noise(found)]
     return words or ["Nothing here suggests that small batches did this model any harm."]
 
 
@@ -141,6 +141,18 @@ def _of_estimation(found: Diagnosis) -> list[str]:
             "recompute them after training (syncbn.population.update_population_statistics)."
         ]
     return []
+
+
+def _of_mismatch(found: Diagnosis) -> list[str]:
+    errors = {entry["estimator"] or entry["statistics"]: entry["test_error"] for entry in found.evaluations}
+    batch, best = errors["batch"], min(errors[kind] for kind in ("running", "mean", "total"))
+    if batch is None or best - batch <= MATTERS:
+        return []
+    return [
+        f"Mismatch: with the statistics of its own batches of {found.trained_at} the error is {_percent(batch)}, with any "
+        f"fixed ones at least {_percent(best)}. The model reads something from which samples share a batch, and loses it "
+        "at inference: train with larger normalization batches, BatchRenorm or GroupNorm."
+    ]
 
 
 def _of_order(found: Diagnosis) -> list[str]:
@@ -213,4 +225,4 @@ def _percent(error: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"
+    return "-" if value is None else f"{value:.2g}" if value < 99.5 else f"{value:.0f}"

@@ -66,6 +66,8 @@ def test_advice_follows_the_figures():
     assert advice(diagnosis({2: fine}, fine)) == ["Nothing here suggests that small batches did this model any harm."]
     (words,) = advice(diagnosis({2: fine}, fine, running=0.3))
     assert words.startswith("Estimation: with population statistics the error is 10.0 % and not 30.0 %")
+    (words,) = advice(diagnosis({2: fine}, fine, running=0.8, population=0.8, batch=0.2))
+    assert words.startswith("Mismatch: with the statistics of its own batches of 2 the error is 20.0 %, with any fixed")
     (words,) = advice(diagnosis({2: [layer(40.0)]}, fine))
     assert words.startswith("Order: shuffled, a batch of 2 would be worth 2 times")
     (words,) = advice(diagnosis({1: [layer(3.0)], 2: [layer(8.0)], 4: [layer(15.0)], 8: [layer(30.0)]}, [layer(8.0)]))

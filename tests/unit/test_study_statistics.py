@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from syncbn.study.agreement import agreement
-from syncbn.study.statistics import compare, holm, interval, recovered, seeds_needed, sign_flip_p, summarize
+from syncbn.study.statistics import compare, holm, interval, seeds_needed, sign_flip_p, summarize
 
 
 def test_against_numpy_and_scipy():
@@ -213,8 +213,7 @@ def test_wrong_input():
         seeds_needed(0)
 
 
-def test_recovered_and_agreement():
-    assert recovered(0.1, worst=0.4, reference=0.0) == pytest.approx(0.75)
+def test_agreement():
     found = agreement([1.0, 0.5, 0.25], [1.0, 0.5005, 0.3, 9.0])
     assert (found.first, found.largest_step, found.steps_within) == (0.0, 3, 2)
     assert found.largest == pytest.approx(0.05)
