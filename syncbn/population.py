@@ -9,7 +9,8 @@ statistics of a single batch are from the population's says how noisy the traini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,7 @@ Estimator = Literal["mean", "total"]
 batches; fvcore's and detectron2's precise BN), or ``mean``, the count-weighted mean of the batches' unbiased variances
 (Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 2). The mean is the same."""
 
+Where = Callable[[str, nn.Module], bool]
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called with a count (G, 1), mean (G, C) and biased variance (G, C), float64, a row for each normalization batch."""
 
@@ -69,7 +71,12 @@ class LayerStatistics:
         self._counts = torch.zeros(2, dtype=WIRE_DTYPE, device=device)  # values a channel, batches
 
     def add(self, count: Tensor, mean: Tensor, var: Tensor, weight: float = 1.0) -> None:
-        """Add batches: count (G, 1), mean and biased var (G, C); ``weight`` is 1 / (ranks that add the same batch)."""
+        """Add batches: count (G, 1), mean and biased var (G, C); ``weight`` is 1 / (ranks that add the same batch).
+
+        A batch with a statistic that is not finite is left out, as it is kept out of running statistics.
+        """
+        finite = (mean.isfinite() & var.isfinite()).all(1, keepdim=True)
+        count, mean, var = (torch.where(finite, value, 0.0) for value in (count, mean, var))
         filled = (count > 0).to(WIRE_DTYPE) * weight
         square = mean.square()
         weighted = (mean, var + square, unbiased(var, count))
@@ -152,7 +159,7 @@ def gaussian_divergence(m: float) -> float:
 def effective_count(kl: float) -> float | None:
     """The m at which :func:`gaussian_divergence` is ``kl``; None above 10^9 (no divergence to speak of)."""
     low, high = math.log(1 + 1e-6), math.log(1e9)
-    if kl <= gaussian_divergence(math.exp(high)):
+    if not kl > gaussian_divergence(math.exp(high)):
         return None
     for _ in range(80):  # bisection on the logarithm; the divergence falls with m
         middle = (low + high) / 2
@@ -173,7 +180,11 @@ def normalization_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 @contextmanager
-def batch_statistics(model: nn.Module, observe: Callable[[str], Observer] | None = None) -> Iterator[None]:
+def batch_statistics(
+    model: nn.Module,
+    observe: Callable[[str], Observer] | None = None,
+    layers: Mapping[str, _BatchNorm] | None = None,
+) -> Iterator[None]:
     """Let a model normalize by batch statistics, and leave everything as it was afterwards.
 
     Within the context the model is in evaluation mode (dropout off), but its batch normalizations normalize as in
@@ -182,10 +193,12 @@ def batch_statistics(model: nn.Module, observe: Callable[[str], Observer] | None
     Args:
         model: a model with this package's layers or torch's.
         observe: called once with each layer's name for the function that its batches' statistics are given to.
+        layers: those that are to do so, by name; None is all.
     """
-    layers = normalization_layers(model)
+    layers = normalization_layers(model) if layers is None else layers
     modes = {module: module.training for module in model.modules()}
     hooks: list[Any] = []
+    observers: list[tuple[SmallBatchNorm, Any]] = []
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         model.eval()
@@ -193,22 +206,33 @@ def batch_statistics(model: nn.Module, observe: Callable[[str], Observer] | None
             observer = _ignore if observe is None else observe(name)
             layer.training = True
             if isinstance(layer, SmallBatchNorm):
+                observers.append((layer, layer.observer))
                 layer.observer = lambda _, count, mean, var, observer=observer: observer(count, mean, var)
             else:  # torch's own layers show nothing and update their buffers, which are put back
                 kept += [(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)]
                 hooks.append(layer.register_forward_pre_hook(_show_input(observer)))
-        yield
+        with _eager():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in layers.values():
-            if isinstance(layer, SmallBatchNorm):
-                layer.observer = None
+        for small, before in observers:
+            small.observer = before
         with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
+            for buffer, values in kept:
+                buffer.copy_(values)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled code knows nothing of hooks that were added later. Nothing is compiled before the compiler is loaded."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _ignore(count: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -230,9 +254,9 @@ class Population:
     batch, and all ranks call each method.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, where: Where | None = None) -> None:
         self.model = model
-        self.layers = normalization_layers(model)
+        self.layers = {name: m for name, m in normalization_layers(model).items() if where is None or where(name, m)}
         self._sums: dict[str, LayerStatistics] = {}
         for name, layer in self.layers.items():
             assert layer.running_mean is not None
@@ -241,7 +265,7 @@ class Population:
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Gather the statistics of what the model is run on."""
-        with batch_statistics(self.model, self._observer):
+        with batch_statistics(self.model, self._observer, self.layers):
             yield
 
     def _observer(self, name: str) -> Observer:
@@ -284,6 +308,8 @@ class Population:
         with torch.no_grad():
             for name, sums in self.statistics().items():
                 layer = self.layers[name]
+                if float(sums.count) == 0:  # evaluation does not reach it, as an auxiliary classifier
+                    continue
                 assert layer.running_mean is not None
                 assert layer.running_var is not None
                 layer.running_mean.copy_(sums.mean)
@@ -307,7 +333,7 @@ class Population:
 
 @torch.no_grad()
 def update_population_statistics(
-    model: nn.Module, batches: Iterable[Any], *, estimator: Estimator = "total"
+    model: nn.Module, batches: Iterable[Any], *, estimator: Estimator = "total", where: Where | None = None
 ) -> dict[str, LayerStatistics]:
     """Replace a trained model's running statistics by population statistics ("precise BN").
 
@@ -317,6 +343,8 @@ def update_population_statistics(
             last digit); batches may differ in size. Under several processes each gives its own share, and all ranks
             the same number of batches if the model synchronizes.
         estimator: see :data:`Estimator`.
+        where: take only the layers for which ``where(qualified_name, layer)`` is true, such as those of a head on a
+            backbone whose statistics are to stay; the others normalize by their running statistics. None is all.
 
     Returns:
         The statistics by layer, over all processes.
@@ -324,14 +352,14 @@ def update_population_statistics(
     Raises:
         ValueError: there was no batch, or the model has no batch normalization with running statistics.
     """
-    population = Population(model)
+    population = Population(model, where)
     if not population.layers:
         raise ValueError("the model has no batch normalization with running statistics, so none can be recomputed")
     with population.observing():
         for batch in batches:
             model(*batch) if isinstance(batch, tuple) else model(batch)
     found = population.statistics()
-    if any(float(sums.count) == 0 for sums in found.values()):
-        raise ValueError("batches: got none that reached every layer, expected at least one non-empty batch")
+    if all(float(sums.count) == 0 for sums in found.values()):
+        raise ValueError("batches: got none with finite values, expected at least one non-empty batch")
     population.write(estimator)
     return found

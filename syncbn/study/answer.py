@@ -53,6 +53,8 @@ def _sentences(summary: Summary, comparisons: Comparisons) -> tuple[str, str]:
         return _gain(at, reference, comparisons)
     if comparisons.having("higher"):
         return _no_gain(at, reference, comparisons)
+    if comparisons.having("interim"):
+        return _interim(at, comparisons)
     return _nothing_shown(at, reference, comparisons)
 
 
@@ -90,12 +92,14 @@ def _gain(at: str, reference: Setting, comparisons: Comparisons) -> tuple[str, s
     """At least one arm is shown to be below the reference."""
     lower = comparisons.having("lower")
     best = lower[0]
-    still_lower = [line for line in comparisons.having("not shown", "not enough seeds") if _lower_than(line, best)]
-    whom = " of those shown to differ" if still_lower else _of_whom(best, comparisons)
-    claim = f"{best.setting.label} has the lowest error{whom}: {percent(best.setting.error.mean)}"
-    against = f"the reference, {reference.label} ({percent(reference.error.mean)})"
+    undecided = comparisons.having("not shown", "not enough seeds", "interim")
+    still_lower = [line for line in undecided if _lower_than(line, best)]
+    so_far = " so far" if comparisons.having("interim") else ""
+    whom = f" of those shown to differ{so_far}" if still_lower or so_far else _of_whom(best, comparisons)
+    claim = f"{best.setting.label} has the lowest error{whom}: {percent(best.mean)}"
+    against = f"the reference, {reference.label} ({percent(best.reference_mean)})"
     headline = f"{at}{claim}, {_points(best)} below {against}."
-    support = f"That is shown ({_certainty(best, comparisons)})"
+    support = f"That is shown ({_certainty(best, comparisons)}{_at_odds(best)})"
     others = [f"{line.setting.label} (by {points(-line.found.difference)})" for line in lower[1:]]
     support += f"; so are {some(others)}." if len(others) > 1 else f"; so is {others[0]}." if others else "."
     return headline, _sentence(support, *_rest(comparisons, still_lower))
@@ -103,24 +107,27 @@ def _gain(at: str, reference: Setting, comparisons: Comparisons) -> tuple[str, s
 
 def _no_gain(at: str, reference: Setting, comparisons: Comparisons) -> tuple[str, str]:
     """Some arms are shown to be above the reference and none below: the reference is a goal, or nothing helps."""
-    closest = comparisons.having("higher", "not shown", "not enough seeds")[0]
+    closest = comparisons.having("higher", "not shown", "not enough seeds", "interim")[0]
     side = "above" if closest.found.difference > 0 else "below"
     whom = _of_whom(closest, comparisons) or " of the others"
+    so_far = " so far" if comparisons.having("interim") else ""
     headline = _begin(
         at,
-        f"no arm is shown to be below the reference, {reference.label} ({percent(reference.error.mean)}); "
-        f"{closest.setting.label} has the lowest error{whom}, {percent(closest.setting.error.mean)}, "
+        f"no arm is shown{so_far} to be below the reference, {reference.label} ({percent(closest.reference_mean)}); "
+        f"{closest.setting.label} has the lowest error{whom}, {percent(closest.mean)}, "
         f"{_points(closest)} {side} it.",
     )
     higher = [line for line in comparisons.having("higher") if line is not closest]
     above = [f"{line.setting.label} (by {points(line.found.difference)})" for line in reversed(higher)]
-    certainty = _certainty(closest, comparisons)
-    if closest.found.verdict == "higher":
+    certainty = _certainty(closest, comparisons) + _at_odds(closest)
+    if closest.verdict == "higher":
         support = f"Even that is shown to be above it ({certainty})"
         support += f", as {'are' if len(above) > 1 else 'is'} {some(above)}." if above else "."
-    elif closest.found.verdict == "not shown":
+    elif closest.verdict == "not shown":
         support = f"That difference is not shown ({certainty}), which does not prove the two equal"
         support += f"; shown to be above the reference: {some(above)}." if above else "."
+    elif closest.verdict == "interim":
+        support = f"Runs of that arm are missing, so nothing is claimed of it; shown to be above: {some(above)}."
     else:
         support = f"For that difference there are too few seeds; shown to be above the reference: {some(above)}."
     return headline, _sentence(support, *_rest(comparisons, [], closest))
@@ -144,18 +151,43 @@ def _nothing_shown(at: str, reference: Setting, comparisons: Comparisons) -> tup
     seeds = plural(pairs, "seed") if pairs == len(reference.errors) else f"{plural(pairs, 'finished pair')} of runs"
     least = f"{comparisons.needed} are needed"
     headline = f"Not enough seeds to claim anything: with {seeds}, {which} become significant ({least})."
-    best, worst = few[0], few[-1]
+    return headline, _without_claim(at, few, comparisons)
+
+
+def _interim(at: str, comparisons: Comparisons) -> tuple[str, str]:
+    """Planned runs are missing that may decide: whoever looks again and again would find a difference by chance."""
+    family, lines = len(comparisons.lines), comparisons.having("interim")
+    fewest, most = (pick(line.found.pairs for line in lines) for pick in (min, max))
+    pairs = f"{fewest} to {most}" if fewest < most else str(most)
+    which = f"{len(lines)} of the {family} comparisons" if family > 1 else "the comparison"
+    headline = (
+        f"Interim, nothing is claimed: for {which} {pairs} of {lines[0].planned} planned pairs of runs have a result."
+    )
+    why = "A test that is looked at while runs come in finds differences by chance more often than it says."
+    return headline, _sentence(_without_claim(at, lines, comparisons), why)
+
+
+def _without_claim(at: str, lines: Sequence[Compared], comparisons: Comparisons) -> str:
+    """The lowest and the highest mean of these, described."""
+    best, worst = lines[0], lines[-1]
+    assert comparisons.reference is not None
+    against = f"the reference, {comparisons.reference.label} ({percent(best.reference_mean)})"
     support = f"Described, not claimed: {at[:1].lower() + at[1:]}{_described(best, comparisons)} that of {against}"
     if worst is not best and worst.found.difference > 0:
-        support += f"; {worst.setting.label} has the highest, {percent(worst.setting.error.mean)}"
-    return headline, _sentence(f"{support}.", *_rest(comparisons, [], best))
+        support += f"; {worst.setting.label} has the highest, {percent(worst.mean)}"
+    over = " Means are over the pairs that finished." if best.partly or worst.partly else ""
+    return _sentence(f"{support}.{over}", *_rest(comparisons, [], best))
 
 
 def _rest(comparisons: Comparisons, still_lower: Sequence[Compared], said: Compared | None = None) -> list[str]:
     """What became of the arms that the sentences above leave out."""
     words = [
-        f"{line.setting.label}'s mean is lower still ({percent(line.setting.error.mean)}), but its difference from the "
-        "reference is not shown."
+        f"{line.setting.label}'s mean is lower still ({percent(line.mean)}), but "
+        + (
+            "runs of it are missing."
+            if line.verdict == "interim"
+            else "its difference from the reference is not shown."
+        )
         for line in still_lower[:1]
     ]
     if comparisons.having("lower"):
@@ -167,6 +199,9 @@ def _rest(comparisons: Comparisons, still_lower: Sequence[Compared], said: Compa
         words += [f"Not shown to differ from it: {some(names)}."] if names else []
         few = [line.setting.label for line in comparisons.having("not enough seeds") if line.setting.arm not in told]
         words += [f"Too few seeds: {some(few)}."] if few else []
+        interim = [line for line in comparisons.having("interim") if line.setting.arm not in told]
+        names = [f"{line.setting.label} ({line.found.pairs} of {line.planned} pairs)" for line in interim]
+        words += [f"Interim, no claim before all runs have ended: {some(names)}."] if names else []
     barred = [line.setting for line in comparisons.having("diverged") if line.setting.diverged]
     words += [f"No claim where runs diverged: {some([_divergence(setting) for setting in barred])}."] if barred else []
     return words
@@ -177,15 +212,15 @@ def _caveat(summary: Summary, comparisons: Comparisons) -> str:
     words = []
     if seeds == 1 and any(setting.runs for setting in comparisons.settings):
         words.append("One seed: how far another would be from it is unknown.")
-    elif any(not math.isnan(line.found.p) for line in comparisons.lines):
+    elif paired := [line.found.pairs for line in comparisons.lines if not math.isnan(line.found.difference)]:
         words.append(
-            f"Means over {seeds} seeds, each paired with the reference's of the same seed; points are percentage points"
-            " of test error."
+            f"Means over {_from_to(paired, seeds)}, each paired with the reference's of the same seed; points are "
+            "percentage points of test error."
         )
         if comparisons.having("lower", "higher"):
             words.append("Only differences from the reference were tested, not those between other arms.")
-    elif any(setting.finished for setting in comparisons.settings):
-        words.append(f"Means over {seeds} seeds.")
+    elif finished := [setting.finished for setting in comparisons.settings if setting.finished]:
+        words.append(f"Means over {_from_to(finished, seeds)}.")
     runs = {key: result for s in summary.settings.values() for key, result in zip(s.keys, s.results, strict=True)}
     ended = [result for result in runs.values() if result is not None]
     diverged = sum(result.status == "diverged" or result.test_error is None for result in ended)
@@ -194,6 +229,14 @@ def _caveat(summary: Summary, comparisons: Comparisons) -> str:
     if len(ended) < len(runs):
         words.append(f"Incomplete: {len(runs) - len(ended)} of {len(runs)} runs have no result.")
     return " ".join(words)
+
+
+def _from_to(counts: Sequence[int], planned: int) -> str:
+    """How many seeds means are over, where those of different arms may differ."""
+    fewest, most = min(counts), max(counts)
+    if fewest == most == planned:
+        return plural(planned, "seed")
+    return f"{plural(most, 'seed') if fewest == most else f'{fewest} to {most} seeds'} of {planned} planned"
 
 
 def _of_whom(best: Compared, comparisons: Comparisons) -> str:
@@ -212,13 +255,19 @@ def _described(line: Compared, comparisons: Comparisons) -> str:
         if len(comparisons.lines) > 1
         else f"{line.setting.label} has"
     )
-    return f"{has} {percent(line.setting.error.mean)}, {_points(line)} {'above' if above else 'below'}"
+    return f"{has} {percent(line.mean)}, {_points(line)} {'above' if above else 'below'}"
 
 
 def _certainty(line: Compared, comparisons: Comparisons) -> str:
     family = len(comparisons.lines)
     corrected = f", corrected for {family} comparisons" if family > 1 else ""
     return f"{p_equals(line.found.p_corrected)}{corrected}"
+
+
+def _at_odds(line: Compared) -> str:
+    """Said where the interval beside a shown difference contains 0."""
+    words = "; by the sign-flip test of the mean difference: Student's t interval is another method and contains 0"
+    return words if line.at_odds else ""
 
 
 def _points(line: Compared) -> str:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from syncbn.study.evaluations import FAMILIES, Evaluated
 from syncbn.study.layout import fixed_words
 from syncbn.study.panels import curves_of
-from syncbn.study.plan import Point
+from syncbn.study.plan import Point, Study
 from syncbn.study.summary import Setting, Summary
-from syncbn.study.words import coordinate, percent, place_words, points, some, value_word
+from syncbn.study.words import axis_word, coordinate, joined, percent, place_words, plural, points, some, value_word
 
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
+
+CLASSES = {"mnist5k": 10, "digits": 10, "cifar10": 10, "fashion_mnist": 10, "cifar100": 100}
+"""Classes of the data sets whose number is not in a run's configuration."""
 MIN_RISE = 1.25
 """Ratio of errors from which on an arm is said to rise along the sweep."""
 
@@ -67,8 +73,76 @@ def missing_words(settings: Sequence[Setting]) -> str:
 def fixed_caption(summary: Summary) -> str:
     """What stays the same along the sweep; arms that it does not touch are explained where there are any."""
     level = any(summary.constant(arm.name, panel) for arm in summary.study.arms for panel in summary.layout.panels)
-    words = " Level lines are arms that it does not touch, run once." if level else ""
+    words = " Level lines are arms that it does not touch, run once a seed." if level else ""
     return fixed_words(summary.study) + words
+
+
+def fair_words(study: Study) -> str:
+    """What all arms share, whether it suits them or not; arms that have it otherwise are named."""
+    own = []
+    for arm in study.arms:
+        optimizer, budget = arm.overrides.get("optimizer") or {}, arm.overrides.get("budget") or {}
+        changed = [f"{axis_word(name)} {value_word(value)}" for name, value in optimizer.items()]
+        changed += [
+            f"{value_word(budget[name])} {name}" for name in ("epochs", "steps") if budget.get(name) is not None
+        ]
+        own += [f"{arm.label} ({', '.join(changed)})"] if changed else []
+    same = "At each place, learning rate and length of training are the same for all arms"
+    otherwise = f", but for {some(own, 8)}" if own else ""
+    return f"{same} and were not tuned for any one of them{otherwise}: another learning rate may change the order."
+
+
+def chance_words(settings: Sequence[Setting]) -> str:
+    """How many runs ended at chance level, and of which settings; empty where none did or the classes are unknown."""
+    seen: dict[str, tuple[Setting, bool]] = {}
+    for setting in settings:
+        for key, result, error in zip(setting.keys, setting.results, setting.errors, strict=True):
+            classes = None if result is None else _classes(result)
+            if classes is not None and not math.isnan(error):
+                seen.setdefault(key, (setting, error >= 1 - 1.5 / classes))
+    found = [setting for setting, lost in seen.values() if lost]
+    if not found:
+        return ""
+    counts: dict[tuple[str, Point], int] = {}
+    for setting in found:
+        place = () if _everywhere(setting, settings) else setting.point
+        counts[setting.label, place] = counts.get((setting.label, place), 0) + 1
+    names = [f"{label}{f' at {place_words(place)}' if place else ''} ({n})" for (label, place), n in counts.items()]
+    return (
+        f"{len(found)} of {plural(len(seen), 'finished run')} ended at chance level (an error of at least 1 − 1.5 / "
+        f"classes): {some(names, 8)}."
+    )
+
+
+def _everywhere(setting: Setting, settings: Sequence[Setting]) -> bool:
+    """Whether its runs are those of further places too."""
+    return sum(other.keys == setting.keys for other in settings) > 1
+
+
+def _classes(result: RunResult) -> int | None:
+    data = result.config.get("data") or {}
+    return data.get("synthetic_classes") if data.get("name") == "synthetic" else CLASSES.get(str(data.get("name")))
+
+
+def not_shown_words(number: int, what: str) -> str:
+    """Said where a section has more than it shows."""
+    return f"{plural(number, what)} more {'is' if number == 1 else 'are'} not shown." if number > 0 else ""
+
+
+def kinds_words(families: Sequence[str]) -> str:
+    """What the figures of an arm under several kinds of statistics are, and how to read them."""
+    words = f"The same trained models, tested with {plural(len(families), 'kind')} of normalization statistics."
+    if any(family.startswith("population") for family in families):
+        words += (
+            " Where running statistics err and population statistics do not, the weights are good and only the estimate"
+            " is not."
+        )
+    if "batch" in families:
+        words += (
+            " Where the test batch's own statistics alone bring the error down, the model reads something from the"
+            " batch that inference does not give it."
+        )
+    return words if len(families) < 3 else f"{words} Where all stay high, small batches have hurt the training."
 
 
 def arms_caption(settings: Sequence[Setting]) -> str:
@@ -125,6 +199,13 @@ def samples_caption(items: Sequence[Evaluated]) -> str:
         f"From {least} to {most} images the error changes by at most {points(change)} points ({setting.label}, "
         f"{FAMILIES[family]}: {percent(before)} to {percent(after)})."
     )
+
+
+def level_words(items: Sequence[Evaluated]) -> str:
+    """What the level lines beside population statistics are."""
+    level = {"running": "running statistics", "batch": "the test batch's own"}
+    found = [name for family, name in level.items() if any(item.series(family) for item in items)]
+    return f"Marks as above; level lines: {joined(found)}." if found else "Marks as above."
 
 
 def _finished(summary: Summary, arm: str, panel: Point) -> list[Setting]:

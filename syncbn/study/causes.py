@@ -1,9 +1,14 @@
 """Training or estimation: where the cost of small batches comes from.
 
 A batch-normalized model is tested with running statistics, an average over the last steps of training. If its error is
-high with them and low with the statistics of the test batch, or with population statistics recomputed from training
-images with the weights as they are, the weights are good and only the estimate is not. If it stays high with all of
-them, small batches have hurt the training itself (Wu and Johnson 2021, arXiv 2105.07576, section 3).
+high with them and low with population statistics recomputed from training images with the weights as they are, the
+weights are good and only the estimate is not (Wu and Johnson 2021, arXiv 2105.07576, section 3). If it is high with
+both and lower with the statistics of the test batch itself, the model reads something from the batch that no fixed
+statistics can give it. What stays with all of them is at most what small batches have done to the weights: the error
+with a test batch's own statistics has the noise of that batch in it.
+
+Batch renormalization maps a test batch's statistics back to the running ones, so there the division rests on running
+and population statistics alone.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from syncbn.study.evaluations import FAMILIES, Evaluated, Kind, evaluated
+from syncbn.study.evaluations import FAMILIES, Evaluated, Kind, evaluated, is_renorm
 from syncbn.study.plan import Point
 from syncbn.study.statistics import interval
 from syncbn.study.summary import Setting, Summary
@@ -45,6 +50,11 @@ class Cause:
     batch: float
     """Error with the test batch's own statistics; NaN where that was not evaluated."""
 
+    worse: bool = False
+    """Whether the error with population statistics is higher, by more than the scatter of the seeds."""
+    renorm: bool = False
+    """Whether the test batch's own statistics are none to evaluate with."""
+
     @property
     def best(self) -> tuple[Kind, float]:
         """The statistics that leave the least error, and that error."""
@@ -60,18 +70,25 @@ class Cause:
     def verdict(self) -> str:
         """What the cost is of.
 
-        ``none``: there is none to speak of. ``estimation``: population statistics bring it back. ``mismatch``: only
-        the test batch's own statistics do; the weights have learnt to go with those of small batches. ``training``:
-        no statistics bring it back. ``both``: they bring back a part.
+        ``none``: there is none to speak of. ``estimation``: population statistics bring it back. ``mismatch``: they do
+        not, but the test batch's own statistics bring back most or a part, which fixed statistics cannot give.
+        ``training``: no statistics bring it back. ``both``: population statistics bring back a part. Where one of the
+        two was not evaluated, ``statistics`` (those of the test batch bring it back; whether others do is unknown) and
+        ``not estimation`` (population statistics do not bring it back; whether the batch's own would is unknown).
         """
         if self.cost < MIN_COST or self.low <= 0:
             return "none"
-        if self.population is not None and self.back(self.population[1]) >= RECOVERED * self.cost:
+        own = self.back(self.batch) / self.cost  # NaN where that was not evaluated
+        if self.population is None:
+            return "statistics" if own >= RECOVERED else "training" if own <= KEPT else "both"
+        fixed = self.back(self.population[1]) / self.cost
+        if fixed >= RECOVERED:
             return "estimation"
-        share = self.back(self.best[1]) / self.cost
-        if share >= RECOVERED:
-            return "mismatch" if self.population is not None else "estimation"
-        return "training" if share <= KEPT else "both"
+        if math.isnan(own):
+            return "not estimation" if fixed <= KEPT else "both"
+        if own >= RECOVERED or (fixed <= KEPT and own > KEPT):
+            return "mismatch"
+        return "training" if fixed <= KEPT else "both"
 
 
 def cause_of(summary: Summary, item: Evaluated) -> Cause | None:
@@ -98,32 +115,47 @@ def cause_of(summary: Summary, item: Evaluated) -> Cause | None:
         running=means[_RUNNING],
         population=None if population is None else (population, means[population]),
         batch=means.get(_BATCH, math.nan),
+        worse=population is not None and _is_higher([line[1] - line[0] for line in lines]),
+        renorm=any(is_renorm(run) for run in setting.runs),
     )
 
 
-def causes_of(summary: Summary, items: Mapping[tuple[str, Point], Evaluated]) -> list[Cause]:
-    """The causes of each arm's cost at its smallest normalization batch that has results, the largest cost first.
+def _is_higher(differences: Sequence[float]) -> bool:
+    middle, low, _ = interval(np.array(differences))
+    return middle >= MIN_COST and low > 0
 
-    With further axes, in the panel in which arms are compared.
+
+def causes_of(summary: Summary, items: Mapping[tuple[str, Point], Evaluated]) -> list[Cause]:
+    """The causes of each arm's cost, the largest cost first.
+
+    At its smallest normalization batch that has results and where arms are compared; with further axes, in the panel of
+    that place.
     """
-    panel = summary.layout.panel_of(summary.study.comparison_point())
+    shown = summary.study.comparison_point()
+    panel = summary.layout.panel_of(shown)
     found = []
     for arm in summary.study.arms:
         here = [items[arm.name, s.point] for _, s in summary.across(arm.name, panel) if (arm.name, s.point) in items]
-        smallest = min(here, key=lambda item: item.setting.normalization_batch_size or 0, default=None)
-        cause = None if smallest is None else cause_of(summary, smallest)
-        if cause is not None:
-            found.append(cause)
+        smallest = min(here, key=lambda i: (_size(i.setting), i.setting.point != shown), default=None)
+        chosen = [item for item in here if item is smallest or item.setting.point == shown]
+        found += [cause for item in chosen if (cause := cause_of(summary, item)) is not None]
     return sorted(found, key=lambda cause: -cause.cost)
 
 
 def cause_words(causes: Sequence[Cause]) -> list[tuple[str, str]]:
-    """A line for each arm with a cost, and one for those without: what it is about, and the sentence."""
+    """A line for each setting with a cost, and one for those without: what it is about, and the sentence."""
     words = [_cost_words(cause) for cause in causes if cause.verdict != "none"]
-    free = [cause.setting.label for cause in causes if cause.verdict == "none"]
+    free = [_name(cause.setting) for cause in causes if cause.verdict == "none"]
     if free:
         least = f"less than {100 * MIN_COST:g}{SPACE}points, or no more than the scatter of the seeds"
         words.append(("No cost to divide", f"{some(free, 8)} ({least})."))
+    worse = [
+        f"{_name(cause.setting)} ({percent(cause.population[1])} against {percent(cause.running)})"
+        for cause in causes
+        if cause.population is not None and cause.worse
+    ]
+    if worse:
+        words.append(("Population statistics worse than the running ones", f"{some(worse, 8)}."))
     return words
 
 
@@ -155,32 +187,109 @@ def kind_words(kind: Kind) -> str:
 
 
 def _cost_words(cause: Cause) -> tuple[str, str]:
-    name, cost = _name(cause.setting), points(cause.cost)
-    base = place_words(_differing(cause)) if cause.base.arm == cause.setting.arm else cause.base.label
-    lost = f"points lost against {base} ({percent(cause.running - cause.cost)})"
-    kind, error = cause.best
-    if cause.verdict == "estimation" and cause.population is not None:
-        kind, error = cause.population
-    becomes = f"{percent(cause.running)} becomes {percent(error)}"
-    back, left = points(cause.back(error)), points(max(cause.cost - cause.back(error), 0.0))
-    if cause.verdict == "estimation":
-        part = "All" if cause.back(error) >= cause.cost else f"{back} of"
-        why = f"{part} the {cost} {lost} come back with {kind_words(kind)}, the weights as they are: {becomes}."
-        return f"{name}: the estimate", why
-    if cause.verdict == "mismatch":
-        assert cause.population is not None
-        part = "All" if cause.back(error) >= cause.cost else f"{back} of"
-        why = (
-            f"{part} the {cost} {lost} come back with {kind_words(kind)} ({becomes}), but population statistics leave "
-            f"{percent(cause.population[1])}: the weights have learnt to go with the statistics of such batches."
+    name, verdict = _name(cause.setting), cause.verdict
+    title, why = {
+        "estimation": ("the estimate", _estimation),
+        "mismatch": ("the mismatch of training and inference", _mismatch),
+        "training": ("the training", _training),
+        "statistics": ("the statistics", _statistics),
+        "not estimation": ("not the estimate", _not_estimation),
+        "both": ("both", _both),
+    }[verdict]
+    if verdict == "mismatch" and _in_weights(cause) > KEPT * cause.cost:
+        title += ", and the training"
+    words = why(cause)
+    if cause.renorm:
+        words += (
+            " This rests on running and population statistics only: batch renormalization maps the test batch's own"
+            " statistics back to the running ones."
         )
-        return f"{name}: the mismatch of training and inference", why
-    if cause.verdict == "training":
-        part = "All" if cause.back(error) <= 0 else f"{left} of"
-        why = f"{part} the {cost} {lost} stay with the best statistics, {kind_words(kind)}: {becomes}."
-        return f"{name}: the training", f"{why} The weights themselves are worse."
-    why = f"Of {cost} {lost}, {back} come back with {kind_words(kind)} ({becomes}); {left} are in the weights."
-    return f"{name}: both", why
+    return f"{name}: {title}", words
+
+
+def _estimation(cause: Cause) -> str:
+    assert cause.population is not None
+    kind, error = cause.population
+    return (
+        f"{_part(cause, error)} come back with {kind_words(kind)}, the weights as they are: {_becomes(cause, error)}."
+    )
+
+
+def _mismatch(cause: Cause) -> str:
+    assert cause.population is not None
+    words = (
+        f"{_part(cause, cause.batch)} come back with {kind_words(_BATCH)} ({_becomes(cause, cause.batch)}), but "
+        f"population statistics leave {percent(cause.population[1])}: the model reads something from the batch itself "
+        "that fixed statistics cannot give."
+    )
+    if _in_weights(cause) > KEPT * cause.cost:
+        words += f" At most {points(_in_weights(cause))} points are in the weights; {_NOISE}."
+    return words
+
+
+def _training(cause: Cause) -> str:
+    kind, error = cause.best
+    part = "All" if cause.back(error) <= 0 else f"{points(_in_weights(cause))} of"
+    why = f"{part} the {_lost(cause)} stay with the best statistics, {kind_words(kind)}: {_becomes(cause, error)}."
+    return f"{why} The weights themselves are worse, unless the noise of small test batches hides what they would give."
+
+
+def _statistics(cause: Cause) -> str:
+    return (
+        f"{_part(cause, cause.batch)} come back with {kind_words(_BATCH)}: {_becomes(cause, cause.batch)}. Population "
+        "statistics, which would tell a bad estimate from a model that reads its batch, were not evaluated."
+    )
+
+
+def _not_estimation(cause: Cause) -> str:
+    assert cause.population is not None
+    kind, error = cause.population
+    part = "All" if cause.back(error) <= 0 else f"{points(cause.cost - cause.back(error))} of"
+    return (
+        f"{part} the {_lost(cause)} stay with {kind_words(kind)}: {_becomes(cause, error)}. The estimate is not to "
+        "blame; worse weights and weights that rely on their own batch cannot be told apart here."
+    )
+
+
+def _both(cause: Cause) -> str:
+    if cause.population is None:
+        return (
+            f"{_part(cause, cause.batch)} come back with {kind_words(_BATCH)} ({_becomes(cause, cause.batch)}); at "
+            f"most {points(_in_weights(cause))} are in the weights."
+        )
+    kind, error = cause.population
+    back = cause.back(error)
+    words = f"Of {_lost(cause)}, {points(back)} come back with {kind_words(kind)} ({_becomes(cause, error)})"
+    if math.isnan(cause.batch):
+        return (
+            f"{words}; the other {points(cause.cost - back)} are in the weights, or in what they take from their batch."
+        )
+    more = cause.back(cause.batch) - back
+    if more >= MIN_COST:
+        words += f", {points(more)} more with {kind_words(_BATCH)} ({percent(cause.batch)}), which no fixed ones give"
+    return f"{words}; at most {points(_in_weights(cause))} are in the weights."
+
+
+_NOISE = "less, as far as the noise of the test batches is in that error"
+
+
+def _in_weights(cause: Cause) -> float:
+    """What no statistics bring back."""
+    return max(cause.cost - cause.back(cause.best[1]), 0.0)
+
+
+def _lost(cause: Cause) -> str:
+    base = place_words(_differing(cause)) if cause.base.arm == cause.setting.arm else cause.base.label
+    return f"{points(cause.cost)} points lost against {base} ({percent(cause.running - cause.cost)})"
+
+
+def _part(cause: Cause, error: float) -> str:
+    """ "All the 40.0 points lost against ...", or how many of them, are gone at an error."""
+    return ("All" if cause.back(error) >= cause.cost else f"{points(cause.back(error))} of") + f" the {_lost(cause)}"
+
+
+def _becomes(cause: Cause, error: float) -> str:
+    return f"{percent(cause.running)} becomes {percent(error)}"
 
 
 def _base(summary: Summary, setting: Setting) -> Setting | None:
@@ -189,18 +298,20 @@ def _base(summary: Summary, setting: Setting) -> Setting | None:
     The same arm with the largest normalization batch beside it; where it has none that is larger, the reference at
     the same place if it is better, or else the best arm there.
     """
-    size = setting.normalization_batch_size or 0
+    size = _size(setting)
     panel = summary.layout.panel_of(setting.point)
-    beside = [
-        s for _, s in summary.across(setting.arm, panel) if s.finished and (s.normalization_batch_size or 0) > size
-    ]
+    beside = [s for _, s in summary.across(setting.arm, panel) if s.finished and _size(s) > size]
     if beside:
-        return max(beside, key=lambda s: s.normalization_batch_size or 0)
+        return max(beside, key=_size)
     others = [s for s in summary.at(setting.point) if s.finished and s.arm != setting.arm]
     reference = next((s for s in others if s.reference), None)
     if reference is not None and reference.error.mean < setting.error.mean:
         return reference
     return min(others, key=lambda s: s.error.mean, default=None)
+
+
+def _size(setting: Setting) -> int:
+    return setting.normalization_batch_size or 0
 
 
 def _differing(cause: Cause) -> Point:

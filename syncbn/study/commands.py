@@ -14,7 +14,7 @@ from syncbn.study.plan import Cell, Study, study_cells, unique_cells
 from syncbn.study.ranks import Ranks, launched
 from syncbn.study.records import read_records
 from syncbn.study.report import print_table, write_report
-from syncbn.study.runner import Executor, Outcome, run_cells
+from syncbn.study.runner import Executor, Outcome, left_over, run_cells
 from syncbn.study.speedup import MeasurementError, measure_speedup
 from syncbn.study.status import study_outcomes
 from syncbn.study.study_file import load_study
@@ -148,6 +148,8 @@ def _report_run(
     ran = sum(outcome.status == "ran" for outcome in outcomes.values())
     kept = len(outcomes) - ran - len(failed)
     print(f"{ran} runs in {seconds:.0f} s, {kept} kept from before, {len(failed)} failed")
+    if note := left_over(study, cells, read_records(out)):
+        print(note)
     print(f"report: {report}")
     return 1 if failed else 0
 

@@ -12,13 +12,18 @@ from pathlib import Path
 from syncbn.study.plan import Cell, Study, study_cells, unique_cells
 from syncbn.study.progress import duration
 from syncbn.study.records import read_records
+from syncbn.study.runner import left_over
 from syncbn.study.study_file import load_study
-from syncbn.train.config import RunConfig
+from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.loop import train
 from syncbn.train.run import steps_of
 
-TIMED_STEPS = 6
-"""Optimizer steps of a timed run; its seconds leave out the data and the first, slower ones (see :func:`timed`)."""
+FIRST_STEPS = 3
+"""Optimizer steps of the short one of two timed trainings (see :func:`timed`)."""
+MORE_SECONDS = 1.5
+"""About how much longer the other training takes."""
+MOST_STEPS = 60
+"""Largest number of its steps; the smallest is twice ``FIRST_STEPS``."""
 
 
 def plan_study(config: str, out: Path | None = None, workers: int | None = None) -> int:
@@ -33,8 +38,10 @@ def plan_study(config: str, out: Path | None = None, workers: int | None = None)
         0.
 
     Raises:
-        ConfigError: a mistake in the study.
+        ConfigError: a mistake in the study, or in the number of workers.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError("workers", workers, "a positive integer")
     study = load_study(config)
     cells = study_cells(study)
     runs = unique_cells(cells)
@@ -46,12 +53,15 @@ def plan_study(config: str, out: Path | None = None, workers: int | None = None)
     print(f"\n{len(cells)} cells, {len(runs)} different runs: {len(runs) - len(missing)} done, {len(missing)} to do")
     if repeat is not None:
         print(f"and one repeated under {repeat.processes} processes: {repeat.arm}, seed {repeat.seed}")
+    if note := left_over(study, cells, records):
+        print(note)
     if missing:
         side = workers or len(os.sched_getaffinity(0))
         seconds = estimate(missing, lambda cell, cost: print(f"  {cell.label}: about {duration(cost)}", flush=True))
         print(
-            f"about {duration(seconds)} of training by one process; with {side} side by side at best "
-            f"{duration(seconds / min(side, len(missing)))}. Evaluations and loading come on top."
+            f"a rough estimate, from a few timed steps: about {duration(seconds)} of training by one process; "
+            f"with {side} side by side at best {duration(seconds / min(side, len(missing)))}. "
+            "Evaluations and loading come on top."
         )
     return 0
 
@@ -62,6 +72,8 @@ def estimate(cells: Sequence[Cell], say: Callable[[Cell, float], None] = lambda 
     Raises:
         ConfigError: a cell cannot be run here (its data, its network, its device).
     """
+    if cells:
+        _train(cells[0].config, FIRST_STEPS)  # what a process loads and allocates once, no run's cost
     known: dict[tuple[object, ...], float] = {}
     total = 0.0
     for cell in cells:
@@ -74,21 +86,28 @@ def estimate(cells: Sequence[Cell], say: Callable[[Cell, float], None] = lambda 
 
 
 def timed(config: RunConfig) -> float:
-    """Seconds that a run's training would take here in one process, from ``TIMED_STEPS`` of its steps.
+    """Seconds that a run's training would take here in one process, from a few of its steps: a rough estimate.
 
-    The second half of the steps counts: the first ones allocate, and load what is loaded once.
+    What a second, longer training takes beyond a first one counts, so that the first steps, which allocate, do not.
     """
+    first = _train(config, FIRST_STEPS)
+    more = round(MORE_SECONDS * FIRST_STEPS / first) if first > 0 else MOST_STEPS
+    steps = min(max(FIRST_STEPS + more, 2 * FIRST_STEPS), MOST_STEPS)
+    whole = _train(config, steps)
+    each = (whole - first) / (steps - FIRST_STEPS)
+    # On a noisy machine the difference may come out as nothing; then all the time counts, as a bound from above.
+    return (each if each > 0 else whole / steps) * steps_of(config)
+
+
+def _train(config: RunConfig, steps: int) -> float:
+    """Seconds of a training of some steps, without checkpoints and with the one evaluation that every run ends with."""
     few = replace(
         config,
-        budget=replace(config.budget, epochs=None, steps=TIMED_STEPS, checkpoint_every=0),
+        budget=replace(config.budget, epochs=None, steps=steps, checkpoint_every=0),
         evaluation=replace(config.evaluation, batch=False, population_samples=[]),
     )
     with tempfile.TemporaryDirectory() as folder:
-        first = train(replace(few, budget=replace(few.budget, steps=TIMED_STEPS // 2)), Path(folder) / "a").seconds
-        whole = train(few, Path(folder) / "b").seconds
-    each = (whole - first) / (TIMED_STEPS - TIMED_STEPS // 2)
-    # On a noisy machine the difference may come out as nothing; then all the time counts, as a bound from above.
-    return (each if each > 0 else whole / TIMED_STEPS) * steps_of(config)
+        return train(few, Path(folder) / "run").seconds
 
 
 def _print_grid(study: Study, cells: Sequence[Cell]) -> None:

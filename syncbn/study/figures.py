@@ -33,6 +33,8 @@ from syncbn.study.words import spread, value_word
 
 LINE_HEIGHT = 13.0
 """Pixels of a line of a label."""
+ROW = 46.0
+"""Pixels of a row of a figure of arms whose label has one line."""
 DODGE = 2.6
 """Pixels between the intervals of two arms at one place, where there is room."""
 
@@ -41,19 +43,21 @@ def arms_figure(
     settings: Sequence[Setting], marks: Mapping[str, Mark], width: float, limits: Sequence[float], title: str = ""
 ) -> Figure:
     """Test error of arms at one place: every seed a point, the mean a bar, the reference's a dashed line."""
+    wrapped = [textwrap.wrap(s.label, _room(width, row_figures(s))) or [""] for s in settings]
+    row = ROW + LINE_HEIGHT * (max(map(len, wrapped), default=1) - 1)
     with style():
         top = 4 + TITLE_HEIGHT * bool(title)
-        figure, axes = new_axes(width, 46 * len(settings) + 42 + top, 10, 14, top, 42)
+        figure, axes = new_axes(width, row * len(settings) + 42 + top, 10, 14, top, 42)
         put_title(figure, title)
         error_axis(axes, limits, axis="x")
-        axes.set_ylim(len(settings) - 0.45, -0.62)
+        axes.set_ylim(len(settings) - 1 + 0.55 * ROW / row, 0.55 * ROW / row - 1)
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("test error" + (" (log scale)" if axes.get_xscale() == "log" else ""))
-        for place, setting in enumerate(settings):
+        for place, (setting, lines) in enumerate(zip(settings, wrapped, strict=True)):
             if setting.reference and setting.finished:
                 axes.axvline(setting.error.mean, color=MUTED, linewidth=1.0, linestyle=DASHED, zorder=1)
-            _error_row(axes, place, setting, marks[setting.arm].colour)
+            _error_row(axes, place, setting, marks[setting.arm].colour, lines, row)
     return figure
 
 
@@ -84,17 +88,18 @@ def sweep_figure(
         put_title(figure, title)
         error_axis(axes, limits, axis="y")
         pixel = across_axis(axes, layout, width - 56 - label_width, room=0.7)
-        distance = (layout.positions[-1] - layout.positions[0]) / (len(layout.positions) - 1)
-        dodge = min(DODGE * pixel, 0.6 * distance / len(traces)) if traces else 0.0
+        dodges = _dodges(layout, traces, pixel)
         axes.set_xlabel(across_label(summary.study, layout))
         crosses = [trace for trace in traces if any(setting.diverged for _, setting in trace.settings)]
         if crosses:
             axes.text(0, 1.02, "diverged", transform=axes.transAxes, color=MUTED, fontsize=9.5, va="bottom")
         ends = []
         for number, trace in enumerate(traces):
-            mark, offset = marks[trace.arm], dodge * (number - (len(traces) - 1) / 2)
+            mark = marks[trace.arm]
             ends.append(
-                _level(axes, trace, mark, offset) if trace.constant else _line(axes, layout, trace, mark, offset)
+                _level(axes, trace, mark, dodges[number])
+                if trace.constant
+                else _line(axes, layout, trace, mark, dodges[number])
             )
             place = crosses.index(trace) - (len(crosses) - 1) / 2 if trace in crosses else 0.0
             _crosses(axes, layout, trace, mark, pixel * 7 * place)
@@ -152,13 +157,32 @@ def _trace(summary: Summary, arm: str, label: str, panel: Point) -> _Trace:
     return _Trace(arm=arm, label=label, settings=settings, constant=constant)
 
 
-def _line(axes: Axes, layout: Layout, trace: _Trace, mark: Mark, offset: float) -> tuple[float, float] | None:
+def _dodges(layout: Layout, traces: Sequence[_Trace], pixel: float) -> list[dict[int, float]]:
+    """How far each trace's marks are moved sideways at each place, so that those at one place stand around it.
+
+    Arms that do not vary have their marks at the right, apart from the others, where they are moved alike.
+    """
+    distance = (layout.positions[-1] - layout.positions[0]) / (len(layout.positions) - 1)
+    found: list[dict[int, float]] = [{} for _ in traces]
+    for constant in (False, True):
+        members = [number for number, trace in enumerate(traces) if trace.constant == constant]
+        step = min(DODGE * pixel, 0.6 * distance / len(members)) if members else 0.0
+        for i in range(len(layout.positions)):
+            here = [n for n in members if any(place == i and s.finished for place, s in traces[n].settings)]
+            for rank, number in enumerate(here):
+                found[number][i] = step * (rank - (len(here) - 1) / 2)
+    return found
+
+
+def _line(
+    axes: Axes, layout: Layout, trace: _Trace, mark: Mark, dodge: Mapping[int, float]
+) -> tuple[float, float] | None:
     """Draw an arm's line; where it ends, None if it has no finished run."""
-    found = [(layout.positions[i], setting.error) for i, setting in trace.settings if setting.finished]
+    found = [(layout.positions[i] + dodge[i], setting.error) for i, setting in trace.settings if setting.finished]
     if not found:
         return None
     reference = trace.settings[0][1].reference
-    x, y = [place + offset for place, _ in found], [error.mean for _, error in found]
+    x, y = [place for place, _ in found], [error.mean for _, error in found]
     for place, error in zip(x, (error for _, error in found), strict=True):
         whisker(axes, place, error.low, error.high, mark.colour)
     if reference and len(found) == 1:
@@ -178,7 +202,7 @@ def _line(axes: Axes, layout: Layout, trace: _Trace, mark: Mark, offset: float) 
     return x[-1], y[-1]
 
 
-def _level(axes: Axes, trace: _Trace, mark: Mark, offset: float) -> tuple[float, float] | None:
+def _level(axes: Axes, trace: _Trace, mark: Mark, dodge: Mapping[int, float]) -> tuple[float, float] | None:
     """Draw an arm that does not vary: a level line, its marker and interval at the right."""
     setting = trace.settings[0][1]
     if not setting.finished:
@@ -186,7 +210,7 @@ def _level(axes: Axes, trace: _Trace, mark: Mark, offset: float) -> tuple[float,
     right = axes.get_xlim()[1]
     axes.axhline(setting.error.mean, color=mark.colour, linewidth=1.0, linestyle=mark.dash, zorder=2)
     middle = right - 0.5 * (right - axes.get_xticks()[-1])
-    x = middle + offset
+    x = middle + dodge[trace.settings[0][0]]
     whisker(axes, x, setting.error.low, setting.error.high, mark.colour)
     axes.plot(
         x,
@@ -277,20 +301,35 @@ def spread_out(wanted: Sequence[float], sizes: Sequence[float], height: float) -
     return found
 
 
-def _error_row(axes: Axes, place: int, setting: Setting, colour: str) -> None:
-    count = len(setting.errors)
-    offsets = [0.0] if count == 1 else [0.16 * (2 * i / (count - 1) - 1) for i in range(count)]
-    base = place + 0.14
-    to_axes = axes.get_yaxis_transform()
+def row_label(axes: Axes, place: float, lines: Sequence[str], row: float, figures: str = "") -> None:
+    """An arm's name in the lines above ``place``, where a unit is ``row`` pixels high, and its figures at the right."""
     # On a ground of the page's colour: the reference's line would strike the names out.
     ground = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5}
-    name, figures = setting.label, row_figures(setting)
-    axes.text(0.0, place - 0.3, name, transform=to_axes, va="center", fontweight="bold", bbox=ground)
-    axes.text(1.0, place - 0.3, figures, transform=to_axes, ha="right", va="center", bbox=ground)
+    to_axes = axes.get_yaxis_transform()
+    for number, text in enumerate(lines):
+        y = place - LINE_HEIGHT * (len(lines) - 1 - number) / row
+        axes.text(0.0, y, text, transform=to_axes, va="center", fontweight="bold", bbox=ground)
+    if figures:
+        axes.text(1.0, place, figures, transform=to_axes, ha="right", va="center", bbox=ground)
+
+
+def _room(width: float, figures: str) -> int:
+    """Characters of a bold label that fit beside these figures."""
+    return max(12, int((width - 34 - 6.2 * len(figures)) / 7.4))
+
+
+def _error_row(axes: Axes, place: int, setting: Setting, colour: str, lines: Sequence[str], row: float) -> None:
+    count, unit = len(setting.errors), ROW / row
+    offsets = [0.0] if count == 1 else [0.16 * unit * (2 * i / (count - 1) - 1) for i in range(count)]
+    base = place + 0.14 * unit
+    to_axes = axes.get_yaxis_transform()
+    row_label(axes, place - 0.3 * unit, lines, row, row_figures(setting))
     finished = [error for error in setting.errors if not math.isnan(error)]
     if finished:
         axes.plot([min(finished), max(finished)], [base, base], color=colour, linewidth=1.2, zorder=2)
-        axes.plot([setting.error.mean] * 2, [base - 0.23, base + 0.23], color=colour, linewidth=2.6, zorder=3)
+        axes.plot(
+            [setting.error.mean] * 2, [base - 0.23 * unit, base + 0.23 * unit], color=colour, linewidth=2.6, zorder=3
+        )
     for error, offset, result in zip(setting.errors, offsets, setting.results, strict=True):
         if not math.isnan(error):
             axes.plot(error, base + offset, "o", markersize=6.0, color=colour, markeredgecolor=SURFACE, zorder=4)

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from syncbn.study.plan import Point
 from syncbn.study.summary import Setting, Summary
-from syncbn.study.words import DASH, axis_word, compact, place_words, significant, value_word
+from syncbn.study.words import DASH, axis_word, compact, place_words, significant, some, value_word
 
 MAX_LAYERS = 24
 """Layers that a map shows; of more, evenly spread ones, the first and the last among them."""
 MAX_MAPS = 12
-"""Maps on a page."""
+"""Maps that a page shows."""
 HEAT = (
     ("#ffffe5", "#1c1e21"),
     ("#fff7bc", "#1c1e21"),
@@ -100,7 +99,7 @@ def layer_means(setting: Setting) -> list[LayerMeans]:
 
 def divergence_maps(summary: Summary) -> list[LayerMap]:
     """The divergence of the batch statistics: a map an arm along the sweep, the reference's first, or one of all."""
-    return [_map(summary, title, arm, columns, _divergence) for title, arm, columns in _columns(summary)][:MAX_MAPS]
+    return [_map(summary, title, arm, columns, _divergence) for title, arm, columns in _columns(summary)]
 
 
 def effective_map(summary: Summary) -> LayerMap | None:
@@ -110,51 +109,78 @@ def effective_map(summary: Summary) -> LayerMap | None:
 
 
 def layer_words(summary: Summary) -> list[str]:
-    """What the maps show, in sentences: where batches are farthest off, and what their correlation costs."""
+    """What the maps show, in sentences: where batches are farthest off, and what their correlation costs.
+
+    Divergences are compared within an arm: the values that another arm's layers normalize are other ones.
+    """
     settings = [s for s in _shown(summary) if any(not math.isnan(means.kl) for means in layer_means(s))]
     if not settings:
         return []
-    every = [(setting, means) for setting in settings for means in layer_means(setting) if not math.isnan(means.kl)]
+    main = next((s for s in settings if s.reference), settings[0])
+    every = _with_divergence([s for s in settings if s.arm == main.arm])
     setting, worst = max(every, key=lambda pair: pair[1].kl)
     words = [
-        f"Farthest off is {worst.layer} of {_name(setting)}: a batch's statistics diverge from the population's by "
-        f"{significant(worst.kl)} on average{_worth(worst)}."
+        f"Farthest off in {main.label} is {worst.layer}{_at(setting)}: a batch's statistics diverge from the "
+        f"population's by {significant(worst.kl)} on average{_worth(worst)}."
     ]
-    same = [(s, m) for s, m in every if s.arm == setting.arm and m.layer == worst.layer]
+    same = [(s, m) for s, m in every if m.layer == worst.layer]
     best_setting, best = min(same, key=lambda pair: pair[1].kl)
     if best.kl < worst.kl / 1.5:
         words.append(f"In the same layer it is {significant(best.kl)} at {place_words(best_setting.point)}.")
-    words += _correlation(summary)
-    drifts = [(m.running_kl / m.kl, s, m) for s, m in every if m.kl > 0 and not math.isnan(m.running_kl)]
-    beyond = [entry for entry in drifts if entry[0] > 1]
-    if beyond:
-        _, where, means = max(beyond, key=lambda entry: entry[2].running_kl)
+    return [*words, *_correlation(summary), *_drift(settings)]
+
+
+def _drift(settings: Sequence[Setting]) -> list[str]:
+    """Whether running statistics are farther off than a single batch's, arm by arm."""
+    counts = []
+    for arm in dict.fromkeys(setting.arm for setting in settings):
+        mine = _with_divergence([setting for setting in settings if setting.arm == arm])
+        pairs = [means for _, means in mine if means.kl > 0 and not math.isnan(means.running_kl)]
+        beyond = sum(means.running_kl > means.kl for means in pairs)
+        if pairs:
+            counts.append((beyond, len(pairs), mine[0][0].label))
+    far = [f"{label} ({count} of {of})" for count, of, label in counts if count]
+    if far:
+        return [f"The running statistics are farther off than a single batch in layers of {some(far, 8)}."]
+    return ["The running statistics are nearer to the population's than a single batch in every layer."] * bool(counts)
+
+
+def _correlation(summary: Summary) -> list[str]:
+    """What a batch is worth where it is worth least for its size, and where it is worth more than it has.
+
+    At the place of comparison, or else where the map has most.
+    """
+    widest = max(_columns(summary), key=lambda entry: _variety(entry[2]))
+    settings = [setting for _, setting in widest[2]]
+    setting = next((s for s in settings if s.point == summary.study.comparison_point()), settings[0])
+    words = []
+    least = min(_counted(setting), key=lambda m: m.effective / m.count, default=None)
+    if least is not None and least.effective <= least.count / 2:
+        skew = max(int((run.config.get("data") or {}).get("class_skew") or 1) for run in setting.runs)
+        alike = f", and so are images of a batch, which come {skew} of one class in a row" if skew > 1 else ""
         words.append(
-            f"The running statistics are farther off than a single batch in {len(beyond)} of {len(drifts)} cases, most"
-            f" in {means.layer} of {_name(where)} ({significant(means.running_kl)} against {significant(means.kl)})."
+            f"Values of one image are alike{alike}, so a batch counts for fewer than it has: in {least.layer} of "
+            f"{_name(setting)}, {least.count:,.0f} values a channel are worth {compact(least.effective)} independent "
+            "ones."
         )
-    elif drifts:
-        _, where, means = max(drifts, key=lambda entry: entry[2].running_kl)
+    counted = [means for each in settings for means in _counted(each)]
+    above = sum(means.effective > means.count for means in counted)
+    if above:
+        name = f" of {setting.label}" if summary.layout.across is not None else ""
         words.append(
-            "The running statistics are nearer to the population's than a single batch in every layer; at most "
-            f"{significant(means.running_kl)} off, in {means.layer} of {_name(where)}."
+            f"In {above} of {len(counted)} fields of the map{name}, a batch is worth more than the values that it has "
+            "(above 100 %): the pixels of an image are no random draw but a sample of all its parts, which is nearer "
+            "to the mean, and a layer behind others gets values that the same batch has already normalized."
         )
     return words
 
 
-def _correlation(summary: Summary) -> list[str]:
-    """How few independent values a batch is worth, at the place of comparison or else where the map has most."""
-    widest = max(_columns(summary), key=lambda entry: _variety(entry[2]))
-    settings = [setting for _, setting in widest[2]]
-    setting = next((s for s in settings if s.point == summary.study.comparison_point()), settings[0])
-    layers = [m for m in layer_means(setting) if m.count > 0 and not math.isnan(m.effective)]
-    means = min(layers, key=lambda m: m.effective / m.count, default=None)
-    if means is None or means.effective > means.count / 2:
-        return []
-    return [
-        f"Values of one image are alike, so a batch counts for fewer than it has: in {means.layer} of {_name(setting)},"
-        f" {means.count:,.0f} values a channel are worth {compact(means.effective)} independent ones."
-    ]
+def _counted(setting: Setting) -> list[LayerMeans]:
+    return [means for means in layer_means(setting) if means.count > 0 and not math.isnan(means.effective)]
+
+
+def _with_divergence(settings: Sequence[Setting]) -> list[tuple[Setting, LayerMeans]]:
+    return [(setting, m) for setting in settings for m in layer_means(setting) if not math.isnan(m.kl)]
 
 
 def heat_level(value: float, levels: Sequence[float] = LEVELS) -> int | None:
@@ -242,6 +268,9 @@ def _worth(means: LayerMeans) -> str:
     return f", as those of {compact(means.effective)} independent values would ({means.count:,.0f} were there)"
 
 
+def _at(setting: Setting) -> str:
+    return f" at {place_words(setting.point)}" if setting.point else ""
+
+
 def _name(setting: Setting) -> str:
-    place: Point = setting.point
-    return f"{setting.label} at {place_words(place)}" if place else setting.label
+    return setting.label + _at(setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from syncbn.study.evaluations import FAMILIES, Evaluated
-from syncbn.study.figures import across_axis
+from syncbn.study.figures import LINE_HEIGHT, across_axis, row_label
 from syncbn.study.layers import HEAT, LayerMap
 from syncbn.study.layout import across_label
 from syncbn.study.plots import (
@@ -27,6 +28,7 @@ from syncbn.study.plots import (
     error_axis,
     new_axes,
     put_title,
+    shortened,
     style,
     whisker,
 )
@@ -102,23 +104,23 @@ def kinds_figure(
 def kinds_row_figure(items: Sequence[Evaluated], width: float, families: Sequence[str]) -> Figure:
     """Arms at one place under each kind of statistics: a row an arm."""
     with style():
-        row = 40.0
-        height = row * len(items) + 46
+        wrapped = [textwrap.wrap(item.setting.label, int((width - 34) / 7.4)) or [""] for item in items]
+        row = 40 + LINE_HEIGHT * (max(map(len, wrapped)) - 1)
+        unit, height = 40 / row, row * len(items) + 46
         figure, axes = new_axes(width, height, 10, 14, 4, 42)
         errors = [item.errors[kind].mean for item in items for f in families if (kind := item.largest(f)) is not None]
         error_axis(axes, errors, axis="x")
-        axes.set_ylim(len(items) - 0.4, -0.65)
+        axes.set_ylim(len(items) - 1 + 0.45 * unit, 0.45 * unit - 1)
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("test error" + (" (log scale)" if axes.get_xscale() == "log" else ""))
-        ground = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5}
         for place, item in enumerate(items):
-            name, to_axes = item.setting.label, axes.get_yaxis_transform()
-            axes.text(0, place - 0.36, name, transform=to_axes, va="center", fontweight="bold", bbox=ground)
-            axes.axhline(place + 0.12, color=MUTED, linewidth=0.5, zorder=1)
+            base = place + 0.12 * unit
+            row_label(axes, place - 0.36 * unit, wrapped[place], row)
+            axes.axhline(base, color=MUTED, linewidth=0.5, zorder=1)
             for number, family in enumerate(families):
                 if (kind := item.largest(family)) is not None:
-                    y = place + 0.12 + 0.1 * (number - (len(families) - 1) / 2)
+                    y = base + 0.1 * unit * (number - (len(families) - 1) / 2)
                     _series(axes, [item.errors[kind].mean], [y], FAMILY_MARKS[family], size=6.5)
     return figure
 
@@ -166,10 +168,11 @@ def layers_figure(found: LayerMap) -> Figure:
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
         axes.set_yticks([y + 0.5 for y in range(len(found.rows))], [row.layer for row in found.rows])
-        names = [heading if len(heading) <= 24 else heading[:23] + "…" for heading in found.columns]
+        names = [shortened(heading, 24) for heading in found.columns]
         axes.set_xticks([x + 0.5 for x in range(len(names))], names, rotation=0 if found.arm is not None else 90)
         axes.set_xlabel(found.across)
-        axes.text(0, 1.0, found.title, transform=axes.transAxes, va="bottom", fontweight="bold")
+        title = shortened(found.title, max(8, int((width - left) / 6.6)))
+        axes.text(0, 1.0, title, transform=axes.transAxes, va="bottom", fontweight="bold")
     return figure
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
@@ -178,8 +178,11 @@ def unique_cells(cells: list[Cell]) -> list[Cell]:
 def repeated_cell(study: Study, cells: list[Cell]) -> Cell | None:
     """The cell that the study repeats under real processes; None where it names none."""
     repeat = study.repeat_distributed
-    if repeat is None:
-        return None
+    return None if repeat is None else cell_to_repeat(repeat, cells)
+
+
+def cell_to_repeat(repeat: RepeatDistributed, cells: Sequence[Cell]) -> Cell | None:
+    """The first cell at the place that a repeat names; None where there is none."""
     places = (c for c in cells if (c.arm, c.seed) == (repeat.arm, repeat.seed))
     return next((c for c in places if all(dict(c.point).get(k) == v for k, v in repeat.at.items())), None)
 
@@ -214,6 +217,10 @@ def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: _Parsed)
         values = merge(values, _nested(name, at[name]))
     if study.sweep is not None:
         config = _config(merge(values, _any_place(study.sweep, values)), where, parsed)
+        if study.sweep.kind == "coupled" and at.get(HOLD, study.sweep.hold[0]) == "epochs":
+            epochs = config.budget.epochs
+            if epochs is None:
+                raise ConfigError(f"{where}: budget.epochs", epochs, "a number of epochs, as the sweep holds them")
         values = merge(values, _swept(study.sweep, config, at))
     return _config(values, where, parsed)
 

@@ -93,9 +93,13 @@ def new_axes(width: float, height: float, left: float, right: float, top: float,
 def put_title(figure: Figure, title: str) -> None:
     """A title in the room of :data:`TITLE_HEIGHT` that was left for it at the top."""
     width, height = figure.get_size_inches() * 72
-    most = int(width / 6.6)
-    text = title if len(title) <= most else title[: most - 1].rstrip() + "…"
+    text = shortened(title, int((width - 8) / 7.6))
     figure.text(4 / width, 1 - 12 / height, text, va="center", fontweight="bold", fontsize=11.5)
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters; the page gives the whole of it as the figure's title."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def error_axis(axes: Axes, errors: Sequence[float], axis: str) -> None:
@@ -165,7 +169,13 @@ def inline(svg: str, prefix: str, description: str) -> str:
     svg = _prefixed(svg, prefix)
     for colour, on_page in _PAGE_COLOURS.items():
         svg = svg.replace(colour, on_page)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+    words = html.escape(description)
+    return re.sub(
+        r"<svg([^>]*)>",
+        lambda head: f'<svg role="img" aria-label="{words}"{head[1]}><title>{words}</title>',
+        svg,
+        count=1,
+    )
 
 
 def save_svg(svgs: Sequence[str], path: Path, columns: int = 2) -> None:

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def cells_per_hour(records: Iterable[Record]) -> float | None:
     any are left out if they are longer than ``PAUSE_SECONDS``. So a study that was stopped overnight, or killed, has
     the speed of its sessions. What a killed run had done before it was taken up again does not count as time.
     """
-    spans = sorted((record.started, record.ended) for record in records)
+    spans = sorted((record.started, _end(record)) for record in records)
     busy = 0.0
     until: datetime | None = None
     for started, ended in spans:
@@ -115,6 +115,11 @@ def cells_per_hour(records: Iterable[Record]) -> float | None:
             busy += (ended - until).total_seconds()
             until = ended
     return 3600 * len(spans) / busy if busy > 0 else None
+
+
+def _end(record: Record) -> datetime:
+    """When a run ended; where the clock was set back meanwhile, by the time that the run took."""
+    return record.ended if record.ended >= record.started else record.started + timedelta(seconds=record.seconds)
 
 
 def worker_name() -> str:

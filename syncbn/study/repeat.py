@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,23 +40,29 @@ def repeat_words(
     """One repeat in words.
 
     Args:
-        emulated: the cell's result in one process, if there is one.
-        repeated: its result under ``processes`` processes, if there is one.
+        emulated: the cell's result as the study has it, if there is one.
+        repeated: its result under another number of processes, if there is one.
         label: the arm and the seed, in words.
-        processes: real processes of the repeat.
+        processes: real processes that the repeat was to have, for the words where there is no result.
         message: why the repeat failed, if it did.
     """
     if emulated is None or repeated is None:
         why = f": {message}" if message else ""
         return f"{label} was to be repeated under {processes} real processes; there is nothing to compare{why}."
-    words = f"{label} was run in one process and again under {processes} real processes. "
+    first, again = emulated.processes, repeated.processes
+    words = f"{label} was run {_under(first)} and again {_under(again)}. "
+    if first == again:
+        words += "As both had the same number, that shows no more than that a run can be repeated. "
     if emulated.losses and repeated.losses:
         words += f"{_loss_words(agreement(emulated.losses, repeated.losses))} "
     ends = [
         percent(result.test_error) if result.test_error is not None and result.status == "ok" else "divergence"
         for result in (emulated, repeated)
     ]
-    words += f"They end at {ends[0]} and {ends[1]} test error."
+    if "divergence" in ends:
+        words += "Both diverged." if ends[0] == ends[1] else f"They end at {ends[0]} and {ends[1]}."
+    else:
+        words += f"They end at {ends[0]} and {ends[1]} test error."
     precision = emulated.config.get("precision")
     if precision in ("fp32", "bf16", "fp16"):
         words += (
@@ -65,10 +72,19 @@ def repeat_words(
     return words
 
 
+def _under(processes: int) -> str:
+    return "in one process" if processes == 1 else f"under {processes} real processes"
+
+
 def _loss_words(found: Agreement) -> str:
     if found.largest == 0:
         return "The training losses are the same at every step."
     steps = min(found.steps)
+    if math.isinf(found.largest):
+        lost = f"At step {found.largest_step} of {steps} the training loss of one of the two is no longer finite"
+        if found.largest_step == 1:
+            return f"{lost}."
+        return f"{lost}; before, {_within(found.steps_within, steps, found.tolerance)}."
     within = _within(found.steps_within, steps, found.tolerance)
     return (
         f"The training losses differ by {_small(found.first)} at the first step and by at most {_small(found.largest)},"
@@ -79,7 +95,7 @@ def _loss_words(found: Agreement) -> str:
 def _within(steps: int, of: int, tolerance: float) -> str:
     if steps == of:
         return f"never above {tolerance:g}"
-    return f"the first {steps} steps agree within {tolerance:g}" if steps else f"above {tolerance:g} from the start"
+    return f"they agree within {tolerance:g} up to step {steps}" if steps else f"above {tolerance:g} from the start"
 
 
 def _small(value: float) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syncbn.study.evaluations import evaluated, kinds_of
+from syncbn.study.evaluations import columns_of, evaluated
 from syncbn.study.plan import Cell, Study
 from syncbn.study.words import value_word
 
@@ -42,19 +42,20 @@ def write_csv(
     Errors are fractions; a figure that a run does not have is empty. ``failed`` are keys whose run broke off: their
     status is ``failed`` and not ``missing``. Cells of one key are one run, whose figures stand in each of their lines.
     """
-    kinds = kinds_of(list(results.values()))
+    columns = columns_of(list(results.values()))
     labels = {arm.name: arm.label for arm in study.arms}
     draft = path.with_name(f".{path.name}.{os.getpid()}")  # two study runs may end at once
     with draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         head = ["arm", "label", *study.axes, "seed", "normalization_batch_size", "key", "status"]
-        writer.writerow([*head, *_FIGURES, *(kind.column for kind in kinds)])
+        writer.writerow([*head, *_FIGURES, *(name for name, _ in columns)])
         for cell in cells:
             result = results.get(cell.key)
             place = [cell.arm, labels[cell.arm], *(value_word(value) for _, value in cell.point), cell.seed]
             status = ("failed" if cell.key in failed else "missing") if result is None else result.status
             figures = [getattr(result, name, None) for name in _FIGURES]
-            errors = [evaluated(result, kind) for kind in kinds]
-            values = [*figures, *("" if math.isnan(error) else error for error in errors)]
+            found = [[evaluated(result, kind) for kind in kinds] for _, kinds in columns]
+            errors = [next((error for error in tried if not math.isnan(error)), "") for tried in found]
+            values = [*figures, *errors]
             writer.writerow([*place, cell.config.normalization_batch_size, cell.key, status, *values])
     draft.replace(path)

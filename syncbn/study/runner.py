@@ -13,17 +13,17 @@ Layout of a study's directory::
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from syncbn.study.plan import Cell, RepeatDistributed, Study, unique_cells
+from syncbn.study.plan import Cell, RepeatDistributed, Study, cell_to_repeat, unique_cells
 from syncbn.study.pool import pool_events
 from syncbn.study.progress import Display
 from syncbn.study.records import Record, Records
-from syncbn.study.worker import Events, Job, Reply, Trainer, is_held, load_result, recorded
+from syncbn.study.worker import Events, Job, Reply, Trainer, is_held, load_result, note_failure, recorded
 from syncbn.train.checkpoint import try_lock
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run_cells(
 
     Raises:
         KeyboardInterrupt: after the workers have been stopped, or their jobs cancelled; what was done is kept.
-        ConfigError: records of a newer version, or options that a cluster does not know.
+        ConfigError: records or a result of another version, or options that a cluster does not know.
         ImportError: submitit is not installed.
     """
     jobs = study_jobs(study, cells, out)
@@ -91,7 +91,11 @@ def run_cells(
     records.refresh()
     outcomes = {}
     for job in jobs:
-        record = _found(job, records)
+        try:
+            record = _found(job, records)
+        except OSError as error:
+            outcomes[job.id] = _not_recorded(job, error)
+            continue
         if record is not None:
             outcomes[job.id] = Outcome(job=job, status="kept", result=record.result)
     missing = [job for job in jobs if job.id not in outcomes]
@@ -127,7 +131,19 @@ def study_jobs(study: Study, cells: Sequence[Cell], out: Path) -> list[Job]:
 
 def repeat_id(repeat: RepeatDistributed, cells: Sequence[Cell]) -> str:
     """Name of the repeat under real processes: the key of the cell it repeats, and the number of processes."""
-    return f"{_repeated_cell(repeat, cells).key}-{repeat.processes}"
+    return f"{_cell(repeat, cells).key}-{repeat.processes}"
+
+
+def left_over(study: Study, cells: Sequence[Cell], keys: Iterable[str]) -> str | None:
+    """A note on how many of the records with these keys are of no run of the study; None where there are none."""
+    known = {cell.key for cell in cells}
+    if study.repeat_distributed is not None:
+        known.add(repeat_id(study.repeat_distributed, cells))
+    number = sum(key not in known for key in keys)
+    if not number:
+        return None
+    which = "1 record belongs to a cell that is" if number == 1 else f"{number} records belong to cells that are"
+    return f"{which} no longer in the study"
 
 
 def collect(events: Events, records: Records, display: Display) -> dict[str, Outcome]:
@@ -160,7 +176,7 @@ def _events(
 
 
 def _repeat_job(repeat: RepeatDistributed, cells: Sequence[Cell], out: Path) -> Job:
-    cell = _repeated_cell(repeat, cells)
+    cell = _cell(repeat, cells)
     name = repeat_id(repeat, cells)
     return Job(
         id=name,
@@ -175,9 +191,10 @@ def _repeat_job(repeat: RepeatDistributed, cells: Sequence[Cell], out: Path) -> 
     )
 
 
-def _repeated_cell(repeat: RepeatDistributed, cells: Sequence[Cell]) -> Cell:
-    places = (cell for cell in cells if (cell.arm, cell.seed) == (repeat.arm, repeat.seed))
-    return next(cell for cell in places if dict(cell.point).items() >= repeat.at.items())
+def _cell(repeat: RepeatDistributed, cells: Sequence[Cell]) -> Cell:
+    cell = cell_to_repeat(repeat, cells)
+    assert cell is not None, "checked when the study was read"
+    return cell
 
 
 def _found(job: Job, records: Records) -> Record | None:
@@ -190,8 +207,18 @@ def _found(job: Job, records: Records) -> Record | None:
 
 
 def _outcome(job: Job, reply: Reply, records: Records) -> Outcome:
-    records.refresh()
-    record = _found(job, records)
+    try:
+        records.refresh()
+        record = _found(job, records)
+    except OSError as error:
+        return _not_recorded(job, error)
     if record is not None:
         return Outcome(job=job, status="kept" if reply.status == "kept" else "ran", result=record.result)
     return Outcome(job=job, status="failed", message=reply.message or "the record is gone")
+
+
+def _not_recorded(job: Job, error: OSError) -> Outcome:
+    """The outcome of a job whose record cannot be read or written here (a full disk): the other jobs go on."""
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    note_failure(job.log, message)
+    return Outcome(job=job, status="failed", message=message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,19 +10,24 @@ from matplotlib.figure import Figure
 
 from syncbn.study.captions import (
     arms_caption,
+    chance_words,
     curves_caption,
     diverged_words,
+    fair_words,
     fixed_caption,
+    kinds_words,
+    level_words,
     missing_words,
+    not_shown_words,
     samples_caption,
     shown_words,
     sweep_caption,
 )
 from syncbn.study.causes import cause_words, causes_of, estimator_words
 from syncbn.study.comparisons import Comparisons
-from syncbn.study.evaluations import FAMILIES, evaluated_settings, with_several_samples
+from syncbn.study.evaluations import FAMILIES, Evaluated, evaluated_settings, with_several_samples
 from syncbn.study.figures import arms_figure, extent, sweep_figure
-from syncbn.study.layers import HEAT, LEVELS, PARTS, LayerMap, divergence_maps, effective_map, layer_words
+from syncbn.study.layers import HEAT, LEVELS, MAX_MAPS, PARTS, LayerMap, divergence_maps, effective_map, layer_words
 from syncbn.study.panels import (
     FAMILY_MARKS,
     curve_figure,
@@ -79,6 +84,8 @@ class LayerSection:
     """Ground, ink and meaning of each colour of ``maps``."""
     parts: list[tuple[str, str, str]]
     """The same for ``effective``."""
+    left_out: str
+    """How many maps are not shown."""
     heat: tuple[tuple[str, str], ...] = HEAT
 
 
@@ -118,17 +125,19 @@ def main_section(summary: Summary, marks: Mapping[str, Mark], out: Path) -> Sect
     ]
     lines = [(title[0].upper() + title[1:], " ".join(texts)) for title, texts in said if title and texts]
     words = [text for title, texts in said if not title for text in texts]
-    words += _said(diverged_words(settings), missing_words(settings))
+    words += _said(diverged_words(settings), missing_words(settings), chance_words(settings))
     titled = [f"{described}, {layout.title(panel)}" if layout.title(panel) else described for panel in panels]
     return Section(
         heading=f"Test error against {axis_word(layout.across)}"
         if layout.across is not None
         else "Test error of each arm",
-        reading=[*([fixed_caption(summary)] if sweeps else []), _reading(summary, figures[0])],
+        reading=_said(
+            fixed_caption(summary) if sweeps else "", _reading(summary, figures[0]), fair_words(summary.study)
+        ),
         figures=[inline(svg, f"e{i}", text) for i, (svg, text) in enumerate(zip(svgs, titled, strict=True))],
         wide=inline(wide_svg, "ew", described) if wide_svg else "",
         words=words,
-        lines=lines[:SHOWN_PANELS],
+        lines=lines,
     )
 
 
@@ -149,35 +158,55 @@ def estimation_section(summary: Summary, out: Path) -> Section | None:
     if not items:
         return None
     families = used_families(items.values())
-    limits = [error.mean for item in items.values() for error in item.errors.values()]
-    wide = ""
+    described, wide = "Test error by kind of statistics", ""
     if summary.layout.across is None:
         here = list(items.values())
-        figures = [kinds_row_figure(here, NARROW, families)]
+        drawn = [(described, kinds_row_figure(here, NARROW, families))]
         wide = svg_of(kinds_row_figure(here, WIDE, families))
     else:
-        traces = [
-            [(i, items[arm.name, s.point]) for i, s in summary.across(arm.name, panel) if (arm.name, s.point) in items]
-            for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference)
-        ]
-        figures = [kinds_figure(summary, trace, limits, families) for trace in traces if trace][:MAX_PANELS]
-    svgs = [svg_of(figure) for figure in figures]
+        drawn = _kinds_figures(summary, panel, items, families)
+    svgs = [svg_of(figure) for _, figure in drawn[:MAX_PANELS]]
     save_svg([wide] if wide else svgs, out / "estimation.svg")
-    inlined = [inline(svg, f"k{i}", "Test error by kind of statistics") for i, svg in enumerate(svgs)]
-    skewed = any(
-        (run.config.get("data") or {}).get("class_skew", 1) > 1 for i in items.values() for run in i.setting.runs
-    )
-    leak = (
-        "Under class skew the test batches are in class order too, as the training's were: their own statistics then "
-        "give away something about the class, which inference does not have."
+    inlined = [inline(svg, f"k{i}", title) for i, (svg, (title, _)) in enumerate(zip(svgs, drawn, strict=False))]
+    words = _said(
+        not_shown_words(len(drawn) - len(svgs), "arm"),
+        kinds_words(families),
+        estimator_words(items),
+        _leak_words(items.values()) if "batch" in families else "",
+        shown_words(summary, panel),
     )
     return Section(
         figures=inlined[:SHOWN_PANELS],
         more=inlined[SHOWN_PANELS:],
-        wide=inline(wide, "kw", "Test error by kind of statistics") if wide else "",
+        wide=inline(wide, "kw", described) if wide else "",
         legend=[(FAMILY_MARKS[f].glyph, FAMILY_MARKS[f].page_colour, FAMILIES[f]) for f in families],
         lines=cause_words(causes_of(summary, items)),
-        words=_said(estimator_words(items), leak if skewed else "", shown_words(summary, panel)),
+        words=words,
+    )
+
+
+def _kinds_figures(
+    summary: Summary, panel: Point, items: Mapping[tuple[str, Point], Evaluated], families: Sequence[str]
+) -> list[tuple[str, Figure]]:
+    """A figure an arm, the reference's first, each with a description."""
+    limits = [error.mean for item in items.values() for error in item.errors.values()]
+    found = []
+    for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
+        along = summary.across(arm.name, panel)
+        trace = [(i, items[arm.name, s.point]) for i, s in along if (arm.name, s.point) in items]
+        if trace:
+            title = f"Test error by kind of statistics, {arm.label}"
+            found.append((title, kinds_figure(summary, trace, limits, families)))
+    return found
+
+
+def _leak_words(items: Iterable[Evaluated]) -> str:
+    skews = [(run.config.get("data") or {}).get("class_skew") or 1 for item in items for run in item.setting.runs]
+    if max(skews, default=1) == 1:
+        return ""
+    return (
+        "Under class skew the test batches are in class order too, as the training's were: their own statistics then "
+        "give away something about the class, which inference does not have."
     )
 
 
@@ -185,15 +214,21 @@ def samples_section(summary: Summary, out: Path) -> Section | None:
     """Error against the images that population statistics are of; None where only one number of them was tried."""
     every = evaluated_settings(summary)
     point = summary.study.comparison_point()
-    items = with_several_samples([item for item in every.values() if item.setting.point == point])[:MAX_PANELS]
+    found = with_several_samples([item for item in every.values() if item.setting.point == point])
+    items = found[:MAX_PANELS]
     if not items:
         return None
     limits = [error.mean for item in items for error in item.errors.values()]
     svgs = [svg_of(samples_figure(item, limits)) for item in items]
     save_svg(svgs, out / "samples.svg")
-    inlined = [inline(svg, f"n{i}", "Test error by samples of the population") for i, svg in enumerate(svgs)]
-    words = [samples_caption(items), shown_words(summary, point)]
-    return Section(figures=inlined[:SHOWN_PANELS], more=inlined[SHOWN_PANELS:], words=[text for text in words if text])
+    described = "Test error by images in the population statistics"
+    inlined = [
+        inline(svg, f"n{i}", f"{described}, {item.setting.label}")
+        for i, (svg, item) in enumerate(zip(svgs, items, strict=True))
+    ]
+    left = not_shown_words(len(found) - len(items), "arm")
+    words = _said(left, samples_caption(items), shown_words(summary, point), level_words(items))
+    return Section(figures=inlined[:SHOWN_PANELS], more=inlined[SHOWN_PANELS:], words=words)
 
 
 def layer_section(summary: Summary, out: Path) -> LayerSection | None:
@@ -205,7 +240,8 @@ def layer_section(summary: Summary, out: Path) -> LayerSection | None:
     ends = [f"below {LEVELS[0]:g}", *(f"from {level:g}" for level in LEVELS)]
     parts = [f"below {PARTS[0]:g}", *(f"from {level:,g}" for level in PARTS)]
     return LayerSection(
-        maps=maps,
+        maps=maps[:MAX_MAPS],
+        left_out=not_shown_words(len(maps) - MAX_MAPS, "arm"),
         effective=effective_map(summary),
         words=layer_words(summary),
         scale=[(ground, ink, text) for (ground, ink), text in zip(HEAT, ends, strict=True)],
@@ -239,10 +275,14 @@ def curve_section(summary: Summary, comparisons: Comparisons, marks: Mapping[str
 
 def cost_section(summary: Summary, comparisons: Comparisons, out: Path) -> CostSection | None:
     """Speed and memory; None where nothing was run."""
-    costs, words = costs_of(comparisons.settings), study_speed_words(out)
+    costs, words = costs_of(comparisons.settings), study_speed_words(out, _keys(summary))
     if costs is None and not words:
         return None
     return CostSection(costs=costs, words=_said(shown_words(summary, comparisons.point), *words))
+
+
+def _keys(summary: Summary) -> set[str]:
+    return {key for setting in summary.settings.values() for key in setting.keys}
 
 
 def _reading(summary: Summary, figure: Figure) -> str:

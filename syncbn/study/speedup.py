@@ -111,14 +111,12 @@ def _steps(config: RunConfig, steps: int) -> RunConfig:
 
 def _train(pipes: list[Connection], config: RunConfig) -> list[float]:
     """Images a second of each worker, all at the same time."""
-    for pipe in pipes:
-        pipe.send(config)
-    answers = []
-    for pipe in pipes:
-        try:
-            answers.append(pipe.recv())
-        except (EOFError, OSError):
-            raise MeasurementError("a worker process died") from None
+    try:
+        for pipe in pipes:
+            pipe.send(config)
+        answers = [pipe.recv() for pipe in pipes]
+    except (EOFError, OSError):
+        raise MeasurementError("a worker process died") from None
     failed = next((answer for answer in answers if isinstance(answer, str)), None)
     if failed is not None:
         raise MeasurementError(failed)

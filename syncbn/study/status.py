@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from syncbn.study.plan import Cell, Study, study_cells
 from syncbn.study.progress import duration
 from syncbn.study.records import Record, cells_per_hour, read_records
-from syncbn.study.runner import Outcome, study_jobs
+from syncbn.study.runner import Outcome, left_over, study_jobs
 from syncbn.study.study_file import load_study
 from syncbn.study.worker import Job, failure, is_held, load_result
 from syncbn.train.config import ConfigError
@@ -35,21 +35,20 @@ class JobState:
 
 
 def study_state(study: Study, cells: Sequence[Cell], out: Path) -> tuple[list[JobState], dict[str, Record]]:
-    """Where each run of a study stands, the repeat under real processes last, and the records of those that are done.
+    """Where each run of a study stands, the repeat under real processes last, and all records in its folder.
 
     Raises:
-        ConfigError: records of a newer version.
+        ConfigError: records or a result of another version.
     """
     records = read_records(out)
-    jobs = study_jobs(study, cells, out)
-    return [_state(job, records.get(job.id)) for job in jobs], {j.id: records[j.id] for j in jobs if j.id in records}
+    return [_state(job, records.get(job.id)) for job in study_jobs(study, cells, out)], records
 
 
 def study_outcomes(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, Outcome]:
     """The outcomes of what was run so far, as :func:`syncbn.study.runner.run_cells` returns them; nothing is run.
 
     Raises:
-        ConfigError: records of a newer version.
+        ConfigError: records or a result of another version.
     """
     outcomes = {}
     for found in study_state(study, cells, out)[0]:
@@ -71,12 +70,13 @@ def print_status(config: str, out: Path) -> int:
         0.
 
     Raises:
-        ConfigError: a mistake in the study, or records of a newer version.
+        ConfigError: a mistake in the study, or records or a result of another version.
     """
     study = load_study(config)
     if out.exists() and not out.is_dir():
         raise ConfigError("out", str(out), "a folder")
-    states, records = study_state(study, study_cells(study), out)
+    cells = study_cells(study)
+    states, records = study_state(study, cells, out)
     groups = {
         kind: [s for s in states if s.state == kind] for kind in ("done", "running", "failed", "begun", "missing")
     }
@@ -87,7 +87,10 @@ def print_status(config: str, out: Path) -> int:
     print(f"failed   {len(groups['failed']):4}" + (", to be tried again" if groups["failed"] else ""))
     begun = len(groups["begun"])
     print(f"missing  {len(groups['missing']) + begun:4}" + (f", {begun} of them begun and cut off" if begun else ""))
-    print(_speed(records, len(states) - len(groups["done"])))
+    ours = {s.job.id: records[s.job.id] for s in states if s.job.id in records}
+    print(_speed(ours, len(states) - len(groups["done"])))
+    if note := left_over(study, cells, records):
+        print(note)
     for kind, members in (("running", groups["running"]), ("diverged", diverged)):
         for found in members:
             print(f"{kind}: {found.job.label}")

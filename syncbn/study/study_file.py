@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
+from syncbn.study.overlaps import check_overlaps
 from syncbn.study.plan import (
     Arm,
     Cell,
@@ -34,12 +35,18 @@ _PROCESSES = 2
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's own rule for a key given twice is that the last one wins; here that would drop an arm without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [child.value for child, _ in node.value if isinstance(child, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # As the file has it: later, the keys that `<<` brings stand beside those that replace them.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for child, _ in node.value:
+            if not isinstance(child, yaml.ScalarNode) or child.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (child.tag, child.value) in seen:
+                problem = f"key {child.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, child.start_mark)
+            seen.add((child.tag, child.value))
+        return node
 
 
 def load_study(path_or_name: str | Path) -> Study:
@@ -55,7 +62,7 @@ def load_study(path_or_name: str | Path) -> Study:
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise ConfigError(str(path), re.sub(r"\s+", " ", str(error)), "a YAML file") from None
     return study_from_dict(content, str(path))
 
@@ -83,6 +90,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     _require(bool(arms), f"{source}: arms", arms, "at least one arm")
     seeds_ok = isinstance(seeds, list) and bool(seeds) and all(type(s) is int for s in seeds)
     _require(seeds_ok and len(set(seeds)) == len(seeds), f"{source}: seeds", seeds, "a list of different integers")
+    _require(all(0 <= s < 2**31 for s in seeds), f"{source}: seeds", seeds, "integers from 0 to 2^31 - 1")
     sweep = _sweep(data.get("sweep"), f"{source}: sweep")
     study = Study(
         name=_text(data["name"], f"{source}: name"),
@@ -99,6 +107,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     references = [arm.name for arm in study.arms if arm.reference]
     _require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
     _check_places(study, source)
+    check_overlaps(study, source)
     cells = study_cells(study, source)
     if study.repeat_distributed is None:
         return _with_default_repeat(study, cells)
@@ -197,7 +206,7 @@ def _comparisons(content: object, where: str) -> Comparisons:
     data = _mapping(content, where, optional=("at", "arms"))
     arms = data.get("arms")
     _require(arms is None or isinstance(arms, list), f"{where}.arms", arms, "a list of arms")
-    return Comparisons(at=_mapping(data.get("at", {}), f"{where}.at"), arms=None if arms is None else tuple(arms))
+    return Comparisons(at=_place(data.get("at", {}), f"{where}.at"), arms=None if arms is None else tuple(arms))
 
 
 def _repeat(content: object, source: str) -> RepeatDistributed | None:
@@ -207,7 +216,7 @@ def _repeat(content: object, source: str) -> RepeatDistributed | None:
     data = _mapping(content, where, required=("arm", "seed", "processes"), optional=("at",))
     processes = data["processes"]
     _require(type(processes) is int and processes >= 2, f"{where}.processes", processes, "2 or more")
-    at = _mapping(data.get("at", {}), f"{where}.at")
+    at = _place(data.get("at", {}), f"{where}.at")
     return RepeatDistributed(arm=data["arm"], seed=data["seed"], processes=processes, at=at)
 
 
@@ -293,8 +302,20 @@ def _values(content: object, where: str) -> tuple[Value, ...]:
     plain = isinstance(content, list) and all(isinstance(v, int | float | str | bool | None) for v in content)
     if not isinstance(content, list) or not plain or not content:
         raise ConfigError(where, content, "a list of at least one value")
-    _require(len(set(map(repr, content))) == len(content), where, content, "values that differ")
-    return tuple(content)
+    values = tuple(map(_number, content))
+    _require(len({(type(v) is bool, v) for v in values}) == len(values), where, content, "values that differ")
+    return values
+
+
+def _place(content: object, where: str) -> dict[str, Value]:
+    return {axis: _number(value) for axis, value in _mapping(content, where).items()}
+
+
+def _number(value: Any) -> Any:
+    """The number that a text stands for, else the value itself: YAML takes 1e-3, without a point, for a text."""
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.ASCII | re.I):
+        return value
+    return int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
 
 
 def _positive(value: object, where: str) -> int:

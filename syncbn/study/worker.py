@@ -6,6 +6,7 @@ A job's log says what became of each attempt, in lines that begin with ``MARK``:
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from syncbn.study.records import Record, Records
 from syncbn.train.checkpoint import try_lock
+from syncbn.train.config import ConfigError
 from syncbn.train.config_io import save_config
 
 if TYPE_CHECKING:
@@ -99,13 +101,23 @@ Events = Generator[Event | None, None, None]
 
 
 def load_result(directory: Path) -> RunResult | None:
-    """The result in a run's directory; None where there is none or a half-written one, which is the same as none."""
+    """The result in a run's directory; None where there is none or a half-written one, which is the same as none.
+
+    Raises:
+        ConfigError: a whole result that this version cannot read.
+        OSError: it is there and cannot be read.
+    """
     from syncbn.train.result import RunResult
 
+    path = directory / "result.json"
     try:
-        return RunResult.from_json(directory / "result.json")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return RunResult.from_json(path)
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None
+    except (TypeError, KeyError, AttributeError) as error:
+        # Not to be taken for a half-written one: the run would be done again, over what another version can read.
+        expected = f"a result that this version of syncbn can read ({type(error).__name__}: {error})"
+        raise ConfigError(f"result of {directory.name}", str(path), expected) from None
 
 
 def attempt(job: Job, trainer: Trainer, records: Records) -> Reply:

@@ -198,13 +198,16 @@ class EvaluationConfig:
     """What is evaluated after training, besides the running statistics (a norm with batch statistics)."""
 
     batch: bool = True
-    """Evaluate with the test batches' own statistics, cut and ordered as in training."""
+    """Evaluate with the test batches' own statistics, cut and ordered as in training (not with `renorm`, which brings
+    them back to the running ones)."""
     population_samples: list[int] = field(default_factory=lambda: [1024])
     """Evaluate with population statistics recomputed over this many training images, by both estimators, for each
-    number in turn; none for an empty list. A number above the training set's size stands for all of it."""
+    number in turn; none for an empty list. A number is rounded up to whole global batches, and cut to those that the
+    training set has."""
 
     def __post_init__(self) -> None:
         samples = self.population_samples
+        require(isinstance(samples, list), "evaluation.population_samples", samples, "a list of positive integers")
         rising = all(n >= 1 for n in samples) and samples == sorted(set(samples))
         require(rising, "evaluation.population_samples", samples, "rising positive integers, or an empty list")
 

@@ -47,7 +47,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """Build a configuration from nested dictionaries; what is missing has its default. Raises ConfigError."""
+    _check_sections(values, RunConfig)
     return _parse(lambda parser: parser.parse_object(values))
+
+
+def _check_sections(values: Any, kind: type, key: str = "") -> None:
+    """jsonargparse takes a section that is no mapping for one of its own objects, and fails in many ways."""
+    if not isinstance(values, dict):
+        raise ConfigError(key or "config", values, "a mapping")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and is_dataclass(hints[name]):
+            _check_sections(value, hints[name], f"{key}.{name}" if key else name)
 
 
 @lru_cache(maxsize=1)  # making it costs a hundred times what parsing does, and a study parses hundreds of runs

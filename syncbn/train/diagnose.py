@@ -75,15 +75,22 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
         load_weights(run.model, weights)
         run.model.to(run.device, run.dtype)
         samples = min(samples, len(run.data.train))
-        chosen = sorted({*(sizes or _powers(config.global_batch_size)), size})
-        chosen = [s for s in chosen if s <= samples]
+        if size > samples:
+            raise ConfigError("samples", samples, f"at least {size}, the normalization batch of the run")
+        chosen = [s for s in sorted({*(sizes or _powers(config.global_batch_size)), size}) if s <= samples]
         error, loss, _ = evaluate(
             run.model, run.data.test, config.budget.eval_batch_size, Placement(), run.device, run.dtype
         )
         evaluations, _ = evaluate_statistics(run, {"test_error": error, "test_loss": loss})
         skew = config.data.class_skew
-        layers = {s: _divergences(run, s, samples, skew) for s in chosen}
-        shuffled = layers[size] if skew == 1 or size not in layers else _divergences(run, size, samples, 1)
+        layers = {}
+        for s in chosen:
+            try:
+                layers[s] = _divergences(run, s, samples, skew)
+            except ValueError as error:  # too few values for a variance, as in a network that ends in 1x1 maps
+                if s == size or sizes is not None:
+                    raise ConfigError("sizes", s, f"a batch that every layer can normalize ({error})") from error
+        shuffled = layers[size] if skew == 1 else _divergences(run, size, samples, 1)
     return Diagnosis(config=config, samples=samples, evaluations=evaluations, layers=layers, shuffled=shuffled)
 
 
@@ -149,9 +156,9 @@ def _of_mismatch(found: Diagnosis) -> list[str]:
     if batch is None or best - batch <= MATTERS:
         return []
     return [
-        f"Mismatch: with the statistics of its own batches of {found.trained_at} the error is {_percent(batch)}, with any "
-        f"fixed ones at least {_percent(best)}. The model reads something from which samples share a batch, and loses it "
-        "at inference: train with larger normalization batches, BatchRenorm or GroupNorm."
+        f"Mismatch: with the statistics of its own batches of {found.trained_at} the error is {_percent(batch)}, with "
+        f"any fixed ones at least {_percent(best)}. The model reads something from which samples share a batch, and "
+        "loses it at inference: train with larger normalization batches, BatchRenorm or GroupNorm."
     ]
 
 

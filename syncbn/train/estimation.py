@@ -32,7 +32,8 @@ def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[Layer
     if not run.norms:
         return found, []
     wanted = run.config.evaluation
-    if wanted.batch:
+    # Renormalized, a batch is brought back to the running statistics: that would be no second opinion.
+    if wanted.batch and run.config.norm.name != "renorm":
         found.append(_entry("batch", *_with_batch_statistics(run)))
     layers: list[LayerDivergence] = []
     population = Population(run.model)
@@ -53,8 +54,8 @@ def _entry(
 
 
 def _evaluate(run: Run) -> tuple[float, float, int]:
-    size = run.config.budget.eval_batch_size
-    return evaluate(run.model, run.data.test, size, run.layout.placement, run.device, run.dtype)
+    size, workers = run.config.budget.eval_batch_size, run.config.data.workers
+    return evaluate(run.model, run.data.test, size, run.layout.placement, run.device, run.dtype, workers)
 
 
 def _with_batch_statistics(run: Run) -> tuple[float | None, float | None]:
@@ -67,12 +68,9 @@ def _with_batch_statistics(run: Run) -> tuple[float | None, float | None]:
     order = epoch_order(test.labels, c.data.class_skew, c.seed, 0).tolist()
     batches = list(_cut(run, [(0, i) for i in order]))
     with batch_statistics(run.model):
-        try:
-            loaded = _loaded(run, test, batches)
-            error, loss, _ = count_errors(run.model, loaded, run.layout.placement, run.device, run.dtype)
-        except ValueError:  # on all processes or on none
-            return None, None
-    return error, loss
+        loaded = _loaded(run, test, batches)
+        error, loss, count = count_errors(run.model, loaded, run.layout.placement, run.device, run.dtype)
+    return (error, loss) if count else (None, None)
 
 
 def _gather(run: Run, population: Population) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -23,16 +24,23 @@ def shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list
 
 
 def evaluate(
-    model: nn.Module, images: Images, batch_size: int, placement: Placement, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    images: Images,
+    batch_size: int,
+    placement: Placement,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int = 0,
 ) -> tuple[float, float, int]:
     """Error (fraction wrong), mean cross entropy, and the number of images counted, over all processes.
 
-    The model is put into evaluation mode for the time; a test image is in exactly one process's share.
+    The model is put into evaluation mode for the time; a test image is in exactly one process's share. ``workers`` is
+    the number of loader processes for images that are not held in memory.
     """
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        loaded = batch_loader(images, shares(len(images), batch_size, placement), workers=0)
+        loaded = batch_loader(images, shares(len(images), batch_size, placement), workers)
         error, loss, count = count_errors(model, loaded, placement, device, dtype)
     finally:
         for module, mode in was_training.items():
@@ -51,17 +59,28 @@ def count_errors(
 ) -> tuple[float, float, int]:
     """As :func:`evaluate`, in the model's present mode, over this process's images and labels of each batch.
 
-    An empty share is not shown to the model in evaluation mode; in training mode its layers may wait for it.
+    An empty share is not shown to the model in evaluation mode; in training mode its layers may wait for it. In that
+    mode a last, smaller batch may leave some logical GPU with one value a channel, which has no variance. Only the
+    processes that share statistics with that GPU find this, and the others have collectives to come, so all go on to
+    the end, and the figures are NaN, and the count 0, on all of them.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # wrong, loss, count
-    communicates = any(module.training for module in model.modules())
+    training = any(module.training for module in model.modules())
     for x, y in loaded:
-        if len(y) or communicates:
-            totals += _batch_totals(model(x.to(device, dtype)), y.to(device))
+        if not (len(y) or training):
+            continue
+        try:
+            logits = model(x.to(device, dtype))
+        except ValueError:
+            if not training:
+                raise
+            totals += math.nan
+        else:
+            totals += _batch_totals(logits, y.to(device))
     if placement.processes > 1:
         dist.all_reduce(totals)
     wrong, loss, count = totals.tolist()
-    return wrong / count, loss / count, int(count)
+    return (math.nan, math.nan, 0) if math.isnan(count) else (wrong / count, loss / count, int(count))
 
 
 def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:

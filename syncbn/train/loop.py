@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -228,8 +229,8 @@ def _flush(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    size = run.config.budget.eval_batch_size
-    error, loss, count = evaluate(run.model, run.data.test, size, run.layout.placement, run.device, run.dtype)
+    size, workers = run.config.budget.eval_batch_size, run.config.data.workers
+    error, loss, count = evaluate(run.model, run.data.test, size, run.layout.placement, run.device, run.dtype, workers)
     recent = run.progress.losses[-run.schedule.steps_per_epoch :]
     entry = {
         "epoch": run.progress.epoch,
@@ -258,10 +259,12 @@ def _checkpoint(run: Run, out: Path) -> None:
 
 def _result(run: Run) -> RunResult:
     done = run.progress
-    final = {} if done.diverged else done.history[-1]
-    evaluations, layers = ([], []) if done.diverged else evaluate_statistics(run, final)
+    # The training losses are from before each step: what the last one did to the weights shows in the evaluation.
+    diverged = done.diverged or not math.isfinite(done.history[-1]["test_loss"])
+    final = {} if diverged else done.history[-1]
+    evaluations, layers = ([], []) if diverged else evaluate_statistics(run, final)
     return RunResult(
-        status="diverged" if done.diverged else "ok",
+        status="diverged" if diverged else "ok",
         test_error=final.get("test_error"),
         test_loss=final.get("test_loss"),
         steps=done.step,

@@ -152,6 +152,8 @@ def adapt_model(model: nn.Module, config: NormConfig, layout: Layout) -> nn.Modu
                 "norm.affine", False, "true with a torchvision model, whose layers have a weight and bias"
             )
         return convert(model, _KINDS[config.name], momentum=config.momentum, **layer_options(config, layout))
+    if config.name == "nf" and not _residual_ends(model):
+        raise ConfigError("norm.name", "nf", "a ResNet, whose branches can begin at zero, or another norm")
     make = norm_factory(config, layout)
     for parent, name, child in _children(model):
         if isinstance(child, _BatchNorm):

@@ -47,13 +47,17 @@ def one_cycle(step: int, total: int, rise: float = 0.3, start: float = 1 / 25, e
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, with normalization parameters and biases (all that has one dimension) in a group of their own."""
+    """The optimizer, with normalization parameters and biases (all that has one value a channel) in a group of its own.
+
+    The lengths of weight normalization and the gains of scaled weight standardization are such parameters too; they
+    are kept as (C, 1, 1, 1).
+    """
     c = config.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat_decay = c.weight_decay if c.decay_norm_and_bias else 0.0
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": flat_decay},
+        {"params": [p for p in parameters if p.numel() != len(p)], "weight_decay": c.weight_decay},
+        {"params": [p for p in parameters if p.numel() == len(p)], "weight_decay": flat_decay},
     ]
     groups = [g for g in groups if g["params"]]
     lr = peak_lr(config)

@@ -91,3 +91,14 @@ def test_mistaken_sizes(run):
         diagnose(run[0], samples=1)
     with pytest.raises(ConfigError, match="batch sizes"):
         diagnose(run[0], sizes=[0])
+
+
+def test_networks_that_end_in_single_values(tmp_path):
+    """1x1 maps: a batch of one has no variance, so the default sizes begin at two; asked for, it is a mistake."""
+    config = {**RUN, "model": {"name": "resnet18"}, "budget": {"epochs": None, "steps": 1}}
+    train(config_from_dict(config), tmp_path)
+    assert min(diagnose(tmp_path, samples=32).layers) == 2
+    with pytest.raises(ConfigError, match="sizes: got 1, expected a batch that every layer can normalize"):
+        diagnose(tmp_path, samples=32, sizes=[1])
+    with pytest.raises(ConfigError, match="samples: got 3, expected at least 4"):
+        diagnose(tmp_path, samples=3)

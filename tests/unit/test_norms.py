@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.train.config import ConfigError, ModelConfig, NormConfig, RunConfig
+from syncbn.train.config import ConfigError, ModelConfig, NormConfig, OptimizerConfig, RunConfig
 from syncbn.train.logical import Layout, Placement
 from syncbn.train.models import build_model
 from syncbn.train.moving_average import MovingAverageBatchNorm
 from syncbn.train.norm_config import BATCH_NORMS
 from syncbn.train.norms import adapt_convolutions, adapt_model, clip_gradients, norm_factory
+from syncbn.train.optim import make_optimizer
 
 OPTIONS = {
     "ghost": {"ghost_batch_size": 2},
@@ -114,6 +115,20 @@ def test_moving_averages_begin_as_the_layers_they_replace():
     assert layer.running_second_moment.shape == (2, 64)
     assert model.layer1[0].conv1.bias is None
     assert model.layer1[0].conv1.weight.mean((1, 2, 3)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["nf", "weight"])
+def test_gains_and_lengths_decay_as_norm_parameters_do(name):
+    model, _ = build(name)
+    optimizer = OptimizerConfig(weight_decay=0.1, decay_norm_and_bias=False)
+    groups = make_optimizer(RunConfig(optimizer=optimizer), model).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert len(groups[0]["params"]) == 7, "six convolutions and the linear layer"
+
+
+def test_normalizer_free_is_for_networks_whose_branches_can_begin_at_zero():
+    with pytest.raises(ConfigError, match=r"norm\.name: got 'nf', expected a ResNet"):
+        build("nf", "mobilenet_v2")
 
 
 def test_adaptive_clipping_bounds_each_unit():

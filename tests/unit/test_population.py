@@ -146,3 +146,43 @@ def test_empty_groups_count_for_nothing():
     sums.add(count, mean, var)
     assert float(sums.count) == 4
     assert sums.divergence("x", None).count == 4
+
+
+def test_a_batch_that_is_not_finite_is_left_out():
+    model, truth = network(), network()
+    data = batches()
+    spoilt = [*data[:2], data[2].index_fill(3, torch.tensor([0]), torch.inf), data[3]]
+    update_population_statistics(model, spoilt)
+    update_population_statistics(truth, [*data[:2], data[3]])
+    torch.testing.assert_close(model[1].running_var, truth[1].running_var)
+    assert model[5].running_mean.isfinite().all()
+    with pytest.raises(ValueError, match="finite values"):
+        update_population_statistics(model, [torch.full((2, 3, 7, 7), torch.nan, dtype=torch.float64)])
+
+
+def test_only_the_layers_that_are_wanted():
+    model = network()
+    before = model[1].running_mean.clone()
+    found = update_population_statistics(model, batches(), where=lambda name, layer: name == "5")
+    assert list(found) == ["5"]
+    assert torch.equal(model[1].running_mean, before)
+    assert not torch.equal(model[5].running_mean, torch.zeros(4, dtype=torch.float64))
+
+
+def test_layers_that_evaluation_does_not_reach_are_left_alone():
+    model = nn.ModuleDict({"used": nn.BatchNorm2d(3), "spare": nn.BatchNorm2d(3)})
+    model.forward = lambda x: model["used"](x)
+    update_population_statistics(model, [torch.randn(4, 3, 2, 2) + 7])
+    assert torch.equal(model["spare"].running_var, torch.ones(3))
+    assert model["used"].running_mean.min() > 5
+
+
+def test_observers_nest():
+    layer = syncbn.SyncBatchNorm(2)
+    outer = Population(layer)
+    with outer.observing():
+        with batch_statistics(layer):
+            layer(torch.randn(4, 2))
+        layer(torch.randn(8, 2))
+    assert float(outer.statistics()[""].count) == 8
+    assert layer.num_batches_tracked == 0

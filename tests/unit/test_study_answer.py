@@ -119,13 +119,52 @@ def test_diverged_arm_and_missing_runs_are_in_the_words():
     group = [0.05, *around(0.15)[1:7], "diverged"]
     errors = {"batch": around(0.4), "sync": [*around(0.1)[:7], "missing"], "group": group}
     headline, support, caveat = told(study, errors)
-    assert headline.startswith("SyncBatchNorm has the lowest error: ")
+    assert headline.startswith("Interim, nothing is claimed: for 1 of the 2 comparisons 7 of 8 planned pairs")
     assert "No claim where runs diverged: GroupNorm (1 of 8)." in support
     assert "1 of 23 runs diverged; they are counted, and no part of any mean." in caveat
     assert "Incomplete: 1 of 24 runs have no result." in caveat
     summary = summary_with(study, errors)
     lines = {line.arm: line for line in comparison_lines(comparisons_of(summary))}
     assert (lines["group"].difference, lines["group"].verdict) == ("–", "no claim: diverged in 1 run")
+
+
+def test_nothing_is_claimed_before_all_planned_runs_have_ended():
+    study = plain_study(seeds=8)
+    sync = [0.1] * 7  # the reference's mean over these seeds is 40.1 %, over all 8 it would be 45.1 %
+    reference = [*around(0.4)[:7], 0.8]
+    errors = {"batch": reference, "sync": [*sync, "missing"], "group": around(0.2)}
+    headline, support, caveat = told(study, errors)
+    # The other comparison is complete; the one that is not counts as the least clear in its correction.
+    assert headline.startswith("GroupNorm has the lowest error of those shown to differ so far: 20.1 %")
+    assert "p = 0.016, corrected for 2 comparisons" in support
+    assert "SyncBatchNorm's mean is lower still (10.0 %), but runs of it are missing." in support
+    assert caveat.startswith("Means over 7 to 8 seeds of 8 planned, each paired")
+    lines = {line.arm: line for line in comparison_lines(comparisons_of(summary_with(study, errors)))}
+    assert lines["sync"].verdict.replace("\N{NO-BREAK SPACE}", " ") == (
+        "interim, no claim: 7 of 8 pairs of runs; the reference's mean over these seeds is 40.1 %"
+    )
+    assert (lines["sync"].p, lines["sync"].p_corrected) == ("–", "–")
+    assert lines["group"].verdict == "lower error"
+    headline, support, _ = told(study, {**errors, "batch": [*reference[:7], "missing"]})
+    assert headline == (
+        "Interim, nothing is claimed: for 2 of the 2 comparisons 7 of 8 planned pairs of runs have a result."
+    )
+    assert support.startswith("Described, not claimed: SyncBatchNorm has the lowest mean, 10.0 %, 30.1 points")
+    assert "that of the reference, Local BatchNorm (40.1 %)" in support
+    assert "Means are over the pairs that finished." in support
+    assert support.endswith("finds differences by chance more often than it says.")
+
+
+def test_a_difference_that_is_shown_beside_an_interval_with_0_is_explained():
+    study = plain_study(seeds=8, arms=("batch", "sync"))
+    errors = {"batch": [0.11] * 7 + [0.9], "sync": [0.1] * 8}  # all differences have one sign, one is far out
+    _, support, _ = told(study, errors)
+    assert "p = 0.008; by the sign-flip test of the mean difference: Student's t interval is another" in support
+    (line,) = comparison_lines(comparisons_of(summary_with(study, errors)))
+    assert line.verdict == (
+        "lower error: shown by the sign-flip test of the mean difference; Student's t, another method, leaves 0 "
+        "possible"
+    )
 
 
 def test_diverged_reference_leaves_nothing_to_measure():

@@ -6,11 +6,14 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+import study_fakes
 from study_fakes import fake_result, small_study
 
-from syncbn.study import cost
+from syncbn.cli import main
+from syncbn.study import commands, cost, status
 from syncbn.study.plan import study_cells, unique_cells
 from syncbn.study.records import Records
+from syncbn.study.runner import left_over, repeat_id
 from syncbn.train.config_io import config_from_dict
 
 
@@ -31,6 +34,20 @@ def clock(monkeypatch):
 def test_the_beginning_does_not_count(clock):
     assert cost.timed(config_from_dict({})) == pytest.approx(6.0)
     assert [steps for _, steps in clock] == [3, 6]
+
+
+@pytest.mark.parametrize(("step", "steps"), [(10.0, 6), (0.1, 18), (0.001, 60), (0.0, 60)])
+def test_the_longer_training_takes_about_a_second_and_a_half_more(monkeypatch, step, steps):
+    asked = []
+
+    def train(config, out):
+        asked.append(config.budget.steps)
+        return SimpleNamespace(seconds=step * config.budget.steps)
+
+    monkeypatch.setattr(cost, "train", train)
+    monkeypatch.setattr(cost, "steps_of", lambda config: 100)
+    assert cost.timed(config_from_dict({})) == pytest.approx(100 * step)
+    assert asked == [3, steps]
 
 
 def test_a_clock_that_runs_backwards(monkeypatch):
@@ -54,8 +71,9 @@ def test_a_plan_counts_what_is_done_and_times_each_setting_once(clock, tmp_path,
     assert "per_gpu_batch_size: 1, 2" in printed
     assert "  group: 2 runs for 4 cells, no batch statistics" in printed
     assert "8 cells, 6 different runs: 2 done, 4 to do" in printed
-    assert "about 24 s of training by one process; with 2 side by side at best 12 s" in printed
-    assert len(clock) == 2 * 3, "two settings of batch and one of group"
+    assert "a rough estimate, from a few timed steps: about 24 s of training by one process; with 2 " in printed
+    assert "with 2 side by side at best 12 s. Evaluations" in printed
+    assert len(clock) == 1 + 2 * 3, "once to warm up, two settings of batch and one of group"
 
 
 def test_a_finished_study_needs_no_clock(monkeypatch, tmp_path, capsys):
@@ -65,3 +83,29 @@ def test_a_finished_study_needs_no_clock(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cost, "train", None)
     assert cost.plan_study("small", tmp_path) == 0
     assert "6 done, 0 to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["-1", "0"])
+def test_a_number_of_workers_that_cannot_be(workers, capsys):
+    assert main(["study", "plan", "--config", "quickstart", "--workers", workers]) == 2
+    assert capsys.readouterr().err == f"syncbn: error: workers: got {workers}, expected a positive integer\n"
+
+
+def test_records_of_cells_that_the_study_no_longer_has_are_counted(tmp_path, monkeypatch, capsys):
+    study = small_study()
+    cells = study_cells(study)
+    repeat = repeat_id(study.repeat_distributed, cells)
+    records = Records(tmp_path)
+    for key in [*(cell.key for cell in cells), repeat, "gone-1"]:
+        records.add(key, study_fakes.NOON, 1.0, fake_result(cells[0].config))
+    assert left_over(study, cells, [cells[0].key, repeat]) is None
+    assert left_over(study, cells, ["gone-1"]) == "1 record belongs to a cell that is no longer in the study"
+    records.add("gone-2", study_fakes.NOON, 1.0, fake_result(cells[0].config))
+    for module in (cost, status, commands):
+        monkeypatch.setattr(module, "load_study", lambda name: study)
+    monkeypatch.setattr(commands, "print_table", lambda *arguments: None)
+    monkeypatch.setattr(commands, "write_report", lambda *arguments, command: "the page")
+    for command in ("plan", "run", "status"):
+        assert main(["study", command, "--config", "small", "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed.count("2 records belong to cells that are no longer in the study") == 1, command

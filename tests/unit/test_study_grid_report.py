@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import math
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -21,17 +22,19 @@ from report_fakes import (
     with_errors,
 )
 
-from syncbn.study.captions import diverged_words, sweep_caption
+from syncbn.study.captions import chance_words, diverged_words, fair_words, sweep_caption
 from syncbn.study.causes import cause_words, causes_of, estimator_words
-from syncbn.study.evaluations import evaluated_settings
+from syncbn.study.evaluations import columns_of, evaluated_settings
 from syncbn.study.layers import divergence_maps, effective_map, heat_level, layer_words
 from syncbn.study.layout import layout_of
 from syncbn.study.plan import Comparisons, Sweep
 from syncbn.study.records import Records
+from syncbn.study.repeat import repeat_words
 from syncbn.study.report import print_table, write_report
+from syncbn.study.results_csv import write_csv
 from syncbn.study.runner import Outcome
 from syncbn.study.summary import summary_of
-from syncbn.study.throughput import study_speed_words
+from syncbn.study.throughput import costs_of, study_speed_words
 
 NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
 MOST_BYTES = 600_000
@@ -99,7 +102,7 @@ def test_grid_words_are_of_its_numbers(grid):
         "Not enough seeds to claim anything: with 6 seeds, none of the 11 comparisons can become significant" in words
     )
     assert "Local BatchNorm at 1 image a GPU: the estimate." in words
-    assert "Local BatchRenorm at 1 image a GPU: the training." in words
+    assert "Local BatchRenorm at 1 image a GPU: not the estimate." in words
     assert "Shown at 2 images a GPU. SyncBatchNorm has the lowest mean half-way" in words
     assert "Holm's procedure" in words
 
@@ -212,6 +215,16 @@ def evaluated_as(running, batch, population):
         (0.5, 0.48, 0.49, "the training", "38.0 of the 40.0 points lost against SyncBatchNorm (10.0 %) stay"),
         (0.5, 0.4, 0.3, "both", "Of 40.0 points lost against SyncBatchNorm (10.0 %), 20.0 come back"),
         (0.5, 0.12, 0.45, "the mismatch of training and inference", "but population statistics leave 45.0 %"),
+        (0.843, 0.318, 0.844, "inference, and the training", "52.5 of the 74.3 points lost against SyncBatchNorm"),
+        (0.843, 0.318, 0.844, "inference, and the training", "At most 21.8 points are in the weights; less, as far as"),
+        (0.5, 0.2, 0.3, "both", "20.0 come back with population statistics of 1024 images (total variance) (50.0 % be"),
+        (
+            0.5,
+            0.2,
+            0.3,
+            "both",
+            "10.0 more with the test batch's own statistics (20.0 %), which no fixed ones give; at",
+        ),
         (0.102, 0.101, 0.1, "No cost to divide", "Local BatchNorm (less than 0.5 points"),
     ],
 )
@@ -229,7 +242,9 @@ def test_cost_of_an_arm_is_measured_against_its_own_largest_batch():
     cells = cells_of(study)
     summary = summarized(study, cells, outcomes_of(cells))
     causes = causes_of(summary, evaluated_settings(summary))
-    found = {c.setting.arm: (dict(c.setting.point), c.base.arm, dict(c.base.point)) for c in causes}
+    places = [dict(c.setting.point)["per_gpu_batch_size"] for c in causes if c.setting.arm == "batch"]
+    assert places == [1, 2]  # the smallest, and where arms are compared
+    found = {c.setting.arm: (dict(c.setting.point), c.base.arm, dict(c.base.point)) for c in causes[::-1]}
     assert found["batch"] == ({"per_gpu_batch_size": 1}, "batch", {"per_gpu_batch_size": 128})
     assert found["sync"][1] == "batch"  # its own batch is the same everywhere
 
@@ -252,7 +267,7 @@ def test_layer_maps():
     assert effective_map(summary).arm == "batch"
     assert [heat_level(value) for value in (0.001, 0.003, 0.5, 99.0, float("nan"))] == [0, 1, 5, 8, None]
     words = " ".join(layer_words(summary))
-    assert re.search(r"Farthest off is \S+ of Local BatchNorm at 1 image a GPU", words)
+    assert re.search(r"Farthest off in Local BatchNorm is \S+ at 1 image a GPU", words)
     assert "counts for fewer than it has" in words
     assert "nearer to the population's than a single batch in every layer" in words
 
@@ -270,15 +285,106 @@ def test_divergence_is_named_by_place_and_level_arms_once():
 def test_speed_of_the_study_comes_from_its_records(tmp_path):
     study = plain_study(seeds=1, arms=("batch",))
     records, start = Records(tmp_path), datetime(2026, 1, 1, tzinfo=UTC)
-    for number, cell in enumerate(cells_of(study) * 3):
+    for number, cell in enumerate(cells_of(study) * 4):
         began = start + timedelta(seconds=60 * number)
-        records.add(f"{cell.key}{number}", began, 60.0, result_of(cell), ended=began + timedelta(seconds=60))
-    assert study_speed_words(tmp_path) == [
-        "3 recorded runs of 1 worker process: 60 runs an hour while the study was running."
-    ]
+        records.add(str(number), began, 60.0, result_of(cell), ended=began + timedelta(seconds=60))
+    rate = "60 runs an hour while the study was running."
+    assert study_speed_words(tmp_path, "012") == [f"3 recorded runs, one after another: {rate}"]  # 3 is no cell's
+    records.add("beside", start, 180.0, result_of(cell), ended=start + timedelta(seconds=180))
+    assert study_speed_words(tmp_path, ["0", "1", "2", "beside"])[0].startswith("4 recorded runs, at most 2 side by")
     (tmp_path / "speedup.json").write_text("[1, 2]")
-    assert len(study_speed_words(tmp_path)) == 1
-    assert study_speed_words(tmp_path / "nowhere") == []
+    assert len(study_speed_words(tmp_path, "012")) == 1
+    assert study_speed_words(tmp_path / "nowhere", "012") == []
+
+
+def test_speeds_are_compared_seed_by_seed_and_ranked_only_where_they_are_apart():
+    study = plain_study(seeds=3)
+    cells, outcomes = with_errors(study, {arm.name: [0.1, 0.11, 0.12] for arm in study.arms})
+    speeds = {"batch": [100, 200, 400], "sync": [110, 240, 520], "group": [120, 150, 420]}
+    results = {
+        c.key: replace(outcomes[c.key].result, images_per_second=float(speeds[c.arm][c.seed]), peak_memory_bytes=2**20)
+        for c in cells
+    }
+    costs = costs_of(list(summary_of(study, cells, results).settings.values()))
+    sync, group = (next(line for line in costs.lines if line.arm == name) for name in ("sync", "group"))
+    assert (sync.images_per_second, sync.spread) == ("240", "110 to 520")
+    assert (sync.relative_speed, sync.relative_spread) == ("×1.20", "1.10 to 1.30")
+    assert (group.relative_speed, group.relative_spread) == ("×1.05", "0.75 to 1.20")
+    assert costs.words == (
+        "Faster than Local BatchNorm with every seed: SyncBatchNorm (×1.20). No order is claimed for GroupNorm, whose "
+        "ratios lie on both sides of 1, or are too few."
+    )
+    assert costs.memory == "peak resident memory of the whole process"
+
+
+def test_own_batch_of_batch_renormalization_is_no_evaluation(tmp_path):
+    study = plain_study(arms=("renorm", "sync"), reference="sync", seeds=3)
+    cells = cells_of(study)
+    results = {cell.key: result_of(cell) for cell in cells}
+    for cell in cells:
+        if cell.arm == "renorm":
+            entries = [
+                {"statistics": "running", "estimator": None, "samples": None, "test_error": 0.5},
+                {"statistics": "batch", "estimator": None, "samples": None, "test_error": 0.1},
+                {"statistics": "population", "estimator": "total", "samples": 1024, "test_error": 0.6},
+            ]
+            results[cell.key] = replace(results[cell.key], test_error=0.5, evaluations=entries)
+    summary = summary_of(study, cells, results)
+    items = evaluated_settings(summary)
+    (title, words), (_, free), (worse, where) = cause_words(causes_of(summary, items))
+    assert title == "Local BatchRenorm: not the estimate"
+    assert "the test batch's own statistics" not in words.partition("This rests on running and population")[0]
+    assert "batch renormalization maps the test batch's own statistics back" in words
+    assert free.startswith("SyncBatchNorm (")
+    assert worse == "Population statistics worse than the running ones"
+    assert where.replace("\N{NO-BREAK SPACE}", " ") == "Local BatchRenorm (60.0 % against 50.0 %)."
+    write_csv(study, cells, results, tmp_path / "results.csv")
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert all((line["error_batch"] == "") == (line["arm"] == "renorm") for line in lines)
+
+
+def test_numbers_of_images_that_were_rounded_apart_share_a_column():
+    cell = cells_of(plain_study(seeds=1, arms=("batch",)))[0]
+    several = [result_of(cell, samples=(128, 1024)), result_of(cell, samples=(128, 1088)), result_of(cell, samples=())]
+    names = [name for name, _ in columns_of(several)]
+    assert names == [
+        "error_running",
+        "error_batch",
+        "error_population_mean_128",
+        "error_population_total_128",
+        "error_population_mean_1024_to_1088",
+        "error_population_total_1024_to_1088",
+    ]
+    assert len(columns_of([result_of(cell, samples=(1024, 1088))])) == 6  # two columns each: one run has both
+
+
+def test_repeat_has_the_number_of_processes_that_ran():
+    cell = cells_of(plain_study(seeds=1, arms=("batch",)))[0]
+    one = replace(result_of(cell), losses=[1.0, 0.5], processes=1)
+    four = replace(one, processes=4)
+    assert repeat_words(four, one, "A run", 2).startswith(
+        "A run was run under 4 real processes and again in one process."
+    )
+    lost = replace(one, losses=[1.0, math.inf], status="diverged", test_error=None, processes=2)
+    words = repeat_words(one, lost, "A run", 2)
+    assert (
+        "At step 2 of 2 the training loss of one of the two is no longer finite; before, they agree within 0.001 up to"
+        in words
+    )
+    assert "inf" not in words.replace("infinite", "")
+    assert re.search(r"They end at \S+ % and divergence\.", words)
+
+
+def test_what_all_arms_share_and_who_learnt_nothing():
+    study = plain_study(seeds=2)
+    assert fair_words(study).startswith("At each place, learning rate and length of training are the same for all arms")
+    arms = (*study.arms[:2], replace(study.arms[2], overrides={**study.arms[2].overrides, "optimizer": {"lr": 0.5}}))
+    assert "but for GroupNorm (lr 0.5)" in fair_words(replace(study, arms=arms))
+    summary = summary_with(study, {"batch": [0.84, 0.86], "sync": [0.1, 0.1], "group": [0.9, "diverged"]})
+    assert chance_words(list(summary.settings.values())) == (
+        "2 of 5 finished runs ended at chance level (an error of at least 1 − 1.5 / classes): Local BatchNorm (1) and "
+        "GroupNorm (1)."
+    )
 
 
 def test_a_falling_error_is_not_called_rising():

@@ -49,6 +49,14 @@ def test_quickstart_is_packaged_and_is_what_it_says():
     [
         ({"seeds": [0, 0]}, "seeds"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": [-1]}, r"study: seeds: got \[-1\], expected integers from 0 to 2\^31 - 1"),
+        ({"seeds": [0, 2**31]}, r"study: seeds: got .*, expected integers from 0 to"),
+        ({"base": 3}, "study: base: got 3, expected a mapping"),
+        ({"base": {"optimizer": None}}, "study: arm batch: optimizer: got None, expected a mapping"),
+        ({"base": {"data": 3}}, "study: arm batch: data: got 3, expected a mapping"),
+        ({"base": {"data": 3}, "axes": {"data.class_skew": [1, 2]}}, "study: base: data: got 3, expected a mapping"),
+        ({"arms": {"a": {"overrides": {"norm": None}}}}, "study: arm a: norm: got None, expected a mapping"),
+        ({"arms": {"a": {"overrides": None}}}, "study: arms.a.overrides: got None, expected a mapping"),
         ({"arms": {}}, "arms"),
         ({"arms": {"a": {"label": "A", "overrides": {"nrm": {"name": "sync"}}}}}, "nrm"),
         ({"arms": {"a": {"label": "A", "overrides": {"norm": {"name": "ghost"}}}}}, "ghost_batch_size"),
@@ -59,11 +67,13 @@ def test_quickstart_is_packaged_and_is_what_it_says():
     ids=str,
 )
 def test_mistakes_are_named(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         small_study(**changes)
+    assert "\n" not in str(caught.value)
 
 
 SWEEP = {"values": [1, 2, 4], "global_batch_size": 8}
+HELD = {"kind": "coupled", "values": [1], "hold": ["epochs", "steps"], "steps": 9}
 
 
 def swept(**changes):
@@ -117,6 +127,35 @@ def test_axes_multiply_and_only_restricts():
     assert dict(study.comparison_point()) == {"per_gpu_batch_size": 1, "optimizer.lr": 0.1}
 
 
+def test_an_axis_stands_in_for_the_base():
+    base = {"data": {"name": "digits"}, "optimizer": {"lr": 0.4}}
+    cells = study_cells(swept(base=base, axes={"optimizer.lr": [0.1, 0.2]}))
+    assert {c.config.optimizer.lr for c in cells} == {0.1, 0.2}
+
+
+def test_a_number_that_yaml_takes_for_a_text():
+    study = swept(
+        axes={"optimizer.lr": ["1e-3", "2E-1"], "optimizer.nesterov": [True, False]},
+        compare={"at": {"optimizer.lr": "2e-1"}},
+    )
+    assert study.axes["optimizer.lr"] == (0.001, 0.2)
+    assert dict(study.comparison_point())["optimizer.lr"] == 0.2
+    assert {c.config.optimizer.lr for c in study_cells(study)} == {0.001, 0.2}
+
+
+def test_keys_that_a_file_merges_may_be_replaced(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: a\ntitle: a\nquestion: a\nseeds: [0]\n"
+        "base: &base\n  gpus: 2\n  data: &data {name: digits, class_skew: 2}\n"
+        "arms:\n"
+        "  one: &one\n    overrides: &plain\n      <<: *base\n      data: {<<: *data, class_skew: 1}\n"
+        "  two:\n    <<: *one\n    overrides:\n      <<: *plain\n      gpus: 4\n"
+    )
+    found = {c.arm: (c.config.gpus, c.config.data.class_skew) for c in study_cells(load_study(path))}
+    assert found == {"one": (2, 1), "two": (4, 1)}
+
+
 def test_every_study_repeats_a_cell_under_real_processes():
     repeat = swept().repeat_distributed
     assert (repeat.arm, repeat.seed, repeat.processes, repeat.at) == ("batch", 0, 2, {"per_gpu_batch_size": 1})
@@ -132,6 +171,43 @@ def test_every_study_repeats_a_cell_under_real_processes():
         ({"axes": {"optimizer.lrr": [0.1]}}, r"axes: axis: got 'optimizer.lrr', expected .* such as optimizer.lr"),
         ({"axes": {"optimizer.lr": []}}, r"axes.optimizer.lr: got \[\], expected a list of at least one value"),
         ({"axes": {"optimizer.lr": [0.1, 0.1]}}, "values that differ"),
+        ({"axes": {"optimizer.lr": [1, 1.0]}}, "values that differ"),
+        ({"axes": {"optimizer.lr": ["1e-3", 0.001]}}, "values that differ"),
+        ({"axes": {"optimizer.nesterov": [True, 1]}}, "optimizer.nesterov 1: optimizer.nesterov: got"),
+        (
+            {"axes": {"norm.name": ["batch"]}},
+            "arms.batch.overrides: norm.name: got 'batch', .* the axis norm.name sets",
+        ),
+        (
+            {"arms": {"a": {"overrides": {"data": 3}}}, "axes": {"data.class_skew": [1]}},
+            "arms.a.overrides: data: got 3, expected .* the axis data.class_skew sets it",
+        ),
+        ({"axes": {"norm": [1]}}, "arms.batch.overrides: norm.name: .* the axis norm sets"),
+        (
+            {"axes": {"data.class_skew": [1], "data": [1]}},
+            "axis: got 'data', .* the axis data.class_skew sets the same",
+        ),
+        ({"axes": {"gpus": [1]}}, "axes: axis: got 'gpus', expected no such axis, as the sweep sets it"),
+        ({"base": {"gpus": 8}}, "base: gpus: got 8, expected no such key here, as the sweep sets it"),
+        ({"arms": {"a": {"overrides": {"per_gpu_batch_size": 2}}}}, "arms.a.overrides: per_gpu_batch_size: got 2"),
+        (
+            {"base": {"sync_group_size": 2}, "sweep": {"vary": "sync_group_size", "values": [1]}},
+            "base: sync_group_size: got 2",
+        ),
+        (
+            {"base": {"norm": {"ghost_batch_size": 2}}, "sweep": {"vary": "ghost_batch_size", "values": [1]}},
+            "base: norm.ghost_batch_size: got 2",
+        ),
+        ({"base": {"per_gpu_batch_size": 2}, "sweep": {"kind": "coupled", "values": [1]}}, "base: per_gpu_batch_size"),
+        ({"axes": {"optimizer.lr_scaling": ["sqrt"]}, "sweep": {"kind": "coupled", "values": [1]}}, "axis: got 'opt"),
+        ({"axes": {"budget.epochs": [1]}, "sweep": HELD}, "axis: got 'budget.epochs'"),
+        ({"axes": {"budget.steps": [1]}, "sweep": HELD}, "axis: got 'budget.steps'"),
+        ({"base": {"budget": {"epochs": None, "steps": 5}}, "sweep": HELD}, "base: budget.steps: got 5"),
+        ({"base": {"budget": {"epochs": 5}}, "sweep": {**HELD, "hold": "steps"}}, "base: budget.epochs: got 5"),
+        (
+            {"base": {"budget": {"epochs": None, "steps": 5}}, "sweep": {"kind": "coupled", "values": [1]}},
+            "arm batch, per_gpu_batch_size 1: budget.epochs: got None, expected a number of epochs",
+        ),
         ({"axes": {"per_gpu_batch_size": [1]}}, "an axis that the sweep does not vary already"),
         ({"axes": {"seed": [1]}}, "axis: got 'seed'"),
         ({"axes": {"optimizer.lr": ["high"]}}, r"arm batch, .*optimizer.lr high: optimizer.lr: got"),
@@ -174,6 +250,9 @@ def test_mistakes_in_a_grid_are_one_line(changes, message):
         ("name: [", "expected a YAML file"),
         ("- 1", "expected a mapping"),
         ("name: a\nname: b", "'name.*is given twice"),
+        ("base: &b {gpus: 1, gpus: 2}\nname: {<<: *b}", "'gpus.*is given twice"),
+        ("name: 2024-13-45", "month must be in 1..12, expected a YAML file|got 'month.*expected a YAML file"),
+        ("[" * 100_000, "expected a YAML file"),
         ("", "got None, expected a mapping"),
         ("name: a", "the key 'title' too"),
     ],

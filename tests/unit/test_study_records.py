@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -172,5 +173,8 @@ def test_cells_per_hour_counts_the_time_in_which_the_study_ran():
     # Stopped for a night: the speed is that of the two sessions. A short pause is a part of its session.
     night = [record(str(n), after=10 * n + 40_000, seconds=10) for n in range(6)]
     assert cells_per_hour(one + night) == pytest.approx(360)
+    # A clock that was set back during a run: the run took the time that it took.
+    back = replace(one[0], ended=one[0].started - timedelta(hours=1))
+    assert cells_per_hour([back, *one[1:]]) == pytest.approx(360)
     later = [record(str(n), after=60 + PAUSE_SECONDS + 10 * n, seconds=10) for n in range(6)]
     assert cells_per_hour(one + later) == pytest.approx(3600 * 12 / (120 + PAUSE_SECONDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ import study_fakes
 from study_fakes import fake_result, small_study
 
 from syncbn.cli import main
-from syncbn.study import commands, status
+from syncbn.study import commands, speedup, status
 from syncbn.study.plan import study_cells
 from syncbn.study.records import Records, read_records
 from syncbn.study.runner import repeat_id, run_cells, study_jobs
@@ -77,6 +78,42 @@ def test_results_of_the_trainer_are_recorded_without_running_again(tmp_path):
     # The records are what counts from then on.
     (tmp_path / "runs" / done.key / "result.json").unlink()
     assert run(tmp_path)[done.key].result == fake
+
+
+@pytest.mark.parametrize("change", [('"steps"', '"paces"'), ('"status": "ok",', '"status": "ok", "more": 1,'), None])
+def test_a_result_of_another_version_is_kept_and_named(tmp_path, change):
+    path = tmp_path / "runs" / CELLS[0].key / "result.json"
+    path.parent.mkdir(parents=True)
+    fake_result(CELLS[0].config).to_json(path)
+    text = path.read_text().replace(*change) if change else "[]"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="expected a result that this version of syncbn can read") as caught:
+        run(tmp_path)
+    assert str(path) in str(caught.value)
+    job = next(job for job in study_jobs(STUDY, CELLS, tmp_path) if job.id == CELLS[0].key)
+    reply = attempt(job, Trainer(train=study_fakes.train), Records(tmp_path))
+    assert (reply.status, str(path) in reply.message) == ("failed", True)
+    assert path.read_text() == text
+
+
+def test_a_record_that_cannot_be_written_is_a_failure_of_its_run_alone(tmp_path, monkeypatch):
+    """Results that are to be recorded by the study itself, at its beginning and after a worker died."""
+    path = tmp_path / "runs" / CELLS[0].key
+    path.mkdir(parents=True)
+    fake_result(CELLS[0].config).to_json(path / "result.json")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Records, "add", full)  # in this process; the workers are new ones
+    outcomes = run(tmp_path, study_fakes.train_then_killed)
+    failed = {key for key, outcome in outcomes.items() if outcome.status == "failed"}
+    assert failed == {cell.key for cell in CELLS if cell.seed == 0}
+    assert {outcomes[key].message for key in failed} == {"OSError: [Errno 28] No space left on device"}
+    assert failure(outcomes[CELLS[0].key].job.log) == "OSError: [Errno 28] No space left on device"
+    assert {o.status for key, o in outcomes.items() if key not in failed} == {"ran"}
+    monkeypatch.undo()
+    assert {o.status for o in run(tmp_path).values()} == {"kept"}
 
 
 def test_a_worker_that_dies_after_its_result_has_done_its_run(tmp_path):
@@ -226,6 +263,10 @@ def test_speedup_is_measured_and_not_recorded(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "speedup.json"]
     with pytest.raises(commands.MeasurementError, match="no luck"):
         commands.measure_speedup(CELLS[1], 2, tmp_path, trainer=Trainer(train=study_fakes.train_with_accidents))
+    here, there = multiprocessing.Pipe()
+    there.close()
+    with pytest.raises(commands.MeasurementError, match="a worker process died"):
+        speedup._train([here], CELLS[0].config)
     commands._measure(STUDY, CELLS, tmp_path, 1)
     assert capsys.readouterr().out == "speed-up: nothing to measure, as one worker does the runs\n"
 

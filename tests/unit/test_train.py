@@ -251,3 +251,26 @@ def test_parity_comparison_sees_a_small_difference():
     assert compare(a, Trained([1.0], a.tensors)).losses == math.inf
     assert compare(a, Trained([1.0, math.nan], a.tensors)).losses == math.inf
     assert compare(a, Trained(a.losses, {"w": a.tensors["w"]})).buffers == math.inf
+
+
+def test_a_model_spoilt_by_its_last_step_has_diverged():
+    optimizer = {"lr": 1e308, "schedule": "constant"}
+    result = train(small(norm={"name": "none"}, optimizer=optimizer, budget={"epochs": None, "steps": 1}))
+    assert math.isfinite(result.losses[0])
+    assert (result.status, result.test_error, result.evaluations) == ("diverged", None, [])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer": None}, "optimizer: got None, expected a mapping"),
+        ({"data": 3}, "data: got 3, expected a mapping"),
+        ({"norm": [1]}, r"norm: got \[1\], expected a mapping"),
+        ({"evaluation": {"population_samples": [4, 2]}}, "population_samples"),
+        ({"evaluation": {"population_samples": 4}}, "population_samples"),
+        ({"evaluation": {"population_samples": None}}, "population_samples"),
+    ],
+)
+def test_sections_that_are_none(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
