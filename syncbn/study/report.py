@@ -132,8 +132,9 @@ def _methods(comparisons: Comparisons) -> str:
         " A difference is the mean of the differences of runs with the same seed, its interval Student's as well. Its p"
         " is that of Fisher's two-sided sign-flip test (The Design of Experiments, 1935): the share of all ways to give"
         " the differences their signs whose mean is at least as far from zero. Test and interval are different methods"
-        " (sign flips of the mean difference against Student's t), so with an outlier the one may show a difference where"
-        " the other contains 0. Nothing is claimed of an arm before all planned runs of it and of the reference have ended."
+        " (sign flips of the mean difference against Student's t), so with an outlier the one may show a difference"
+        " where the other contains 0. Nothing is claimed of an arm before all planned runs of it and of the reference"
+        " have a result."
     )
     if family > 1:
         words += (

@@ -372,7 +372,7 @@ def test_repeat_has_the_number_of_processes_that_ran():
         in words
     )
     assert "inf" not in words.replace("infinite", "")
-    assert re.search(r"They end at \S+ % and divergence\.", words)
+    assert re.search(r"They end at \S+\s% and divergence\.", words)
 
 
 def test_what_all_arms_share_and_who_learnt_nothing():
