@@ -11,7 +11,18 @@ from syncbn.study.layout import fixed_words
 from syncbn.study.panels import curves_of
 from syncbn.study.plan import Point, Study
 from syncbn.study.summary import Setting, Summary
-from syncbn.study.words import axis_word, coordinate, joined, percent, place_words, plural, points, some, value_word
+from syncbn.study.words import (
+    SPACE,
+    axis_word,
+    coordinate,
+    joined,
+    percent,
+    place_words,
+    plural,
+    points,
+    some,
+    value_word,
+)
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult
@@ -108,9 +119,11 @@ def chance_words(settings: Sequence[Setting]) -> str:
         place = () if _everywhere(setting, settings) else setting.point
         counts[setting.label, place] = counts.get((setting.label, place), 0) + 1
     names = [f"{label}{f' at {place_words(place)}' if place else ''} ({n})" for (label, place), n in counts.items()]
+    numbers = {classes for setting in found for run in setting.runs if (classes := _classes(run)) is not None}
+    least = percent(1 - 1.5 / numbers.pop()) if len(numbers) == 1 else f"1{SPACE}− 1.5 / classes"
     return (
-        f"{len(found)} of {plural(len(seen), 'finished run')} ended at chance level (an error of at least 1 − 1.5 / "
-        f"classes): {some(names, 8)}."
+        f"{len(found)} of {plural(len(seen), 'finished run')} ended at chance level (an error of at least {least}): "
+        f"{some(names, 8)}."
     )
 
 

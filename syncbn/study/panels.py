@@ -92,8 +92,9 @@ def kinds_figure(
         error_axis(axes, limits, axis="y")
         pixel = across_axis(axes, layout, NARROW - 52)
         axes.set_xlabel(across_label(summary.study, layout))
-        for number, family in enumerate(families):
-            mark, offset = FAMILY_MARKS[family], 5 * pixel * (number - (len(families) - 1) / 2)
+        used = [family for family in families if any(item.largest(family) for _, item in items)]
+        for number, family in enumerate(used):
+            mark, offset = FAMILY_MARKS[family], 5 * pixel * (number - (len(used) - 1) / 2)
             found = [(layout.positions[i] + offset, item.errors[k]) for i, item in items if (k := item.largest(family))]
             for x, error in found:
                 whisker(axes, x, error.low, error.high, mark.colour)

@@ -112,9 +112,13 @@ def _compared(study: Study, comparisons: Comparisons) -> dict[str, Any] | None:
     interval = between(error.low, error.high, error.mean)
     lost = f", {reference.diverged} of {plural(reference.diverged + reference.finished, 'run')} diverged"
     lost = lost if reference.diverged else ""
+    partly = " (over all its runs; beside a difference, means are over the runs of the same seeds)"
     return {
         "place": place_words((name, value) for name, value in comparisons.point if len(study.axes[name]) > 1),
-        "reference": words + (f" (95 % interval {interval})" if interval else "") + lost,
+        "reference": words
+        + (f" (95 % interval {interval})" if interval else "")
+        + lost
+        + partly * any(line.partly for line in comparisons.lines),
         "lines": comparison_lines(comparisons),
     }
 
