@@ -2,6 +2,7 @@
 
 from syncbn.convert import convert, revert
 from syncbn.modules import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn.population import update_population_statistics
 from syncbn.registry import register_batchnorm
 
 __version__ = "0.1.0"
@@ -15,4 +16,5 @@ __all__ = [
     "convert",
     "register_batchnorm",
     "revert",
+    "update_population_statistics",
 ]

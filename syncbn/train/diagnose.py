@@ -145,7 +145,7 @@ def _of_estimation(found: Diagnosis) -> list[str]:
     if running - population > MATTERS:
         return [
             f"Estimation: with population statistics the error is {_percent(population)} and not {_percent(running)}; "
-            "recompute them after training (syncbn.population.update_population_statistics)."
+            "recompute them after training (syncbn.update_population_statistics)."
         ]
     return []
 
