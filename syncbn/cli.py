@@ -45,10 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+_SILENT_SECONDS = 10.0
+"""How long a process that leaves the word to another one stays: a launcher ends all as soon as one has ended."""
+
+
 def _fail(message: str, everywhere: bool = False) -> int:
     # The processes of a node find the same mistake, and one says so; but for what only one of them meets.
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
+    else:
+        time.sleep(_SILENT_SECONDS)
     return 2
 
 

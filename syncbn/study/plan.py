@@ -101,6 +101,8 @@ class Study:
     """Further axes: a dotted key of the run configuration, and its values."""
     compare: Comparisons = field(default_factory=Comparisons)
     repeat_distributed: RepeatDistributed | None = None
+    notes: str | None = None
+    """What a reader of the main figure should know besides, such as why it differs from a published one."""
 
     @property
     def reference(self) -> Arm | None:

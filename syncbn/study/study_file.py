@@ -84,7 +84,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
             configuration is impossible.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
-    data = _mapping(content, source, required, optional=("sweep", "axes", "compare", "repeat_distributed"))
+    data = _mapping(content, source, required, optional=("sweep", "axes", "compare", "repeat_distributed", "notes"))
     arms = _mapping(data["arms"], f"{source}: arms")
     seeds = data["seeds"]
     _require(bool(arms), f"{source}: arms", arms, "at least one arm")
@@ -103,6 +103,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
         compare=_comparisons(data.get("compare"), f"{source}: compare"),
         repeat_distributed=_repeat(data.get("repeat_distributed"), source),
+        notes=None if data.get("notes") is None else _text(data["notes"], f"{source}: notes"),
     )
     references = [arm.name for arm in study.arms if arm.reference]
     _require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")

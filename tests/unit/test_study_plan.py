@@ -49,6 +49,7 @@ def test_quickstart_is_packaged_and_is_what_it_says():
     [
         ({"seeds": [0, 0]}, "seeds"),
         ({"seeds": []}, "seeds"),
+        ({"notes": 3}, "notes: got 3, expected a text"),
         ({"seeds": [-1]}, r"study: seeds: got \[-1\], expected integers from 0 to 2\^31 - 1"),
         ({"seeds": [0, 2**31]}, r"study: seeds: got .*, expected integers from 0 to"),
         ({"base": 3}, "study: base: got 3, expected a mapping"),

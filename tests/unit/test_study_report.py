@@ -35,7 +35,7 @@ def outcomes_of(study, errors=ERRORS):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    study = small_study(repeat_distributed={"arm": "sync", "seed": 0, "processes": 2})
+    study = small_study(repeat_distributed={"arm": "sync", "seed": 0, "processes": 2}, notes="Mind <this>.")
     cells, outcomes = outcomes_of(study)
     repeated = fake_result(cells[1].config, 0.02, losses=(1.0, 0.75))
     outcomes[repeat_id(study.repeat_distributed, cells)] = Outcome(job=None, status="ran", result=repeated)
@@ -58,6 +58,7 @@ def test_page_has_the_answer_the_tables_and_the_figures(page):
     assert text.count("<svg") == 2 + 3  # the main figure for either width, and the learning curves
     assert "Small &lt;study&gt; &amp; more" in text
     assert "Reference <b>" not in text
+    assert '<p id="notes">Mind &lt;this&gt;.</p>' in text
     assert "--config &lt;x&gt;" in text
     assert "<svg" in path.with_name("error_by_arm.svg").read_text()
     assert path.with_name("error_by_arm.png").read_bytes().startswith(b"\x89PNG")
