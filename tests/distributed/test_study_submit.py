@@ -143,7 +143,13 @@ def running(pid):
 
 
 def test_an_interrupt_ends_the_jobs(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control lets what it starts in the background ignore interrupts, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("runs/*/pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
