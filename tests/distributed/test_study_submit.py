@@ -147,7 +147,7 @@ def test_an_interrupt_ends_the_jobs(tmp_path):
         [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
-        # A shell without job control lets what it starts in the background ignore interrupts, and children inherit that.
+        # A shell without job control lets what it starts in the background ignore interrupts; children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
