@@ -44,6 +44,11 @@ class Diagnosis:
     """The same at the trained size with the images shuffled; equal to it unless the order was skewed."""
 
     @property
+    def errors(self) -> dict[str, Any]:
+        """Test error by kind of statistics (``running``, ``batch``) or estimator of the population's."""
+        return {entry["estimator"] or entry["statistics"]: entry["test_error"] for entry in self.evaluations}
+
+    @property
     def trained_at(self) -> int:
         """Normalization batch size of the training."""
         size = self.config.normalization_batch_size
@@ -140,7 +145,7 @@ def advice(found: Diagnosis) -> list[str]:
 
 
 def _of_estimation(found: Diagnosis) -> list[str]:
-    errors = {entry["estimator"] or entry["statistics"]: entry["test_error"] for entry in found.evaluations}
+    errors = found.errors
     running, population = errors["running"], min(errors["mean"], errors["total"])
     if running - population > MATTERS:
         return [
@@ -151,7 +156,7 @@ def _of_estimation(found: Diagnosis) -> list[str]:
 
 
 def _of_mismatch(found: Diagnosis) -> list[str]:
-    errors = {entry["estimator"] or entry["statistics"]: entry["test_error"] for entry in found.evaluations}
+    errors = found.errors
     batch, best = errors["batch"], min(errors[kind] for kind in ("running", "mean", "total"))
     if batch is None or best - batch <= MATTERS:
         return []

@@ -96,7 +96,7 @@ def _gather(run: Run, population: Population) -> Iterator[int]:
 
 def _loaded(run: Run, images: Images, batches: list[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of each batch, of which the layers have been told just before."""
-    local = [_local(run, batch) for batch in batches]
+    local = [run.local(batch) for batch in batches]
     for batch, loaded in zip(batches, batch_loader(images, local, run.config.data.workers), strict=True):
         run.tell_groups(len(batch))
         yield loaded
@@ -106,8 +106,3 @@ def _cut(run: Run, keys: list[Key]) -> Iterator[list[Key]]:
     size = run.config.global_batch_size
     for start in range(0, len(keys), size):
         yield keys[start : start + size]
-
-
-def _local(run: Run, batch: list[Key]) -> list[Key]:
-    positions = run.layout.local_range(len(batch))
-    return batch[positions.start : positions.stop]

@@ -19,7 +19,7 @@ from syncbn.buffers import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
 from syncbn.train.config import ConfigError, LocalError, RunConfig
 from syncbn.train.config_io import config_to_dict
-from syncbn.train.data import Key, batch_loader
+from syncbn.train.data import batch_loader
 from syncbn.train.estimation import evaluate_statistics
 from syncbn.train.evaluate import evaluate
 from syncbn.train.logical import Layout
@@ -120,7 +120,7 @@ def _train_epochs(run: Run, out: Path | None) -> None:
 def _train_epoch(run: Run) -> None:
     steps = list(run.schedule.steps(run.progress.epoch))
     batches = [batch for step in steps for batch in step.batches]
-    images = batch_loader(run.data.train, [_local(run, batch) for batch in batches], run.config.data.workers)
+    images = batch_loader(run.data.train, [run.local(batch) for batch in batches], run.config.data.workers)
     run.wrapped.train()
     started = time.perf_counter()
     for step in steps:
@@ -157,11 +157,6 @@ def _freeze_when_due(run: Run) -> None:
         reconcile(run.model)
         for layer in run.norms:
             layer.eval()
-
-
-def _local(run: Run, batch: list[Key]) -> list[Key]:
-    positions = run.layout.local_range(len(batch))
-    return batch[positions.start : positions.stop]
 
 
 def _forward_backward(run: Run, x: Tensor, y: Tensor, step: Step, last: bool) -> Tensor:

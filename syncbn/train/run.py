@@ -17,7 +17,7 @@ from syncbn.modules import BatchRenorm, SmallBatchNorm
 from syncbn.train.checkpoint import load_checkpoint
 from syncbn.train.config import RunConfig
 from syncbn.train.config_io import save_config
-from syncbn.train.data import Data, load_data
+from syncbn.train.data import Data, Key, load_data
 from syncbn.train.logical import Layout
 from syncbn.train.metrics import MetricsLog, ProgressBar
 from syncbn.train.models import build_model
@@ -84,6 +84,11 @@ class Run:
         for windowed in self.windowed:
             windowed.sample_groups = groups
             windowed.gradient_scale = self.gradient_scale
+
+    def local(self, batch: list[Key]) -> list[Key]:
+        """This process's share of a global batch."""
+        positions = self.layout.local_range(len(batch))
+        return batch[positions.start : positions.stop]
 
     @property
     def gradient_scale(self) -> float | Tensor:
