@@ -7,26 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.collectives import all_reduce_sum
-from syncbn.functional.normalize import backward_sums, grad_input, normalize
+from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
+from syncbn.functional.epilogue import NO_EPILOGUE, ActivationName, Epilogue, activation_grad, invert
+from syncbn.functional.normalize import scale_and_shift
 from syncbn.functional.stats import group_sums, moments
+from syncbn.kernels import pick
 
 
 class NormalizeWithStatistics(torch.autograd.Function):
-    r"""``y = (x - mean) * invstd * scale + shift`` where mean and invstd are those of the samples that share a group.
+    r"""``y = activation((x - mean) * invstd * scale + shift + residual)``, the statistics those of x's groups.
 
     Each process holds its own ``x`` (N, C, *), N differing between processes and possibly 0, and the same ``mean``,
-    ``invstd`` (G, C) and ``count`` (G, 1), which are already reduced over the process group. ``scale`` and ``shift``
-    (G, C) carry weight and bias, and renorm's r and d. All of them are float64.
+    ``invstd`` (G, C) and ``count`` (G, 1), float64, which are already reduced over the process group. ``scale`` and
+    ``shift`` are ``weight * r`` and ``weight * d + bias``, with ``weight`` and ``bias`` (C,) and renorm's ``r`` and
+    ``d`` (G, C), which are constants; any of them may be None. ``residual`` has x's shape and dtype.
 
-    Backward, with xhat = (x - mean) * invstd and sums over a group's elements on all processes:
+    Backward, with xhat = (x - mean) * invstd, dz = dy * activation'(...) and sums over a group's elements on all
+    processes unless it is said otherwise:
 
-    * grad_x = invstd * (scale * dy - sum(scale * dy) / count - xhat * sum(scale * dy * xhat) / count)
-    * grad_scale = sum over this process of dy * xhat; grad_shift = sum over this process of dy
+    * grad_x = invstd * (scale * dz - sum(scale * dz) / count - xhat * sum(scale * dz * xhat) / count)
+    * grad_scale = sum over this process of dz * xhat; grad_shift = sum over this process of dz
+    * grad_weight = sum over groups of r * grad_scale + d * grad_shift; grad_bias = sum over groups of grad_shift
+    * grad_residual = dz
 
     One collective of 2C numbers a group, taken part in also where this process's x needs no gradient: another's may (an
     empty batch made by hand has no history). The products with ``scale`` are what is summed, so the gradient is right
-    even where the processes' scales differ. Saved: x (not a copy), mean, invstd, scale and count.
+    even where the processes' scales differ. While it is under way the gradients of weight and bias are computed.
+
+    Saved: x (not a copy), the parameters, mean, invstd, count, r and d, and the residual where there is an activation.
+    With ``save_output`` the output is saved in place of x, and xhat had from it; see :class:`syncbn.SmallBatchNorm`.
 
     ``mean`` and ``invstd`` come in as constants, their part in the gradient being the second and third term above. A
     second derivative needs them as functions of x: when the backward pass is itself recorded (``create_graph=True``)
@@ -40,43 +49,83 @@ class NormalizeWithStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        r: Tensor | None,
+        d: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
         count: Tensor,
         groups: Tensor | None,
         eps: float,
         group_name: str | None,
+        activation: ActivationName | None,
+        negative_slope: float,
+        save_output: bool,
     ) -> Tensor:
-        return normalize(x, mean, invstd, scale, shift, groups)
+        scale, shift = scale_and_shift(weight, bias, r, d, mean.shape[0])
+        epilogue = Epilogue(residual, activation, negative_slope)
+        return pick(x).normalize(x, mean, invstd, scale, shift, groups, epilogue)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, _, mean, invstd, count, groups, ctx.eps, ctx.group_name = inputs
-        ctx.save_for_backward(x, scale, mean, invstd, count, groups)
+        x, weight, bias, residual, r, d, mean, invstd, count, groups = inputs[:10]
+        ctx.eps, ctx.group_name, ctx.activation, ctx.negative_slope, ctx.save_output = inputs[10:]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if ctx.activation is None:
+            residual = None
+            if not ctx.save_output:
+                bias = None
+        saved = output if ctx.save_output else x
+        ctx.save_for_backward(saved, weight, bias, residual, r, d, mean, invstd, count, groups)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, mean, invstd, count, groups = ctx.saved_tensors
+        x, weight, bias, residual, r, d, mean, invstd, count, groups = ctx.saved_tensors
         num_groups = mean.shape[0]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if recorded:
+            if ctx.save_output:
+                raise RuntimeError("a second derivative needs the layer's input, which save='output' does not keep")
             sums = all_reduce_sum(group_sums(x, groups, num_groups), ctx.group_name)
             _, mean, var = moments(sums)
             invstd = torch.rsqrt(var + ctx.eps)
-        sum_dy, sum_dy_xhat = backward_sums(grad_output, x, mean, invstd, groups, num_groups)
-        grad_x = None
-        if ctx.needs_input_grad[0] or ctx.group_name is not None:
-            packed = all_reduce_sum(torch.cat((scale * sum_dy, scale * sum_dy_xhat), 1), ctx.group_name)
-            mean_dy, mean_dy_xhat = (packed / count.clamp(min=1)).chunk(2, 1)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_input(grad_output, x, mean, invstd, scale, mean_dy, mean_dy_xhat, groups)
-        return grad_x, sum_dy_xhat, sum_dy, None, None, None, None, None, None
+        scale, shift = scale_and_shift(weight, bias, r, d, num_groups)
+        epilogue = Epilogue(residual, ctx.activation, ctx.negative_slope)
+        ratio = None
+        if ctx.save_output:
+            # The output before the activation is itself an x, of mean `shift` and standard deviation `scale`.
+            x = invert(x, epilogue)
+            grad_output, epilogue = activation_grad(grad_output, x, epilogue), NO_EPILOGUE
+            ratio = invstd if scale is None else invstd * scale
+            mean = torch.zeros_like(mean) if shift is None else shift.to(mean.dtype)
+            invstd = torch.ones_like(mean) if scale is None else scale.to(mean.dtype).reciprocal()
+        kernels = pick(x)
+        dz, rest, sums = kernels.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        pending = grad_x = grad_weight = grad_bias = None
+        if needs_x or ctx.group_name is not None:
+            scaled = sums if scale is None else sums * scale.unsqueeze(1)
+            pending = start_all_reduce_sum(scaled, ctx.group_name)
+        # While the reduction is under way, what does not depend on it.
+        if needs_weight:
+            per_group = sums[:, 1] if r is None else r * sums[:, 1] + d * sums[:, 0]
+            grad_weight = per_group.sum(0).to(weight.dtype)
+        if needs_bias:
+            grad_bias = sums[:, 0].sum(0).to(ctx.bias_dtype)
+        if pending is not None:
+            means = pending.wait() / count.clamp(min=1).unsqueeze(1)
+        if needs_x:
+            if ratio is not None:  # invstd is 1/scale now, and the gradient's factor is the true one
+                means = means * ratio.unsqueeze(1)
+                scale = ratio if scale is None else ratio * scale
+            grad_x = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
+        grad_residual = dz if needs_residual else None
+        return grad_x, grad_weight, grad_bias, grad_residual, *(None,) * 11
 
 
-def statistics(
-    x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (G, 1), mean and biased variance (G, C), float64, of each group over all processes. One collective."""
+def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:
+    """Count, sum and sum of squares, (G, 2C + 1) float64, of each group over all processes. One collective."""
     with torch.no_grad():
-        return moments(all_reduce_sum(group_sums(x, groups, num_groups), group_name))
+        return all_reduce_sum(pick(x).group_sums(x, groups, num_groups), group_name)

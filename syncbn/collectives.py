@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -137,17 +137,37 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
         ctx.group_name = group_name
-        return _all_reduce(tensor, group_name)
+        with torch.no_grad():
+            return all_reduce_sum(tensor, group_name)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _AllReduceSum.apply(grad, ctx.group_name), None  # type: ignore[no-untyped-call]
 
 
-def _all_reduce(tensor: Tensor, group_name: str) -> Tensor:
+class PendingSum(NamedTuple):
+    """A reduction that is under way."""
+
+    tensor: Tensor
+    group_name: str | None
+    """None where nothing is under way: alone in the group, or a reduction that autograd records."""
+
+    def wait(self) -> Tensor:
+        """The sum. On CUDA the stream waits, and the host goes on."""
+        if self.group_name is None:
+            return self.tensor
+        return torch.ops._c10d_functional.wait_tensor(self.tensor)  # type: ignore[no-any-return]
+
+
+def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
+    """Begin :func:`all_reduce_sum`; what is done before ``wait()`` is done meanwhile."""
+    if group_name is None:
+        return PendingSum(tensor, None)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        summed: Tensor = _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-untyped-call]
+        return PendingSum(summed, None)
     # torch's functional collective, as it is the one form that both eager mode and a compiled graph run.
-    result = torch.ops._c10d_functional.all_reduce(tensor.contiguous(), "sum", group_name)
-    return torch.ops._c10d_functional.wait_tensor(result)  # type: ignore[no-any-return]
+    return PendingSum(torch.ops._c10d_functional.all_reduce(tensor.contiguous(), "sum", group_name), group_name)
 
 
 def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
@@ -155,11 +175,7 @@ def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
 
     Differentiable, as often as one likes: the gradient of a sum over ranks is the sum of the ranks' gradients.
     """
-    if group_name is None:
-        return tensor
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-any-return, no-untyped-call]
-    return _all_reduce(tensor, group_name)
+    return start_all_reduce_sum(tensor, group_name).wait()
 
 
 def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:

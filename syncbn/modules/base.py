@@ -12,12 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import NormalizeWithStatistics, statistics
+from syncbn.autograd import NormalizeWithStatistics, statistics_sums
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
-from syncbn.functional.running import RunningUpdate, update_running
-from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
+from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
+from syncbn.functional.finish import Limits, Running
+from syncbn.functional.running import RunningUpdate
+from syncbn.functional.stats import compute_dtype
+from syncbn.kernels import pick
 
 Remainder = Literal["error", "smaller"]
+Save = Literal["input", "output"]
+
+MIN_WEIGHT = 2.0**-7
+"""With ``save="output"`` no weight may be smaller in size than this, nor than this times its bias: what is had from the
+output is known to a rounding of (1 + |bias|) / |weight|, here at most some 2^8 of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,14 @@ class SmallBatchNorm(_BatchNorm):
     max_ghost_groups: int | None
     running_update: RunningUpdate
     sample_groups: SampleGroups | None
+    activation: ActivationName | None
+    """Applied to the normalized values (plus the residual) in the same pass."""
+    negative_slope: float
+    save: Save
+    """What is kept for the backward pass: the input, or the output alone. The latter frees the input's memory where
+    nothing else keeps it (a convolution does not keep its output), and needs an activation that can be inverted (none,
+    or ``leaky_relu`` of positive slope), no residual, no second derivative, and weights away from zero
+    (:data:`MIN_WEIGHT`): In-Place Activated BatchNorm (Rota Bulò et al. 2018, arXiv 1712.02616)."""
     qualified_name: str | None
     """Name within the model, for messages; set by :func:`syncbn.convert`."""
     after: Callable[[Any, Tensor], Tensor] | None
@@ -81,6 +97,9 @@ class SmallBatchNorm(_BatchNorm):
         remainder: Remainder = "error",
         max_ghost_groups: int | None = None,
         running_update: RunningUpdate = "mean",
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        save: Save = "input",
     ) -> None:
         """Set all that is not ``_BatchNorm``'s own. Nothing is changed if an argument is wrong."""
         sync = sync or process_group is not None or sync_group_size is not None
@@ -90,14 +109,27 @@ class SmallBatchNorm(_BatchNorm):
         for name, choice, known in (
             ("remainder", remainder, ("error", "smaller")),
             ("running_update", running_update, ("mean", "sequential", "total")),
+            ("activation", activation, (None, *ACTIVATIONS)),
+            ("save", save, ("input", "output")),
         ):
             if choice not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {choice!r}")
+        if not (isinstance(negative_slope, float | int) and math.isfinite(negative_slope)):
+            raise ValueError(f"negative_slope must be a finite number, got {negative_slope!r}")
+        invertible = activation is None or (activation == "leaky_relu" and negative_slope > 0)
+        if save == "output" and not invertible:
+            raise ValueError(
+                f"save='output' needs an activation that can be inverted: None or 'leaky_relu' with a positive "
+                f"negative_slope, got {activation!r} and {negative_slope!r}"
+            )
         self.scope = scope
         self.ghost_batch_size = ghost_batch_size
         self.remainder = remainder
         self.max_ghost_groups = max_ghost_groups
         self.running_update = running_update
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.save = save
         self.sample_groups = None
         self.qualified_name = None
         self.after = None
@@ -156,23 +188,48 @@ class SmallBatchNorm(_BatchNorm):
             parts.append(f"ghost_batch_size={self.ghost_batch_size}, remainder={self.remainder!r}")
         if self.running_update != "mean":
             parts.append(f"running_update={self.running_update!r}")
+        if self.activation is not None:
+            slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+            parts.append(f"activation={self.activation!r}{slope}")
+        if self.save != "input":
+            parts.append(f"save={self.save!r}")
         return ", ".join(parts)
 
     # -- the data path -------------------------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input`` (N, C) or (N, C, *); the output has its shape, dtype and memory format.
 
+        Args:
+            input: (N, C) or (N, C, *).
+            residual: added to the normalized values before the activation; shape, dtype and device of ``input``.
+
         Raises:
-            ValueError: the input has the wrong number of dimensions or channels, the ghost groups leave a remainder, or
-                a group holds a single value a channel over all processes, which has no variance.
+            ValueError: the input has the wrong number of dimensions or channels, the residual does not fit it, the
+                ghost groups leave a remainder, a group holds a single value a channel over all processes, which has no
+                variance, or a weight is too small for ``save="output"``.
         """
         self._check_input_dim(input)
+        if residual is not None:
+            self._check_residual(input, residual)
         if self.training or self.running_mean is None:
-            output = self._normalize_by_batch(input)
+            output = self._normalize_by_batch(input, residual)
         else:
             output = self._normalize_by_running(input)
+            if residual is not None:
+                output = output + residual
+            output = activate(output, Epilogue(None, self.activation, self.negative_slope))
         return output if self.after is None else self.after(self, output)
+
+    def _check_residual(self, x: Tensor, residual: Tensor) -> None:
+        if self.save == "output":
+            self._fail(x, "a residual cannot be had back from the output; use save='input'")
+        if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+            self._fail(
+                x,
+                f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device}), got "
+                f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}",
+            )
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         if self.num_features == 0:  # torch looks at channel 0 of an empty input
@@ -184,22 +241,56 @@ class SmallBatchNorm(_BatchNorm):
         )
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
-    def _normalize_by_batch(self, x: Tensor) -> Tensor:
+    def _normalize_by_batch(self, x: Tensor, residual: Tensor | None) -> Tensor:
         # Evaluation without running statistics uses the batch's, and still never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         groups = self._groups(x, group_name)
-        count, mean, var = statistics(x, groups.index, groups.number, group_name)
-        self._check_count(x, count, groups)
-        scale, shift = self._scale_and_shift(mean, var)
+        if self.save == "output" and self.weight is not None:
+            self._check_weight(x)
+        sums = statistics_sums(x, groups.index, groups.number, group_name)
+        self._check_count(x, sums, groups)
+        with torch.no_grad():
+            update = self.training and self.track_running_stats and self.observer is None
+            found = pick(sums).finish(sums, self.eps, self._running(groups.divisor), self._limits(), update)
         if self.observer is not None:
-            self.observer(self, count, mean, var)
-        elif self.training and self.track_running_stats and self.running_mean is not None:
-            self._update_running(count, mean, var, groups.divisor)
-        invstd = torch.rsqrt(var + self.eps)
+            self.observer(self, found.count, found.mean, found.var)
         output: Tensor = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
-            x, scale, shift, mean, invstd, count, groups.index, self.eps, group_name
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            found.r,
+            found.d,
+            found.mean,
+            found.invstd,
+            found.count,
+            groups.index,
+            self.eps,
+            group_name,
+            self.activation,
+            self.negative_slope,
+            self.save == "output",
         )
         return output
+
+    def _running(self, divisor: float | None) -> Running | None:
+        if self.running_mean is None:
+            return None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        return Running(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.num_nonfinite_batches,
+            self.momentum,
+            self.running_update,
+            divisor,
+        )
+
+    def _limits(self) -> Limits | None:
+        """The limits of renorm's corrections, in a layer that has them and is in training."""
+        return None
 
     def _groups(self, x: Tensor, group_name: str | None) -> SampleGroups:
         n, g = x.shape[0], self.ghost_batch_size
@@ -236,7 +327,7 @@ class SmallBatchNorm(_BatchNorm):
             )
         return number
 
-    def _check_count(self, x: Tensor, count: Tensor, groups: SampleGroups) -> None:
+    def _check_count(self, x: Tensor, sums: Tensor, groups: SampleGroups) -> None:
         """A single value a channel has no variance. Known from shapes in all but tiny cases; read from the count else.
 
         All ranks raise, or none: a rank that is satisfied with its shapes knows that no group has a total of 1.
@@ -247,31 +338,21 @@ class SmallBatchNorm(_BatchNorm):
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
             "batch, more processes in the group, or eval mode with running statistics"
         )
-        if torch.compiler.is_compiling():
-            torch._assert_async((count != 1).all(), f"{type(self).__name__}: {problem}")
-        elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((count == 1).any()):
+        self._require(x, (sums[:, 0] != 1).all(), problem)
+
+    def _check_weight(self, x: Tensor) -> None:
+        assert self.weight is not None
+        least = 1.0 if self.bias is None else self.bias.detach().abs().clamp(min=1.0)
+        enough = (self.weight.detach().abs() >= MIN_WEIGHT * least).all()
+        problem = (
+            f"save='output' needs weights of at least {MIN_WEIGHT:g} in size, and {MIN_WEIGHT:g} of their bias; use "
+            "save='input' for this layer"
+        )
+        self._require(x, enough, problem, wait=not x.is_cuda)
+
+    def _require(self, x: Tensor, condition: Tensor, problem: str, wait: bool = True) -> None:
+        """ValueError unless the () bool tensor holds; the device's own error where the host is not to wait for it."""
+        if torch.compiler.is_compiling() or not wait:
+            torch._assert_async(condition, f"{type(self).__name__}: {problem}")
+        elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(condition):
             self._fail(x, problem)
-
-    def _scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """What weight and bias (and, in a subclass, corrections) amount to: two (G, C) float64 tensors."""
-        scale = mean.new_ones(mean.shape) if self.weight is None else self.weight.to(WIRE_DTYPE).expand_as(mean)
-        shift = mean.new_zeros(mean.shape) if self.bias is None else self.bias.to(WIRE_DTYPE).expand_as(mean)
-        return scale, shift
-
-    def _update_running(self, count: Tensor, mean: Tensor, var: Tensor, divisor: float | None) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        with torch.no_grad():
-            update_running(
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                self.num_nonfinite_batches,
-                count,
-                mean,
-                var,
-                self.momentum,
-                self.running_update,
-                divisor,
-            )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from syncbn.functional.renorm import correction_limits, corrections, snapshot
+from syncbn.functional.epilogue import ActivationName
+from syncbn.functional.finish import Limits
 from syncbn.functional.running import RunningUpdate
-from syncbn.modules.base import Remainder, SmallBatchNorm
+from syncbn.modules.base import Remainder, Save, SmallBatchNorm
 
 
 class SyncBatchNorm(SmallBatchNorm):
@@ -31,6 +29,10 @@ class SyncBatchNorm(SmallBatchNorm):
         device, dtype: of parameters and buffers.
         sync_group_size: share statistics among this many consecutive ranks only.
         bias: with ``affine``, whether there is a ``bias``.
+        activation: ``"relu"``, ``"leaky_relu"`` or ``"silu"``, applied in the same pass over memory. With it, or
+            without, the layer may be called with a ``residual`` that is added before.
+        negative_slope: of ``leaky_relu``.
+        save: what is kept for the backward pass, see :attr:`SmallBatchNorm.save`.
 
     Raises:
         ValueError: both ``process_group`` and ``sync_group_size`` are given; on use, see :meth:`forward`.
@@ -49,12 +51,36 @@ class SyncBatchNorm(SmallBatchNorm):
         *,
         sync_group_size: int | None = None,
         bias: bool = True,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        save: Save = "input",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self._configure(process_group=process_group, sync_group_size=sync_group_size)
+        self._configure(
+            process_group=process_group,
+            sync_group_size=sync_group_size,
+            activation=activation,
+            negative_slope=negative_slope,
+            save=save,
+        )
 
-    def _configure(self, *, process_group: Any = None, sync_group_size: int | None = None) -> None:  # type: ignore[override]
-        super()._configure(sync=True, process_group=process_group, sync_group_size=sync_group_size)
+    def _configure(  # type: ignore[override]
+        self,
+        *,
+        process_group: Any = None,
+        sync_group_size: int | None = None,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        save: Save = "input",
+    ) -> None:
+        super()._configure(
+            sync=True,
+            process_group=process_group,
+            sync_group_size=sync_group_size,
+            activation=activation,
+            negative_slope=negative_slope,
+            save=save,
+        )
 
 
 class GhostBatchNorm(SmallBatchNorm):
@@ -75,6 +101,7 @@ class GhostBatchNorm(SmallBatchNorm):
         max_ghost_groups: synchronized, the groups that travel each step, at least as many as the largest batch has on
             any rank. None: the ranks agree on the number in the first training step, which must be as large as any (one
             small extra collective, once); compiled before that, equal numbers are taken for granted.
+        activation, negative_slope, save: as :class:`SyncBatchNorm`'s.
     """
 
     def __init__(
@@ -95,6 +122,9 @@ class GhostBatchNorm(SmallBatchNorm):
         process_group: Any = None,
         sync_group_size: int | None = None,
         max_ghost_groups: int | None = None,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        save: Save = "input",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._configure(
@@ -105,6 +135,9 @@ class GhostBatchNorm(SmallBatchNorm):
             process_group=process_group,
             sync_group_size=sync_group_size,
             max_ghost_groups=max_ghost_groups,
+            activation=activation,
+            negative_slope=negative_slope,
+            save=save,
         )
 
     def _configure(  # type: ignore[override]
@@ -144,6 +177,7 @@ class BatchRenorm(SmallBatchNorm):
             end.
         sync, process_group, sync_group_size: renormalize statistics that are synchronized among ranks.
         ghost_batch_size, remainder, max_ghost_groups: renormalize each ghost group, as :class:`GhostBatchNorm`.
+        activation, negative_slope, save: as :class:`SyncBatchNorm`'s.
 
     Raises:
         ValueError: a limit or a ramp that cannot be, or ``track_running_stats=False``.
@@ -171,6 +205,9 @@ class BatchRenorm(SmallBatchNorm):
         ghost_batch_size: int | None = None,
         remainder: Remainder = "error",
         max_ghost_groups: int | None = None,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        save: Save = "input",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._configure(
@@ -185,6 +222,9 @@ class BatchRenorm(SmallBatchNorm):
             ghost_batch_size=ghost_batch_size,
             remainder=remainder,
             max_ghost_groups=max_ghost_groups,
+            activation=activation,
+            negative_slope=negative_slope,
+            save=save,
         )
 
     def _configure(  # type: ignore[override]
@@ -201,6 +241,9 @@ class BatchRenorm(SmallBatchNorm):
         ghost_batch_size: int | None = None,
         remainder: Remainder = "error",
         max_ghost_groups: int | None = None,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        save: Save = "input",
     ) -> None:
         if self.running_mean is None:
             raise ValueError(
@@ -220,6 +263,9 @@ class BatchRenorm(SmallBatchNorm):
             ghost_batch_size=ghost_batch_size,
             remainder=remainder,
             max_ghost_groups=max_ghost_groups,
+            activation=activation,
+            negative_slope=negative_slope,
+            save=save,
         )
         self.r_max = r_max
         self.d_max = d_max
@@ -227,22 +273,10 @@ class BatchRenorm(SmallBatchNorm):
         self.r_ramp_end = r_ramp_end
         self.d_ramp_end = d_ramp_end
 
-    def _scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = super()._scale_and_shift(mean, var)
+    def _limits(self) -> Limits | None:
         if not self.training:
-            return scale, shift
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        steps, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
-        with torch.no_grad():
-            if torch.compiler.is_compiling():
-                steps, running_mean, running_var = snapshot(steps), snapshot(running_mean), snapshot(running_var)
-            limits = correction_limits(
-                steps, self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end
-            )
-            r, d = corrections(mean, var, running_mean, running_var, self.eps, *limits)
-        return scale * r, scale * d + shift
+            return None
+        return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)
 
     def extra_repr(self) -> str:
         return (

@@ -152,11 +152,12 @@ class NormalizeByMovingAverages(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, invroot, count, groups = ctx.saved_tensors
         place, zeros = ctx.place, torch.zeros_like(invroot)
-        sum_dy, sum_dy_z = backward_sums(grad_output, x, zeros, invroot, groups, len(count))
+        _, _, sums = backward_sums(grad_output, x, zeros, invroot, scale, None, groups, len(count))
+        sum_dy, sum_dy_z = sums.unbind(1)
         phi = scale * sum_dy_z / count.clamp(min=1) / ctx.gradient_scale
         kept = place.kept & fits(phi, ctx.window)
         psi = averaged(ctx.window, phi, Place(place.slot, kept, place.moving)) * ctx.gradient_scale
-        grad_x = grad_input(grad_output, x, zeros, invroot, scale, zeros, psi, groups)
+        grad_x = grad_input(grad_output, x, zeros, invroot, scale, None, torch.stack((zeros, psi), 1), groups)
         return grad_x, sum_dy_z, sum_dy, None, None, None, None, None, None
 
 

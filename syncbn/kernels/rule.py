@@ -1,0 +1,149 @@
+"""Which implementation runs for a tensor."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from syncbn.functional import finish, normalize, stats
+from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
+from syncbn.functional.finish import Limits, Running, Statistics
+
+logger = logging.getLogger("syncbn")
+
+
+class GroupSums(Protocol):
+    """As :func:`syncbn.functional.stats.group_sums`."""
+
+    def __call__(self, x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> Tensor: ...
+
+
+class Normalize(Protocol):
+    """As :func:`syncbn.functional.normalize.normalize`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: Tensor | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> Tensor: ...
+
+
+class BackwardSums(Protocol):
+    """As :func:`syncbn.functional.normalize.backward_sums`."""
+
+    def __call__(
+        self,
+        grad_output: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: Tensor | None,
+        num_groups: int,
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> tuple[Tensor, Epilogue, Tensor]: ...
+
+
+class GradInput(Protocol):
+    """As :func:`syncbn.functional.normalize.grad_input`."""
+
+    def __call__(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        means: Tensor,
+        groups: Tensor | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> Tensor: ...
+
+
+class Finish(Protocol):
+    """As :func:`syncbn.functional.finish.finish`."""
+
+    def __call__(
+        self,
+        sums: Tensor,
+        eps: float,
+        running: Running | None = None,
+        limits: Limits | None = None,
+        update: bool = True,
+    ) -> Statistics: ...
+
+
+class Kernels(NamedTuple):
+    """One implementation of the five functions."""
+
+    name: str
+    group_sums: GroupSums
+    finish: Finish
+    normalize: Normalize
+    backward_sums: BackwardSums
+    grad_input: GradInput
+
+
+REFERENCE = Kernels(
+    "reference", stats.group_sums, finish.finish, normalize.normalize, normalize.backward_sums, normalize.grad_input
+)
+
+
+def _load(name: str) -> Kernels:
+    module = importlib.import_module(f"syncbn.kernels.{name}")
+    functions = (getattr(module, field) for field in Kernels._fields[1:])
+    return Kernels(name, *functions)
+
+
+def pick(x: Tensor) -> Kernels:
+    """The implementation for ``x``.
+
+    The twins of :mod:`syncbn.functional` serve whatever is traced, transformed or differentiated (``torch.compile``
+    makes kernels of its own from them), other devices, and CUDA under ``torch.use_deterministic_algorithms``, where a
+    sum over blocks in no fixed order will not do. On the CPU torch's native kernels are put to use, on CUDA Triton's,
+    or torch's native ones where Triton is not installed.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) not in _PLAIN
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return REFERENCE
+    if x.device.type == "cpu":
+        return cpu_kernels()
+    if x.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return cuda_kernels()
+    return REFERENCE
+
+
+# Subclasses (fake tensors, DTensor) bring rules of their own.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def cpu_kernels() -> Kernels:
+    """torch's native CPU kernels, put together."""
+    return _load("cpu")
+
+
+@functools.cache
+def cuda_kernels() -> Kernels:
+    """Triton's kernels where it is installed, torch's own else, with one line in the log."""
+    try:
+        return _load("triton")
+    except ImportError as error:
+        logger.warning("Triton cannot be imported (%s): torch's native kernels serve instead", error)
+        return _load("native_cuda")
