@@ -9,6 +9,7 @@ from torch import Tensor
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 from syncbn.functional.epilogue import NO_EPILOGUE, ActivationName, Epilogue, activation_grad, invert
+from syncbn.functional.finish import Running
 from syncbn.functional.normalize import scale_and_shift
 from syncbn.functional.stats import group_sums, moments
 from syncbn.kernels import pick
@@ -102,12 +103,20 @@ class NormalizeWithStatistics(torch.autograd.Function):
             mean = torch.zeros_like(mean) if shift is None else shift.to(mean.dtype)
             invstd = torch.ones_like(mean) if scale is None else scale.to(mean.dtype).reciprocal()
         kernels = pick(x)
-        dz, rest, sums = kernels.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        pending = grad_x = grad_weight = grad_bias = None
-        if needs_x or ctx.group_name is not None:
-            scaled = sums if scale is None else sums * scale.unsqueeze(1)
-            pending = start_all_reduce_sum(scaled, ctx.group_name)
+        grad_x = grad_weight = grad_bias = found = pending = None
+        alone = kernels.backward_alone if needs_x and groups is None and ratio is None else None
+        if alone is not None and ctx.group_name is None:
+            found = alone(grad_output, x, mean, invstd, scale, shift, epilogue)
+        if found is not None:
+            dz, sums, grad_x = found
+        else:
+            dz, rest, sums = kernels.backward_sums(
+                grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue
+            )
+            if needs_x or ctx.group_name is not None:
+                scaled = sums if scale is None else sums * scale.unsqueeze(1)
+                pending = start_all_reduce_sum(scaled, ctx.group_name)
         # While the reduction is under way, what does not depend on it.
         if needs_weight:
             per_group = sums[:, 1] if r is None else r * sums[:, 1] + d * sums[:, 0]
@@ -116,13 +125,58 @@ class NormalizeWithStatistics(torch.autograd.Function):
             grad_bias = sums[:, 0].sum(0).to(ctx.bias_dtype)
         if pending is not None:
             means = pending.wait() / count.clamp(min=1).unsqueeze(1)
-        if needs_x:
-            if ratio is not None:  # invstd is 1/scale now, and the gradient's factor is the true one
-                means = means * ratio.unsqueeze(1)
-                scale = ratio if scale is None else ratio * scale
-            grad_x = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
-        grad_residual = dz if needs_residual else None
-        return grad_x, grad_weight, grad_bias, grad_residual, *(None,) * 11
+            if needs_x:
+                if ratio is not None:  # invstd is 1/scale now, and the gradient's factor is the true one
+                    means = means * ratio.unsqueeze(1)
+                    scale = ratio if scale is None else ratio * scale
+                grad_x = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
+        return grad_x, grad_weight, grad_bias, dz if needs_residual else None, *(None,) * 11
+
+
+class NormalizeLocally(torch.autograd.Function):
+    """Plain batch normalization where nothing travels, by an implementation's shortcut; see :class:`LocalForward`.
+
+    ``y`` is what :func:`normalize_locally` has computed already. A second derivative goes by the long way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, found: tuple[Tensor, ...], eps: float
+    ) -> Tensor:
+        y, mean, invstd = found
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        if not torch.is_grad_enabled():
+            backward = pick(x).local_backward
+            assert backward is not None, "it had a forward pass"
+            return *backward(grad_output, x, mean, invstd, weight, needs), None, None
+        with torch.no_grad():
+            count, exact_mean, var = moments(group_sums(x))
+        y = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, None, None, None, exact_mean, torch.rsqrt(var + ctx.eps), count, None, ctx.eps, None,
+            None, 0.0, False,
+        )  # fmt: skip
+        wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+        gradients = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
+        return *(next(gradients) if need else None for need in needs), None, None
+
+
+def normalize_locally(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+) -> Tensor | None:
+    """Plain batch normalization of one group that is all here, or None where there is no shortcut for it."""
+    with torch.no_grad():
+        forward = pick(x).local_forward
+        found = None if forward is None else forward(x, weight, bias, running, eps)
+    if found is None:
+        return None
+    return NormalizeLocally.apply(x, weight, bias, found, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,8 +85,39 @@ class Finish(Protocol):
     ) -> Statistics: ...
 
 
+class BackwardAlone(Protocol):
+    """``backward_sums`` and ``grad_input`` in one, for a process alone with one group: ``(dz, sums, grad)`` or None."""
+
+    def __call__(
+        self,
+        grad_output: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+
+
+class LocalForward(Protocol):
+    """All of a plain forward pass at once where nothing travels: (y, mean, invstd), the statistics (C,), or None."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+
+
+class LocalBackward(Protocol):
+    """Its gradients with respect to x, weight and bias, as far as ``needs`` asks for them."""
+
+    def __call__(
+        self, grad_output: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, needs: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+
 class Kernels(NamedTuple):
-    """One implementation of the five functions."""
+    """One implementation of the five functions, and of the shortcuts that it has."""
 
     name: str
     group_sums: GroupSums
@@ -94,6 +125,9 @@ class Kernels(NamedTuple):
     normalize: Normalize
     backward_sums: BackwardSums
     grad_input: GradInput
+    backward_alone: BackwardAlone | None = None
+    local_forward: LocalForward | None = None
+    local_backward: LocalBackward | None = None
 
 
 REFERENCE = Kernels(
@@ -101,10 +135,12 @@ REFERENCE = Kernels(
 )
 
 
-def _load(name: str) -> Kernels:
-    module = importlib.import_module(f"syncbn.kernels.{name}")
-    functions = (getattr(module, field) for field in Kernels._fields[1:])
-    return Kernels(name, *functions)
+def _load(name: str, *parts: str) -> Kernels:
+    found: dict[str, Any] = {}
+    for part in parts:
+        module = importlib.import_module(f"syncbn.kernels.{part}")
+        found |= {field: getattr(module, field) for field in Kernels._fields if hasattr(module, field)}
+    return Kernels(name, **found)
 
 
 def pick(x: Tensor) -> Kernels:
@@ -136,14 +172,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 @functools.cache
 def cpu_kernels() -> Kernels:
     """torch's native CPU kernels, put together."""
-    return _load("cpu")
+    return _load("cpu", "cpu", "cpu_finish", "cpu_local")
 
 
 @functools.cache
 def cuda_kernels() -> Kernels:
     """Triton's kernels where it is installed, torch's own else, with one line in the log."""
     try:
-        return _load("triton")
+        return _load("triton", "triton")
     except ImportError as error:
         logger.warning("Triton cannot be imported (%s): torch's native kernels serve instead", error)
-        return _load("native_cuda")
+        return _load("native", "native_cuda")

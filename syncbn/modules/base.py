@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import NormalizeWithStatistics, statistics_sums
+from syncbn.autograd import NormalizeWithStatistics, normalize_locally, statistics_sums
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
 from syncbn.functional.finish import Limits, Running
@@ -247,11 +247,18 @@ class SmallBatchNorm(_BatchNorm):
         groups = self._groups(x, group_name)
         if self.save == "output" and self.weight is not None:
             self._check_weight(x)
+        update = self.training and self.track_running_stats and self.observer is None
+        limits = self._limits()
+        if group_name is None and self._is_plain(groups) and limits is None and residual is None:
+            y = normalize_locally(
+                x, self.weight, self.bias, self._running(groups.divisor) if update else None, self.eps
+            )
+            if y is not None:
+                return y
         sums = statistics_sums(x, groups.index, groups.number, group_name)
         self._check_count(x, sums, groups)
         with torch.no_grad():
-            update = self.training and self.track_running_stats and self.observer is None
-            found = pick(sums).finish(sums, self.eps, self._running(groups.divisor), self._limits(), update)
+            found = pick(sums).finish(sums, self.eps, self._running(groups.divisor), limits, update)
         if self.observer is not None:
             self.observer(self, found.count, found.mean, found.var)
         output: Tensor = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
@@ -272,6 +279,10 @@ class SmallBatchNorm(_BatchNorm):
             self.save == "output",
         )
         return output
+
+    def _is_plain(self, groups: SampleGroups) -> bool:
+        """Whether the layer does nothing but normalize one group."""
+        return groups.index is None and self.observer is None and self.activation is None and self.save == "input"
 
     def _running(self, divisor: float | None) -> Running | None:
         if self.running_mean is None:

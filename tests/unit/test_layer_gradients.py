@@ -82,7 +82,8 @@ def test_some_inputs_need_no_gradient(make):
     for index, gradient in enumerate(expected):
         arguments = [t.detach().requires_grad_(i == index) for i, t in enumerate(complete)]
         (alone,) = torch.autograd.grad(function(*arguments).pow(3).sum(), [arguments[index]])
-        assert torch.equal(alone, gradient)
+        # The sums may come from another pass over memory, in another order.
+        torch.testing.assert_close(alone, gradient, rtol=1e-13, atol=1e-13)
 
 
 @each_layer
