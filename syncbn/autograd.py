@@ -133,6 +133,16 @@ class NormalizeWithStatistics(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, dz if needs_residual else None, *(None,) * 11
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """``function.apply(*args)``, without its inspection of signatures, which takes as long as a small layer.
+
+    That serves default arguments, which the functions here do not have, and the transforms of ``torch.func``.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[no-any-return]
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc, no-any-return]
+
+
 class NormalizeLocally(torch.autograd.Function):
     """Plain batch normalization where nothing travels, by an implementation's shortcut; see :class:`LocalForward`.
 
@@ -176,7 +186,7 @@ def normalize_locally(
         found = None if forward is None else forward(x, weight, bias, running, eps)
     if found is None:
         return None
-    return NormalizeLocally.apply(x, weight, bias, found, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return apply(NormalizeLocally, x, weight, bias, found, eps)
 
 
 def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:

@@ -7,6 +7,8 @@ take planes or channels_last and any floating dtype. What needs several operatio
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,10 @@ squares about it are at most 16 times those about the row's mean, and so the var
 _LONGEST = 1 << 13
 """Elements that the native kernel may add up in its lanes of 8 or 16 floats; longer rows are taken in parts."""
 _NEAR = 4.0
-"""|mean|/std up to which statistics of interleaved values may rest on a block's own mean, which the native kernel adds
-up in the input's dtype, one after the other."""
+"""|mean|/std up to which statistics may rest on a mean in the input's dtype, which for interleaved values is added up
+one after the other."""
+SMALL = 1 << 17
+"""Elements up to which torch's own statistics of planes serve, in one call: it goes over them slowly, but with care."""
 FAR = 8.0
 """``slope * x + constant`` loses |mean|/std roundings against ``slope * (x - mean) + shift``; beyond this many, which
 are 5e-7 in float32, the slower form is taken."""
@@ -39,6 +43,10 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
     layout = layout_of(x, groups, num_groups)
     if layout is None:
         return stats.group_sums(x, groups, num_groups)
+    if groups is None and layout.planes and x.numel() <= SMALL and x.dtype == compute_dtype(x):
+        mean, var = torch.batch_norm_update_stats(layout.native(x), None, None, 0.0)
+        if bool((mean.square() <= _NEAR**2 * var).all()):
+            return _packed(mean.to(WIRE_DTYPE), var.to(WIRE_DTYPE), layout.n * layout.width)
     matrix = layout.matrix(x)
     if layout.planes:
         sums, squares = plane_sums(layout, matrix)
@@ -49,6 +57,16 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
         sums, squares = found or _sums_about_probe(layout, matrix)
     count = torch.full((len(sums), 1), float(layout.elements), dtype=WIRE_DTYPE)
     return layout.merge(torch.cat((count, sums, squares), 1), groups, num_groups)
+
+
+def _packed(mean: Tensor, var: Tensor, n: int) -> Tensor:
+    """The wire's (1, 2C + 1) of one group from its moments (C,)."""
+    packed = torch.empty(1, 2 * len(mean) + 1, dtype=WIRE_DTYPE)
+    count, sums, squares = packed[0].split((1, len(mean), len(mean)))
+    count.fill_(n)
+    torch.mul(mean, n, out=sums)
+    torch.addcmul(var, mean, mean, out=squares).mul_(n)
+    return packed
 
 
 def plane_sums(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,11 +147,16 @@ def _per_unit(values: Tensor, layout: Layout) -> Tensor:
     return values if len(values) == layout.units else values.view(layout.units, -1, layout.c).sum(1)
 
 
+@functools.lru_cache(maxsize=256)
+def _constants(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, which nobody writes to."""
+    return torch.zeros(length, dtype=dtype), torch.ones(length, dtype=dtype)
+
+
 def _native_sums(dy: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, (channels,) in the compute dtype, of a block's form."""
-    dtype, channels = compute_dtype(x), x.shape[1]
-    one = torch.ones(channels, dtype=dtype)
-    zero = torch.zeros(channels, dtype=dtype) if mean is None else mean
+    zero, one = _constants(x.shape[1], compute_dtype(x))
+    zero = zero if mean is None else mean
     _, product, total = _aten.native_batch_norm_backward(
         dy, x, one, zero, one, None, None, False, 0.0, [False, True, True]
     )
@@ -202,7 +225,7 @@ def _affine(block: Block, x: Tensor, line: tuple[Tensor, Tensor], out: Tensor) -
     if block.together:
         torch.mul(x, slope, out=out)
         return out.add_(constant)
-    zero, one = torch.zeros_like(slope), torch.ones_like(slope)
+    zero, one = _constants(len(slope), slope.dtype)
     nothing = torch.empty(0, dtype=slope.dtype)
     _aten.native_batch_norm.out(
         x, slope, constant, zero, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import NormalizeWithStatistics, normalize_locally, statistics_sums
+from syncbn.autograd import NormalizeWithStatistics, apply, normalize_locally, statistics_sums
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
 from syncbn.functional.finish import Limits, Running
@@ -261,7 +261,8 @@ class SmallBatchNorm(_BatchNorm):
             found = pick(sums).finish(sums, self.eps, self._running(groups.divisor), limits, update)
         if self.observer is not None:
             self.observer(self, found.count, found.mean, found.var)
-        output: Tensor = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
+        return apply(
+            NormalizeWithStatistics,
             x,
             self.weight,
             self.bias,
@@ -278,7 +279,6 @@ class SmallBatchNorm(_BatchNorm):
             self.negative_slope,
             self.save == "output",
         )
-        return output
 
     def _is_plain(self, groups: SampleGroups) -> bool:
         """Whether the layer does nothing but normalize one group."""
