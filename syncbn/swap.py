@@ -64,12 +64,13 @@ def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
 
 
 def converted_state(
-    layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: dict[str, Any]
+    layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: dict[str, Any], fused: State | None = None
 ) -> State | None:
     """The attributes of ``layer`` as a ``cls``, with the record that undoes them; None where it is just that already.
 
     ``layer`` itself is not touched. The conversion runs on a stand-in that has its attributes, so that what can fail,
-    the change of class included, fails here.
+    the change of class included, fails here. ``fused`` are attributes of a layer that applies an activation besides its
+    options (:mod:`syncbn.fusion`).
 
     Raises:
         ValueError: the layer cannot be a ``cls`` with these options.
@@ -79,12 +80,14 @@ def converted_state(
     dropped = {"process_group", *layer_options(original)}
     vars(probe).update((key, value) for key, value in original_state(layer)[1].items() if key not in dropped)
     probe.__class__ = cls
-    own = {key: value for key, value in options.items() if key not in ("eps", "momentum")}
+    # What a layer of this package computes is kept, as opposed to how and over which samples.
+    own: dict[str, Any] = {key: before[key] for key in ("activation", "negative_slope") if key in before}
+    own |= {key: value for key, value in options.items() if key not in ("eps", "momentum")}
     probe._configure(**{**own, **_scope_options(cls, before, options)})
     for key in ("eps", "momentum"):
         vars(probe)[key] = options.get(key, before[key])
     probe.qualified_name = name
-    probe.after = after_of(original)
+    vars(probe).update({"after": after_of(original), **(fused or {})})
     if (counter := layer._buffers.get(_COUNTER)) is not None:
         probe._buffers[_COUNTER] = counter
 
@@ -93,7 +96,7 @@ def converted_state(
     names = {*conversion.replaced, *conversion.added}
     if (last := vars(layer).get("_conversion")) is not None:
         names |= {*last.replaced, *last.added}
-    settings = [key for key in names if not key.startswith("_") and key not in _NOT_SETTINGS]
+    settings = [key for key in names if key == "_fusion" or not (key.startswith("_") or key in _NOT_SETTINGS)]
     unchanged = type(layer) is cls and all(vars(layer).get(k, _ABSENT) == state.get(k, _ABSENT) for k in settings)
     return None if unchanged else state
 

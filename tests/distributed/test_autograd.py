@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
+from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 
 # As in test_sync: exact but for summation.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -215,6 +216,35 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def sums_by_either_transport(monkeypatch_limit):
+    """The same sums, of this rank's numbers and of none, with and without gathering."""
+    found = []
+    for limit in (syncbn.collectives._GATHER_LIMIT, monkeypatch_limit):
+        before, syncbn.collectives._GATHER_LIMIT = syncbn.collectives._GATHER_LIMIT, limit
+        try:
+            with Collectives() as seen:
+                pending = start_all_reduce_sum(torch.arange(6.0).double().view(3, 2) + dist.get_rank(), world_name())
+                found.append((seen.seen[0][0], pending.wait()))
+                found.append((seen.seen[0][0], all_reduce_sum(torch.empty(0, 3), world_name())))
+        finally:
+            syncbn.collectives._GATHER_LIMIT = before
+    return found
+
+
+def world_name():
+    return dist.group.WORLD.group_name
+
+
+def test_gathering_is_a_sum(pools):
+    for results in pools(3).run(sums_by_either_transport, 2):
+        names, sums = zip(*results, strict=True)
+        assert names == ("all_gather_into_tensor",) * 2 + ("all_reduce",) * 2
+        expected = 3 * torch.arange(6.0).double().view(3, 2) + 3
+        assert torch.equal(sums[0], expected)
+        assert torch.equal(sums[2], expected)
+        assert sums[1].shape == sums[3].shape == (0, 3)
+
+
 def count_collectives(name, options, size):
     layer = getattr(syncbn, name)(5, **options)
     counts = {}
@@ -248,8 +278,9 @@ def count_collectives(name, options, size):
 )
 def test_one_collective_forward_and_one_backward(pools, name, options, groups):
     c = 5
-    forward = [("all_reduce", groups * (2 * c + 1), torch.float64)] if groups else []
-    backward = [("all_reduce", groups * 2 * c, torch.float64)] if groups else []
+    # In small worlds on the CPU the sum is a gathering and an addition.
+    forward = [("all_gather_into_tensor", groups * (2 * c + 1), torch.float64)] if groups else []
+    backward = [("all_gather_into_tensor", groups * 2 * c, torch.float64)] if groups else []
     for counts in pools(2).run(count_collectives, name, options, 6):
         agreed = options.get("ghost_batch_size") and "max_ghost_groups" not in options and groups
         first = [("all_reduce", 1, torch.int64)] if agreed else []

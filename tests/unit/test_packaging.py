@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collectives",),
     ("autograd",),
     ("modules",),
-    ("registry", "swap"),
+    ("registry", "swap", "tracing"),
+    ("fusion",),
     ("convert", "population", "buffers"),
     ("",),  # `syncbn` itself, the public surface of the layers above this line
     ("train",),
