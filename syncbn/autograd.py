@@ -9,7 +9,7 @@ from torch import Tensor
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 from syncbn.functional.epilogue import NO_EPILOGUE, ActivationName, Epilogue, activation_grad, invert
-from syncbn.functional.finish import Running
+from syncbn.functional.finish import Limits, Running
 from syncbn.functional.normalize import scale_and_shift
 from syncbn.functional.stats import group_sums, moments
 from syncbn.kernels import pick
@@ -144,32 +144,37 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 class NormalizeLocally(torch.autograd.Function):
-    """Plain batch normalization where nothing travels, by an implementation's shortcut; see :class:`LocalForward`.
+    """Batch normalization where nothing travels, by an implementation's shortcut; see :class:`LocalForward`.
 
-    ``y`` is what :func:`normalize_locally` has computed already. A second derivative goes by the long way.
+    The output is what :func:`normalize_locally` has found already. A second derivative goes by the long way.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, found: tuple[Tensor, ...], eps: float
-    ) -> Tensor:
-        y, mean, invstd = found
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        found: tuple[Tensor | None, ...],
+        eps: float,
+    ) -> Tensor | None:
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, bias, mean, invstd)
-        return y
+        ctx.save_for_backward(x, weight, bias, *found[1:])
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd = ctx.saved_tensors
+        x, weight, bias, *found = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if not torch.is_grad_enabled():
             backward = pick(x).local_backward
             assert backward is not None, "it had a forward pass"
-            return *backward(grad_output, x, mean, invstd, weight, needs), None, None
+            return *backward(grad_output, x, tuple(found), needs), None, None
+        r, d = (None if t is None else t.to(torch.float64).unsqueeze(0) for t in found[-2:])
         with torch.no_grad():
-            count, exact_mean, var = moments(group_sums(x))
+            count, mean, var = moments(group_sums(x))
         y = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, None, None, None, exact_mean, torch.rsqrt(var + ctx.eps), count, None, ctx.eps, None,
+            x, weight, bias, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, None, ctx.eps, None,
             None, 0.0, False,
         )  # fmt: skip
         wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
@@ -178,12 +183,18 @@ class NormalizeLocally(torch.autograd.Function):
 
 
 def normalize_locally(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    eps: float,
+    limits: Limits | None,
+    update: bool,
 ) -> Tensor | None:
-    """Plain batch normalization of one group that is all here, or None where there is no shortcut for it."""
+    """Batch normalization of one group that is all here, or None where there is no shortcut for it."""
     with torch.no_grad():
         forward = pick(x).local_forward
-        found = None if forward is None else forward(x, weight, bias, running, eps)
+        found = None if forward is None else forward(x, weight, bias, running, eps, limits, update)
     if found is None:
         return None
     return apply(NormalizeLocally, x, weight, bias, found, eps)

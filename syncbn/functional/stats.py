@@ -87,6 +87,7 @@ def moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     c = (sums.shape[1] - 1) // 2
     count, total, squares = sums.split((1, c, c), 1)
+    count = count.clone()  # what is kept for a backward pass must not keep the sums alive
     n = count.clamp(min=1)
     mean = total / n
     var = (squares / n - mean.square()).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Plain batch normalization on the CPU where nothing travels: torch's native layer, put together anew.
+"""Batch normalization on the CPU where nothing travels: torch's native layer, put together anew, renorm included.
 
 A process alone with one group needs no wire format for its statistics and no separate passes: the whole is as few calls
 as can be, which is what counts for the small tensors of a deep network. What does not fit returns None, and the general
@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.functional.finish import Running
+from syncbn.functional.finish import Limits, Running
 from syncbn.functional.stats import compute_dtype
 from syncbn.kernels.cpu import FAR, plane_sums, sums_of_moments
-from syncbn.kernels.cpu_finish import update_running
+from syncbn.kernels.cpu_finish import host_corrections, update_running
 from syncbn.kernels.layout import Layout, layout_of
 
 _aten = torch.ops.aten
@@ -25,22 +25,34 @@ _SMALL = 1 << 18
 """Elements up to which torch's own statistics serve: fewer calls. It goes over contiguous planes slowly."""
 _SHORT = 1 << 12
 """Elements a channel up to which they serve for interleaved values: it adds them up one after the other."""
+_LARGE = 1e30
+"""A variance beyond this may be infinite in a float32 buffer."""
 
 
 class Local(NamedTuple):
-    """What the forward pass returns; mean and invstd (C,) in the compute dtype are for the backward pass."""
+    """What the forward pass returns; all but y is for the backward pass, (C,) in the compute dtype."""
 
     y: Tensor
     mean: Tensor
     invstd: Tensor
+    scale: Tensor | None
+    """The weight, times r."""
+    r: Tensor | None
+    d: Tensor | None
 
 
 def local_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    eps: float,
+    limits: Limits | None = None,
+    update: bool = True,
 ) -> Local | None:
     """Normalize ``x`` (N, C, *) by its own statistics and update the running ones: as the twins do it in three steps.
 
-    None, and nothing is changed, where the tensors do not fit the native kernels, or a mean is far from zero, a value
+    None, and nothing is changed, where the tensors do not fit the native kernels, or a mean is far from zero or a value
     not finite, so that more care is needed.
     """
     dtype = compute_dtype(x)
@@ -50,28 +62,49 @@ def local_forward(
         return None
     if running is not None and (running.mean.dtype != dtype or running.mode != "mean" or running.divisor is not None):
         return None
-    if x.numel() > _SMALL or (not layout.planes and n > _SHORT):
-        return _by_blocks(layout, x, weight, bias, running, eps)
-    source = layout.native(x)
+    small = x.numel() <= _SMALL and (layout.planes or n <= _SHORT)
+    changed = running if update else None
+    if small and limits is None:
+        return _in_one_call(layout, x, weight, bias, changed, eps)
+    moments = _small_moments(layout, x) if small else _moments(layout, x)
+    if moments is None:
+        return None
+    mean, var = moments
+    invstd = (var + eps).rsqrt_()
+    if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR or not float(var.max()) < _LARGE:
+        return None
+    r = d = None
+    scale, shift = weight, bias
+    if limits is not None:
+        assert running is not None, "corrections are relative to running statistics"
+        r, d = (t.to(dtype) for t in host_corrections(mean, invstd, running, eps, limits))
+        scale, shift = (r, d) if weight is None else (weight * r, weight * d)
+        shift = shift if bias is None else shift.add_(bias)
+    if changed is not None:
+        update_running(changed, mean, var, n)
+    mean, invstd = mean.to(dtype), invstd.to(dtype)
+    y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype)
+    _aten.native_batch_norm.out(
+        layout.native(x), scale, shift, mean, var.to(dtype), False, 0.0, eps,
+        out=layout.native(y), save_mean=nothing, save_invstd=nothing,
+    )  # fmt: skip
+    return Local(y, mean, invstd, scale, r, d)
+
+
+def _in_one_call(
+    layout: Layout, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+) -> Local | None:
     factor = 0.0
     new_mean = new_var = None
     if running is not None:
         factor = running.momentum if running.momentum is not None else 1.0 / (float(running.num_batches_tracked) + 1.0)
         new_mean, new_var = running.mean.clone(), running.var.clone()
-    y, mean, invstd = torch.empty_like(x), torch.empty(layout.c, dtype=dtype), torch.empty(layout.c, dtype=dtype)
+    y, dtype = torch.empty_like(x), compute_dtype(x)
+    mean, invstd = torch.empty(layout.c, dtype=dtype), torch.empty(layout.c, dtype=dtype)
     _aten.native_batch_norm.out(
-        source,
-        weight,
-        bias,
-        new_mean,
-        new_var,
-        True,
-        factor,
-        eps,
-        out=layout.native(y),
-        save_mean=mean,
-        save_invstd=invstd,
-    )
+        layout.native(x), weight, bias, new_mean, new_var, True, factor, eps,
+        out=layout.native(y), save_mean=mean, save_invstd=invstd,
+    )  # fmt: skip
     if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR:
         return None
     if running is not None:
@@ -82,47 +115,41 @@ def local_forward(
         running.mean.copy_(new_mean)
         running.var.copy_(new_var)
         running.num_batches_tracked.add_(1)
-    return Local(y, mean, invstd)
+    return Local(y, mean, invstd, weight, None, None)
 
 
-def _by_blocks(
-    layout: Layout, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
-) -> Local | None:
-    """With statistics of our own, which are exact for any number of elements."""
+def _small_moments(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    if x.dtype != compute_dtype(x):
+        return None
+    mean, var = torch.batch_norm_update_stats(layout.native(x), None, None, 0.0)
+    return mean, var
+
+
+def _moments(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance (C,) float64, exact for any number of elements."""
     if x.dtype != compute_dtype(x) and not layout.planes:
         return None
     matrix = layout.matrix(x)
     found = plane_sums(layout, matrix) if layout.planes else sums_of_moments(layout, matrix)
     if found is None:
         return None
-    sums, squares = (t.sum(0) for t in found)
-    n = x.numel() // layout.c
-    mean = sums.div_(n)
-    var = torch.addcmul(squares.div_(n), mean, mean, value=-1).clamp_(min=0)
-    invstd = (var + eps).rsqrt_()
-    # Not finite, or beyond what a float32 buffer holds: not less.
-    if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR or not float(var.max()) < 1e30:
-        return None
-    if running is not None:
-        update_running(running, mean, var, n)
-    dtype = compute_dtype(x)
-    mean_of_x, invstd_of_x = mean.to(dtype), invstd.to(dtype)
-    y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype)
-    _aten.native_batch_norm.out(
-        layout.native(x), weight, bias, mean_of_x, var.to(dtype), False, 0.0, eps,
-        out=layout.native(y), save_mean=nothing, save_invstd=nothing,
-    )  # fmt: skip
-    return Local(y, mean_of_x, invstd_of_x)
+    mean, square = (t.sum(0).div_(x.numel() // layout.c) for t in found)
+    return mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
 
 
 def local_backward(
-    grad_output: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, needs: list[bool]
+    grad_output: Tensor, x: Tensor, found: tuple[Tensor | None, ...], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, those that ``needs`` asks for; ``mean`` and ``invstd`` as in :class:`Local`."""
+    """Gradients of x, weight and bias, those that ``needs`` asks for; ``found`` is :class:`Local` without y."""
+    mean, invstd, scale, r, d = found
     layout = layout_of(x, None, 1)
     assert layout is not None, "the forward pass took it"
-    gradient = layout.native(grad_output)
-    grad, grad_weight, grad_bias = _aten.native_batch_norm_backward(
-        gradient, layout.native(x), weight, None, None, mean, invstd, True, 0.0, needs
+    mask = needs if d is None else [needs[0], needs[1], needs[1] or needs[2]]
+    grad, grad_scale, grad_shift = _aten.native_batch_norm_backward(
+        layout.native(grad_output), layout.native(x), scale, None, None, mean, invstd, True, 0.0, mask
     )
-    return None if grad is None else layout.from_native(grad), grad_weight, grad_bias
+    if grad is not None:
+        grad = layout.from_native(grad)
+    if r is None or d is None or grad_scale is None:
+        return grad, grad_scale, grad_shift
+    return grad, torch.addcmul(grad_scale * r, grad_shift, d), grad_shift if needs[2] else None

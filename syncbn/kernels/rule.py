@@ -101,18 +101,25 @@ class BackwardAlone(Protocol):
 
 
 class LocalForward(Protocol):
-    """All of a plain forward pass at once where nothing travels: (y, mean, invstd), the statistics (C,), or None."""
+    """All of a forward pass at once where nothing travels, or None: y, and what :class:`LocalBackward` takes."""
 
     def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: Running | None,
+        eps: float,
+        limits: Limits | None = None,
+        update: bool = True,
+    ) -> tuple[Tensor | None, ...] | None: ...
 
 
 class LocalBackward(Protocol):
     """Its gradients with respect to x, weight and bias, as far as ``needs`` asks for them."""
 
     def __call__(
-        self, grad_output: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, needs: list[bool]
+        self, grad_output: Tensor, x: Tensor, found: tuple[Tensor | None, ...], needs: list[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
 

@@ -248,27 +248,27 @@ class SmallBatchNorm(_BatchNorm):
         if self.save == "output" and self.weight is not None:
             self._check_weight(x)
         update = self.training and self.track_running_stats and self.observer is None
-        limits = self._limits()
-        if group_name is None and self._is_plain(groups) and limits is None and residual is None:
-            y = normalize_locally(
-                x, self.weight, self.bias, self._running(groups.divisor) if update else None, self.eps
-            )
+        running, limits = self._running(groups.divisor), self._limits()
+        if group_name is None and residual is None and self._is_plain(groups):
+            y = normalize_locally(x, self.weight, self.bias, running, self.eps, limits, update)
             if y is not None:
                 return y
         sums = statistics_sums(x, groups.index, groups.number, group_name)
         self._check_count(x, sums, groups)
         with torch.no_grad():
-            found = pick(sums).finish(sums, self.eps, self._running(groups.divisor), limits, update)
+            found = pick(sums).finish(sums, self.eps, running, limits, update)
         if self.observer is not None:
             self.observer(self, found.count, found.mean, found.var)
+        # As wide as the input's arithmetic, as they are kept for the backward pass.
+        r, d = (None if t is None else t.to(compute_dtype(x)) for t in (found.r, found.d))
         return apply(
             NormalizeWithStatistics,
             x,
             self.weight,
             self.bias,
             residual,
-            found.r,
-            found.d,
+            r,
+            d,
             found.mean,
             found.invstd,
             found.count,
@@ -281,7 +281,7 @@ class SmallBatchNorm(_BatchNorm):
         )
 
     def _is_plain(self, groups: SampleGroups) -> bool:
-        """Whether the layer does nothing but normalize one group."""
+        """Whether the layer does nothing but (re)normalize one group."""
         return groups.index is None and self.observer is None and self.activation is None and self.save == "input"
 
     def _running(self, divisor: float | None) -> Running | None:
