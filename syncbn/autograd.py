@@ -155,31 +155,32 @@ class NormalizeLocally(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        groups: Tensor | None,
         found: tuple[Tensor | None, ...],
         eps: float,
     ) -> Tensor | None:
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, bias, *found[1:])
+        ctx.save_for_backward(x, weight, bias, groups, *found[1:])
         return found[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *found = ctx.saved_tensors
+        x, weight, bias, groups, *found = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if not torch.is_grad_enabled():
             backward = pick(x).local_backward
             assert backward is not None, "it had a forward pass"
-            return *backward(grad_output, x, tuple(found), needs), None, None
+            return *backward(grad_output, x, tuple(found), needs), None, None, None
         r, d = (None if t is None else t.to(torch.float64).unsqueeze(0) for t in found[-2:])
         with torch.no_grad():
-            count, mean, var = moments(group_sums(x))
+            count, mean, var = moments(group_sums(x, groups, 1 if groups is None else len(found[0])))
         y = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, None, ctx.eps, None,
-            None, 0.0, False,
+            x, weight, bias, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, groups, ctx.eps,
+            None, None, 0.0, False,
         )  # fmt: skip
         wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
         gradients = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
-        return *(next(gradients) if need else None for need in needs), None, None
+        return *(next(gradients) if need else None for need in needs), None, None, None
 
 
 def normalize_locally(
@@ -190,14 +191,16 @@ def normalize_locally(
     eps: float,
     limits: Limits | None,
     update: bool,
+    groups: Tensor | None,
+    num_groups: int,
 ) -> Tensor | None:
-    """Batch normalization of one group that is all here, or None where there is no shortcut for it."""
+    """Batch normalization of groups that are all here, or None where there is no shortcut for it."""
     with torch.no_grad():
         forward = pick(x).local_forward
-        found = None if forward is None else forward(x, weight, bias, running, eps, limits, update)
+        found = None if forward is None else forward(x, weight, bias, running, eps, limits, update, groups, num_groups)
     if found is None:
         return None
-    return apply(NormalizeLocally, x, weight, bias, found, eps)
+    return apply(NormalizeLocally, x, weight, bias, groups, found, eps)
 
 
 def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:

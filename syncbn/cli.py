@@ -1,4 +1,4 @@
-"""The command line: ``syncbn train``, ``syncbn parity``, ``syncbn diagnose``, ``syncbn study``."""
+"""The command line: ``syncbn train``, ``syncbn parity``, ``syncbn diagnose``, ``syncbn study``, ``syncbn bench``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ import syncbn
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 a check failed, 2 the user's mistake (one line), 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["bench"]:  # reads its own options: where GPUs are measured there may be nothing but torch
+        from syncbn.bench.command import run_bench
+
+        return run_bench(words[1:])
     try:
         from jsonargparse import ArgumentError
     except ImportError as error:
@@ -24,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from syncbn.train.launch import LaunchError
 
     parser, parsers = _parsers()
-    words = list(sys.argv[1:] if arguments is None else arguments)
     command = "syncbn"
     try:
         parsed = parser.parse_args(words)
@@ -101,7 +105,9 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
         help="Normalization batch sizes, such as 1,2,4 (default: powers of 2).",
     )
     study = make_parser(description="Compare arms over seeds and normalization batches.")
-    parsers = {"train": train, "parity": parity, "diagnose": diagnose, "study": study}
+    # Named for the list of commands alone: `main` has handed it on before it comes to this parser.
+    bench = make_parser(description="Time the layers beside their peers; see 'syncbn bench --help'.")
+    parsers = {"train": train, "parity": parity, "diagnose": diagnose, "study": study, "bench": bench}
     subcommands = parser.add_subcommands(required=True)
     for name, subparser in parsers.items():
         subcommands.add_subcommand(name, subparser)

@@ -17,6 +17,7 @@ from syncbn.functional.finish import Limits, Running
 from syncbn.functional.stats import compute_dtype
 from syncbn.kernels.cpu import FAR, plane_sums, sums_of_moments
 from syncbn.kernels.cpu_finish import host_corrections, update_running
+from syncbn.kernels.cpu_ghost import ghost_backward, ghost_forward
 from syncbn.kernels.layout import Layout, layout_of
 
 _aten = torch.ops.aten
@@ -30,7 +31,8 @@ _LARGE = 1e30
 
 
 class Local(NamedTuple):
-    """What the forward pass returns; all but y is for the backward pass, (C,) in the compute dtype."""
+    """What the forward pass returns; all but y is for the backward pass, in the compute dtype: (C,), or of each group
+    (G, C)."""
 
     y: Tensor
     mean: Tensor
@@ -49,6 +51,8 @@ def local_forward(
     eps: float,
     limits: Limits | None = None,
     update: bool = True,
+    groups: Tensor | None = None,
+    num_groups: int = 1,
 ) -> Local | None:
     """Normalize ``x`` (N, C, *) by its own statistics and update the running ones: as the twins do it in three steps.
 
@@ -60,7 +64,12 @@ def local_forward(
     n = x.numel() // max(x.shape[1], 1)
     if layout is None or n < 2 or any(t is not None and t.dtype != dtype for t in (weight, bias)):
         return None
-    if running is not None and (running.mean.dtype != dtype or running.mode != "mean" or running.divisor is not None):
+    if running is not None and (running.mean.dtype != dtype or running.mode != "mean"):
+        return None
+    if groups is not None and limits is None:
+        found = ghost_forward(x, weight, bias, running if update else None, eps, groups, num_groups)
+        return None if found is None else Local(*found, weight, None, None)
+    if groups is not None or (running is not None and running.divisor is not None):
         return None
     small = x.numel() <= _SMALL and (layout.planes or n <= _SHORT)
     changed = running if update else None
@@ -142,6 +151,10 @@ def local_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those that ``needs`` asks for; ``found`` is :class:`Local` without y."""
     mean, invstd, scale, r, d = found
+    assert mean is not None
+    assert invstd is not None
+    if mean.dim() == 2:
+        return ghost_backward(grad_output, x, scale, mean, invstd, needs)
     layout = layout_of(x, None, 1)
     assert layout is not None, "the forward pass took it"
     mask = needs if d is None else [needs[0], needs[1], needs[1] or needs[2]]

@@ -174,7 +174,7 @@ def layout_of(x: Tensor, groups: Tensor | None, num_groups: int) -> Layout | Non
         return None
     if groups is None:
         return Layout(x.shape, False, n, c, c, 1, True)
-    if _consecutive(groups, num_groups):
+    if is_consecutive(groups, num_groups):
         return Layout(x.shape, False, n, c, c, num_groups, True)
     return None if size == 1 else Layout(x.shape, False, n, c, c, n, False)
 
@@ -187,7 +187,7 @@ def _channels_innermost(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _consecutive(groups: Tensor, num_groups: int) -> bool:
+def is_consecutive(groups: Tensor, num_groups: int) -> bool:
     """Whether the groups are runs of equally many consecutive samples, in order."""
     n = groups.shape[0]
     if num_groups == 0 or n % num_groups or n == 0:

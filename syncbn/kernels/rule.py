@@ -112,6 +112,8 @@ class LocalForward(Protocol):
         eps: float,
         limits: Limits | None = None,
         update: bool = True,
+        groups: Tensor | None = None,
+        num_groups: int = 1,
     ) -> tuple[Tensor | None, ...] | None: ...
 
 

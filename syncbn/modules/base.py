@@ -249,8 +249,10 @@ class SmallBatchNorm(_BatchNorm):
             self._check_weight(x)
         update = self.training and self.track_running_stats and self.observer is None
         running, limits = self._running(groups.divisor), self._limits()
-        if group_name is None and residual is None and self._is_plain(groups):
-            y = normalize_locally(x, self.weight, self.bias, running, self.eps, limits, update)
+        if group_name is None and residual is None and self._is_plain():
+            y = normalize_locally(
+                x, self.weight, self.bias, running, self.eps, limits, update, groups.index, groups.number
+            )
             if y is not None:
                 return y
         sums = statistics_sums(x, groups.index, groups.number, group_name)
@@ -280,9 +282,9 @@ class SmallBatchNorm(_BatchNorm):
             self.save == "output",
         )
 
-    def _is_plain(self, groups: SampleGroups) -> bool:
-        """Whether the layer does nothing but (re)normalize one group."""
-        return groups.index is None and self.observer is None and self.activation is None and self.save == "input"
+    def _is_plain(self) -> bool:
+        """Whether the layer does nothing but (re)normalize."""
+        return self.observer is None and self.activation is None and self.save == "input"
 
     def _running(self, divisor: float | None) -> Running | None:
         if self.running_mean is None:

@@ -1,0 +1,364 @@
+"""Tests of the Triton kernels against their twins, for a device that the importing module chooses.
+
+It defines the fixtures ``device``, and gets these tests by importing all names: in Triton's interpreter on the CPU, and
+on CUDA. The truth is the twin in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn.functional import normalize as twin
+from syncbn.functional import stats
+from syncbn.functional.epilogue import Epilogue
+from syncbn.functional.stats import moments
+from syncbn.kernels import Kernels
+from syncbn.kernels import triton as kernels
+from syncbn.kernels.rule import REFERENCE
+
+SHAPES = {
+    "mlp": (37, 5),
+    "wide mlp": (6, 300),
+    "one pixel": (9, 5, 1, 1),
+    "sequence": (6, 3, 17),
+    "long sequence": (2, 3, 1100),
+    "images": (6, 7, 9, 11),
+    "images, channels_last": (6, 7, 9, 11),
+    "small images, channels_last": (9, 130, 2, 2),
+    "large images, channels_last": (2, 33, 9, 8),
+    "volumes": (4, 3, 4, 5, 6),
+    "volumes, channels_last": (4, 3, 4, 5, 6),
+    "six dimensions": (4, 3, 2, 3, 2, 4),
+    "one channel": (4, 1, 5, 7),
+    "one sample": (1, 3, 5, 7),
+}
+EPILOGUES = {
+    "plain": (None, False),
+    "relu": ("relu", False),
+    "leaky_relu": ("leaky_relu", False),
+    "silu": ("silu", False),
+    "residual": (None, True),
+    "residual, relu": ("relu", True),
+    "residual, leaky_relu": ("leaky_relu", True),
+    "residual, silu": ("silu", True),
+}
+SLOPE = 0.1  # no float32
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+each_shape = pytest.mark.parametrize("name", SHAPES)
+each_epilogue = pytest.mark.parametrize("epilogue", EPILOGUES)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What is allocated without a value is not a number, so an element that is not written shows."""
+
+    def poison(allocate):
+        def allocated(*args, **options):
+            tensor = allocate(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocated
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+def sample(shape, seed, dtype=torch.float32, loc=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + loc).to(dtype)
+
+
+def formatted(t, name):
+    if "channels_last" not in name:
+        return t
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+
+
+def groupings(n):
+    """Label, groups and their number: in order, in any order with one empty, and none."""
+    yield "one", None, 1
+    yield "runs", torch.arange(n) * 3 // n, 3
+    mixed = torch.arange(n) * 7 % 5
+    yield "mixed", mixed + (mixed > 1), 32
+
+
+def affine(num_groups, c, expanded):
+    generator = torch.Generator().manual_seed(9)
+    scale, shift = torch.rand(2, num_groups, c, generator=generator, dtype=torch.float64)
+    if expanded:  # as from a parameter, with stride 0
+        scale, shift = (t[:1].float().expand(num_groups, c) for t in (scale, shift))
+    return scale + 0.5 if not expanded else scale, shift - 0.25 if not expanded else shift
+
+
+def close(found, expected, dtype, label, scale=1.0):
+    """A few roundings in the arithmetic's dtype, and one to the result's own."""
+    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    eps = max(torch.finfo(dtype).eps, 16 * wide)
+    found, expected = found.detach().cpu().double(), expected.detach().double()
+    torch.testing.assert_close(found, expected, rtol=eps, atol=scale * eps, msg=lambda m: f"{label}: {m}")
+
+
+def on(device, *values):
+    """The same on the device, tensors with the strides that they have."""
+    return [moved(v, device) if isinstance(v, torch.Tensor) and v.device != device else v for v in values]
+
+
+def moved(t, device):
+    if not t.numel():
+        return t.to(device)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((extent,), (1,)).to(device).as_strided(t.shape, t.stride())
+
+
+def wide(*values):
+    return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
+
+
+def check_passes(device, x, dy, residual, activation, groups, num_groups, expanded=False, label=""):
+    """Forward and backward of one layer, every result against the float64 twin. x, dy and residual in any format."""
+    dtype = x.dtype
+    # What kernels and twin both start from: the statistics, and coefficients that each can represent.
+    found = kernels.group_sums(*on(device, x, groups), num_groups)
+    expected = stats.group_sums(x.double(), groups, num_groups)
+    assert found.dtype == torch.float64
+    # float32 sums of squares about a tile's mean; the wire's (mean / std)^2 * 1e-16.
+    bound = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(found.cpu(), expected, rtol=bound, atol=bound * x.numel(), msg=lambda m: f"{label}: {m}")
+    count, mean, var = moments(expected)
+    invstd = torch.rsqrt(var + 1e-5)
+    scale, shift = affine(num_groups, x.shape[1], expanded)
+    given = (mean, invstd, scale, shift, groups)
+    fused = Epilogue(*on(device, residual), activation, SLOPE)
+    exact = Epilogue(*wide(residual), activation, SLOPE)
+
+    x_on, dy_on, *given_on = on(device, x, dy, *given)
+    y = kernels.normalize(x_on, *given_on, fused)
+    regular = kernels._strides(x_on) is not None
+    assert y.dtype == dtype
+    assert y.stride() == torch.empty_like(x).stride() or not regular, label
+    close(y, twin.normalize(x.double(), *given, exact), dtype, f"{label}, y")
+
+    dz, rest, sums = kernels.backward_sums(dy_on, x_on, *given_on, num_groups, fused)
+    dz_twin, _, sums_twin = twin.backward_sums(dy.double(), x.double(), *given, num_groups, exact)
+    if activation is None or residual is None:
+        assert dz is dy_on or kernels._strides(dy_on) is None, label
+        assert (rest.activation, rest.residual) == (activation, None)
+    else:
+        assert not rest
+        assert dz.dtype == dtype
+        assert dz.stride() == y.stride() or not regular, label
+        close(dz, dz_twin, dtype, f"{label}, dz")
+        # The sums and the gradient are of what is handed on.
+        dz_twin, _, sums_twin = twin.backward_sums(dz.cpu().double(), x.double(), *given, num_groups)
+    assert sums.shape == (num_groups, 2, x.shape[1])
+    error = (sums.cpu() - sums_twin).abs().max() if sums.numel() else 0
+    assert error <= bound * max(x.numel() / x.shape[1], 10), label
+
+    means = scale.double().unsqueeze(1) * sums_twin / count.clamp(min=1).unsqueeze(1)
+    dx = kernels.grad_input(dz, x_on, *given_on[:-1], *on(device, means), given_on[-1], rest)
+    assert (dx.dtype, dx.stride()) == (dtype, y.stride()), label
+    truth = twin.grad_input(dz_twin, x.double(), *given[:-1], means, groups)
+    # invstd of a group of few values can be large.
+    close(dx, truth, dtype, f"{label}, dx", scale=max(1.0, invstd[count[:, 0] > 0].max().item()))
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+FORMATS = ["mlp", "images", "images, channels_last"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, d) for name in SHAPES for d in DTYPES if name in FORMATS or d == torch.float32], ids=str
+)
+def test_shapes(device, name, dtype):
+    x, dy = (formatted(sample(SHAPES[name], seed, dtype), name) for seed in range(2))
+    for label, groups, number in groupings(len(x)):
+        check_passes(device, x, dy, None, None, groups, number, label=label)
+
+
+@each_shape
+def test_one_program_for_several_items(device, name, monkeypatch):
+    """Its sums go over from item to item, and from group to group."""
+    monkeypatch.setattr(kernels, "_processors", lambda device: 0)
+    x, dy, residual = (formatted(sample(SHAPES[name], seed, loc=2.0), name) for seed in range(3))
+    for label, groups, number in groupings(len(x)):
+        check_passes(device, x, dy, residual, "relu", groups, number, label=label)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("mlp", torch.float64), ("images", torch.float32), ("images, channels_last", torch.bfloat16)],
+    ids=str,
+)
+@each_epilogue
+def test_epilogues(device, name, epilogue, dtype):
+    activation, has_residual = EPILOGUES[epilogue]
+    x, dy, residual = (formatted(sample(SHAPES[name], seed, dtype), name) for seed in range(3))
+    for label, groups, number in groupings(len(x)):
+        check_passes(
+            device, x, dy, residual if has_residual else None, activation, groups, number, expanded=True, label=label
+        )
+
+
+@each_shape
+def test_memory_format_is_the_twins(device, name):
+    x = formatted(sample(SHAPES[name], 0), name)
+    for _, groups, number in groupings(len(x)):
+        given = *torch.ones(4, number, x.shape[1], dtype=torch.float64), groups
+        y = kernels.normalize(*on(device, x, *given))
+        assert y.stride() == twin.normalize(x, *given).stride()
+
+
+def test_without_weight_and_bias(device):
+    x, dy = (sample((4, 3, 5), seed) for seed in range(2))
+    _, mean, var = moments(stats.group_sums(x))
+    x_on, dy_on, mean_on, invstd = on(device, x, dy, mean, torch.rsqrt(var))
+    for fused in (Epilogue(), Epilogue(None, "relu")):
+        given = (mean, invstd.cpu(), None, None)
+        y = kernels.normalize(x_on, mean_on, invstd, None, None, None, fused)
+        close(y, twin.normalize(x, *given, None, fused), x.dtype, "y")
+        dz, rest, sums = kernels.backward_sums(dy_on, x_on, mean_on, invstd, None, None, None, 1, fused)
+        dx = kernels.grad_input(dz, x_on, mean_on, invstd, None, None, sums / 20, None, rest)
+        dz, rest, sums = twin.backward_sums(dy, x, *given, None, 1, fused)
+        close(dx, twin.grad_input(dz, x, *given, sums / 20, None, rest), x.dtype, "dx")
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (1, 3, 50), (2, 3, 40, 41)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_far_from_zero(device, shape, channels_last):
+    x, dy = sample(shape, 0, loc=1e4), sample(shape, 1)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for groups, number in ((None, 1), (torch.arange(len(x)) % 2, 2)):
+        count, mean, var = moments(kernels.group_sums(*on(device, x, groups), number).cpu())
+        truth = moments(stats.group_sums(x.double(), groups, number))
+        filled = count[:, 0] > 0
+        torch.testing.assert_close(mean, truth[1], rtol=1e-9, atol=1e-6)
+        torch.testing.assert_close(var[filled], truth[2][filled], rtol=1e-5, atol=0)
+        given = mean, torch.rsqrt(var + 1e-5), *affine(number, 3, False), groups
+        y = kernels.normalize(*on(device, x, *given))
+        expected = twin.normalize(x.double(), *given)
+        torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-6, atol=1e-6)
+        _, _, sums = kernels.backward_sums(*on(device, dy, x, *given), number)
+        _, _, expected = twin.backward_sums(dy.double(), x.double(), *given, number)
+        torch.testing.assert_close(sums.cpu(), expected, rtol=1e-5, atol=1e-6 * count.max().item())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_nonfinite_values_show_where_they_are(device, bad):
+    for name in ("mlp", "images", "images, channels_last"):
+        x = formatted(sample(SHAPES[name], 0), name)
+        x[1, 2] = bad
+        for groups, number in ((None, 1), (torch.arange(len(x)) % 2, 2)):
+            finite = torch.isfinite(kernels.group_sums(*on(device, x, groups), number)).cpu()
+            c = x.shape[1]
+            expected = torch.ones_like(finite)
+            expected[-1, 1 + 2] = expected[-1, 1 + c + 2] = False
+            assert torch.equal(finite, expected), name
+    y = kernels.normalize(*on(device, x, *torch.ones(4, 1, 7).double()), None, Epilogue(None, "relu"))
+    assert torch.equal(torch.isnan(y.cpu()), torch.isnan(x))
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def layouts(x):
+    """The same values in other memory."""
+    yield "contiguous", x.contiguous()
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "channels of more", torch.cat((x, x), 1)[:, : x.shape[1]]
+    yield "every other sample", torch.stack((x, x), 1)[:, 0]
+    yield "sliced", torch.stack((x, x + 9), -1)[..., 0]
+    yield "cropped", torch.cat((x, x), -1)[..., : x.shape[-1]]
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "samples last", x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+LAYOUTS = [name for name, _ in layouts(torch.zeros(2, 2, 2, 2))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_input(device, layout):
+    base, dy, residual = (sample((4, 3, 5, 6), seed) for seed in range(3))
+    x = dict(layouts(base))[layout]
+    assert torch.equal(x, base)
+    for label, groups, number in groupings(4):
+        check_passes(device, x, dy, residual, "silu", groups, number, label=label)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded", "one plane"])
+@pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+def test_layouts_of_the_others(device, name, layout):
+    x, base, residual = (sample((4, 3, 5, 6), seed) for seed in range(3))
+    x = formatted(x, name)
+    if layout == "expanded":
+        dy = residual = torch.tensor(1.5).expand(4, 3, 5, 6)
+    elif layout == "one plane":
+        dy = residual = sample((4, 3, 1, 1), 4).expand(4, 3, 5, 6)
+    else:
+        dy, residual = (dict(layouts(t))[layout] for t in (base, residual))
+    check_passes(device, x, dy, None, "leaky_relu", None, 1)
+    check_passes(device, x, dy, residual, "leaky_relu", torch.tensor([2, 0, 2, 1]), 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 5), (2, 3, 0, 5), (2, 0, 4), (0, 0)], ids=str)
+def test_empty_input(device, shape):
+    x = sample(shape, 0).to(device)
+    groups = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    for index, number in ((None, 1), (groups, 3)):
+        sums = kernels.group_sums(x, index, number)
+        assert torch.equal(sums, stats.group_sums(x, index, number))
+        given = torch.ones(4, number, shape[1], dtype=torch.float64, device=device)
+        for fused in (Epilogue(), Epilogue(x, "relu")):
+            assert kernels.normalize(x, *given, index, fused).shape == shape
+            dz, rest, sums = kernels.backward_sums(x, x, *given, index, number, fused)
+            assert torch.equal(sums, torch.zeros_like(sums))
+            assert sums.shape == (number, 2, shape[1])
+            assert kernels.grad_input(dz, x, *given, sums, index, rest).shape == dz.shape == shape
+        finished = kernels.finish(kernels.group_sums(x, index, number), 1e-5)
+        assert finished.mean.shape == (number, shape[1])
+
+
+# -- the layers --------------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "sync": SyncBatchNorm,
+    "cumulative": lambda c, **o: SyncBatchNorm(c, momentum=None, **o),
+    "ghost": lambda c, **o: GhostBatchNorm(c, 2, **o),
+    "ghost, total": lambda c, **o: GhostBatchNorm(c, 3, remainder="smaller", running_update="total", **o),
+    "renorm": lambda c, **o: BatchRenorm(c, warmup_steps=0, r_ramp_end=4, d_ramp_end=4, **o),
+    "renorm of ghosts": lambda c, **o: BatchRenorm(c, warmup_steps=0, d_ramp_end=4, ghost_batch_size=4, **o),
+}
+
+
+@pytest.mark.parametrize("name", ["mlp", "images", "images, channels_last"])
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_layers(device, make, name, monkeypatch):
+    """Two steps of training, float64, against the same layer on the twins."""
+    shape = (8, *SHAPES[name][1:])
+    module = make(shape[1], dtype=torch.float64, activation="leaky_relu", negative_slope=SLOPE)
+    twin_module, module = copy.deepcopy(module), module.to(device)
+    fields = ("group_sums", "finish", "normalize", "backward_sums", "grad_input")
+    ours = Kernels("triton", *(getattr(kernels, field) for field in fields))
+    for seed in range(2):
+        x, dy, residual = (formatted(sample(shape, 3 * seed + i, torch.float64, loc=2.0), name) for i in range(3))
+        results = []
+        for layer, chosen, where in ((module, ours, device), (twin_module, REFERENCE, torch.device("cpu"))):
+            with monkeypatch.context() as patch:
+                for place in ("syncbn.autograd.pick", "syncbn.modules.base.pick"):
+                    patch.setattr(place, lambda x, k=chosen: k)
+                leaves = [t.detach().to(where).requires_grad_() for t in (x, residual)]
+                y = layer(*leaves)
+                gradients = torch.autograd.grad(y, [*leaves, layer.weight, layer.bias], dy.to(where))
+                results.append([y, *gradients, *layer.buffers()])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-9, atol=1e-9)
