@@ -196,11 +196,16 @@ def normalize_locally(
 ) -> Tensor | None:
     """Batch normalization of groups that are all here, or None where there is no shortcut for it."""
     with torch.no_grad():
-        forward = pick(x).local_forward
-        found = None if forward is None else forward(x, weight, bias, running, eps, limits, update, groups, num_groups)
-    if found is None:
+        kernels = pick(x)
+    if kernels.local_native is not None and limits is None and groups is None:
+        y = kernels.local_native(x, weight, bias, running if update else None, eps)
+        if y is not None:
+            return y
+    if kernels.local_forward is None:
         return None
-    return apply(NormalizeLocally, x, weight, bias, groups, found, eps)
+    with torch.no_grad():
+        found = kernels.local_forward(x, weight, bias, running, eps, limits, update, groups, num_groups)
+    return None if found is None else apply(NormalizeLocally, x, weight, bias, groups, found, eps)
 
 
 def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:

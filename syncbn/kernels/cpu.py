@@ -46,8 +46,12 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
     if groups is None and layout.planes and x.numel() <= SMALL and x.dtype == compute_dtype(x):
         mean, var = torch.batch_norm_update_stats(layout.native(x), None, None, 0.0)
         if bool((mean.square() <= _NEAR**2 * var).all()):
-            return _packed(mean.to(WIRE_DTYPE), var.to(WIRE_DTYPE), layout.n * layout.width)
+            n = layout.n * layout.width
+            mean, var = mean.to(WIRE_DTYPE), var.to(WIRE_DTYPE)
+            return _packed(mean * n, var.addcmul_(mean, mean).mul_(n), n)
     matrix = layout.matrix(x)
+    if layout.planes and groups is None:
+        return _packed(*channel_sums(layout, matrix), layout.n * layout.width)
     if layout.planes:
         sums, squares = plane_sums(layout, matrix)
     else:
@@ -59,14 +63,9 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
     return layout.merge(torch.cat((count, sums, squares), 1), groups, num_groups)
 
 
-def _packed(mean: Tensor, var: Tensor, n: int) -> Tensor:
-    """The wire's (1, 2C + 1) of one group from its moments (C,)."""
-    packed = torch.empty(1, 2 * len(mean) + 1, dtype=WIRE_DTYPE)
-    count, sums, squares = packed[0].split((1, len(mean), len(mean)))
-    count.fill_(n)
-    torch.mul(mean, n, out=sums)
-    torch.addcmul(var, mean, mean, out=squares).mul_(n)
-    return packed
+def _packed(sums: Tensor, squares: Tensor, n: int) -> Tensor:
+    """The wire's (1, 2C + 1) of one group."""
+    return torch.cat((torch.full((1,), float(n), dtype=WIRE_DTYPE), sums, squares)).unsqueeze(0)
 
 
 def plane_sums(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,11 +81,39 @@ def plane_sums(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return sums.view(*shape, parts).sum(2), squares.view(*shape, parts).sum(2)
 
 
-def _sums_about_probe(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares of each unit, (units,) or (units, C) float64, summed about a value near its mean."""
+def channel_sums(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares of each channel over all samples, (C,) float64, of planes."""
+    if layout.c * layout.width > 4 * BLOCK or layout.width > _LONGEST:
+        sums, squares = plane_sums(layout, matrix)
+        return sums.sum(0), squares.sum(0)
+    # Small planes: block by block of samples, about one centre for each channel.
+    dtype = _summing_dtype(matrix)
+    x = matrix.view(layout.n, layout.c, layout.width)
+    probe = min(layout.width, max(_PROBE, layout.width // _PROBE))
+    centre = x[:, :, :probe].mean((0, 2), dtype=dtype).view(1, -1, 1)
+    step = max(1, BLOCK // (layout.c * layout.width))
+    scratch = torch.empty(min(step, layout.n), layout.c, layout.width, dtype=dtype)
+    found = []
+    for start in range(0, layout.n, step):
+        part = x[start : start + step]
+        centred = torch.sub(part, centre, out=scratch[: len(part)]).unsqueeze(3)
+        found.append(_native_sums(centred, centred, None))
+    sums, squares = (torch.stack(t).to(WIRE_DTYPE).sum(0) for t in zip(*found, strict=True))
+    middle = centre.view(-1).to(WIRE_DTYPE)
+    total = torch.add(sums, middle, alpha=layout.n * layout.width)
+    return total, squares.addcmul_(middle, sums.add_(total))
+
+
+def _summing_dtype(x: Tensor) -> torch.dtype:
+    """What squares are summed in."""
     # Half precision's values lie on a coarse grid, on which roundings have a direction: float32 sums of some thousand
     # squares are off by up to 1e-5.
-    dtype = matrix.dtype if matrix.dtype == compute_dtype(matrix) else WIRE_DTYPE
+    return x.dtype if x.dtype == compute_dtype(x) else WIRE_DTYPE
+
+
+def _sums_about_probe(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares of each unit, (units,) or (units, C) float64, summed about a value near its mean."""
+    dtype = _summing_dtype(matrix)
     scratch = None
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     lengths: list[int] = []
@@ -110,17 +137,15 @@ def _sums_about_probe(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def sums_of_moments(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """The same for one interleaved unit from the native kernel's own mean and variance, or None where a mean is far."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    lengths: list[int] = []
-    for block in layout.blocks():
-        mean, var = torch.batch_norm_update_stats(block.of(matrix), None, None, 0.0)
-        length = block.stop - block.start
-        found.append((mean, torch.zeros_like(mean), var.mul_(length)))
-        lengths.append(length)
-    sums, squares = _from_centres(layout, found, lengths)
-    # mean^2 <= near^2 * var, which holds also for a channel that is 0 throughout.
-    near = sums.square() * ((1 + _NEAR**2) / layout.elements) <= squares * _NEAR**2
-    return (sums, squares) if bool(near.all()) else None
+    blocks = list(layout.blocks(4 * BLOCK))
+    found = [torch.batch_norm_update_stats(block.of(matrix), None, None, 0.0) for block in blocks]
+    mean, var = (torch.stack(t).to(WIRE_DTYPE) for t in zip(*found, strict=True))
+    mean_square = mean.square()
+    # It holds also for a channel that is 0 throughout.
+    if not bool((mean_square <= _NEAR**2 * var).all()):
+        return None
+    length = torch.tensor([[block.stop - block.start] for block in blocks], dtype=WIRE_DTYPE)
+    return (mean * length).sum(0, keepdim=True), (mean_square.add_(var) * length).sum(0, keepdim=True)
 
 
 def _from_centres(

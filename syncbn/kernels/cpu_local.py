@@ -15,16 +15,16 @@ from torch import Tensor
 
 from syncbn.functional.finish import Limits, Running
 from syncbn.functional.stats import compute_dtype
-from syncbn.kernels.cpu import FAR, plane_sums, sums_of_moments
+from syncbn.kernels.cpu import FAR, channel_sums, sums_of_moments
 from syncbn.kernels.cpu_finish import host_corrections, update_running
 from syncbn.kernels.cpu_ghost import ghost_backward, ghost_forward
 from syncbn.kernels.layout import Layout, layout_of
 
 _aten = torch.ops.aten
 
-_SMALL = 1 << 18
-"""Elements up to which torch's own statistics serve: fewer calls. It goes over contiguous planes slowly."""
-_SHORT = 1 << 12
+_SMALL = 1 << 19
+"""Elements up to which torch's own statistics of planes serve: it goes over them slowly, but with few calls."""
+_SHORT = 1 << 13
 """Elements a channel up to which they serve for interleaved values: it adds them up one after the other."""
 _LARGE = 1e30
 """A variance beyond this may be infinite in a float32 buffer."""
@@ -43,6 +43,55 @@ class Local(NamedTuple):
     d: Tensor | None
 
 
+def local_native(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+) -> Tensor | None:
+    """All of a plain layer by torch's own operator and its autograd, and the running statistics looked at before use.
+
+    None, and nothing is changed, where that is not fast or not exact enough, or a mean is far from zero or a value not
+    finite.
+    """
+    layout = _layout(x, weight, bias, running)
+    if layout is None or not _is_small(layout, x) or (running is not None and running.divisor is not None):
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        # Activation checkpointing ends its second pass as soon as it has what was saved: the other form updates the
+        # running statistics before it saves.
+        return None
+    factor = 0.0
+    new_mean = new_var = None
+    if running is not None:
+        factor = running.momentum if running.momentum is not None else 1.0 / (float(running.num_batches_tracked) + 1.0)
+        new_mean, new_var = running.mean.clone(), running.var.clone()
+    y, mean, invstd = torch.native_batch_norm(x, weight, bias, new_mean, new_var, True, factor, eps)
+    if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR:
+        return None
+    if running is not None:
+        assert new_mean is not None
+        assert new_var is not None
+        if not float(torch.dot(new_var, new_var)) < math.inf:
+            return None
+        running.mean.copy_(new_mean)
+        running.var.copy_(new_var)
+        running.num_batches_tracked.add_(1)
+    return y
+
+
+def _layout(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None) -> Layout | None:
+    """The layout of ``x`` where native kernels can serve at all."""
+    dtype = compute_dtype(x)
+    layout = layout_of(x, None, 1)
+    if layout is None or x.numel() < 2 * layout.c or any(t is not None and t.dtype != dtype for t in (weight, bias)):
+        return None
+    if running is not None and (running.mean.dtype != dtype or running.mode != "mean"):
+        return None
+    return layout
+
+
+def _is_small(layout: Layout, x: Tensor) -> bool:
+    return x.numel() <= (_SMALL if layout.planes else _SHORT * layout.c)
+
+
 def local_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -59,23 +108,16 @@ def local_forward(
     None, and nothing is changed, where the tensors do not fit the native kernels, or a mean is far from zero or a value
     not finite, so that more care is needed.
     """
-    dtype = compute_dtype(x)
-    layout = layout_of(x, None, 1)
-    n = x.numel() // max(x.shape[1], 1)
-    if layout is None or n < 2 or any(t is not None and t.dtype != dtype for t in (weight, bias)):
-        return None
-    if running is not None and (running.mean.dtype != dtype or running.mode != "mean"):
+    layout = _layout(x, weight, bias, running)
+    if layout is None:
         return None
     if groups is not None and limits is None:
         found = ghost_forward(x, weight, bias, running if update else None, eps, groups, num_groups)
         return None if found is None else Local(*found, weight, None, None)
     if groups is not None or (running is not None and running.divisor is not None):
         return None
-    small = x.numel() <= _SMALL and (layout.planes or n <= _SHORT)
-    changed = running if update else None
-    if small and limits is None:
-        return _in_one_call(layout, x, weight, bias, changed, eps)
-    moments = _small_moments(layout, x) if small else _moments(layout, x)
+    dtype = compute_dtype(x)
+    moments = _small_moments(layout, x) if _is_small(layout, x) else _moments(layout, x)
     if moments is None:
         return None
     mean, var = moments
@@ -89,8 +131,8 @@ def local_forward(
         r, d = (t.to(dtype) for t in host_corrections(mean, invstd, running, eps, limits))
         scale, shift = (r, d) if weight is None else (weight * r, weight * d)
         shift = shift if bias is None else shift.add_(bias)
-    if changed is not None:
-        update_running(changed, mean, var, n)
+    if running is not None and update:
+        update_running(running, mean, var, x.numel() // layout.c)
     mean, invstd = mean.to(dtype), invstd.to(dtype)
     y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype)
     _aten.native_batch_norm.out(
@@ -98,33 +140,6 @@ def local_forward(
         out=layout.native(y), save_mean=nothing, save_invstd=nothing,
     )  # fmt: skip
     return Local(y, mean, invstd, scale, r, d)
-
-
-def _in_one_call(
-    layout: Layout, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
-) -> Local | None:
-    factor = 0.0
-    new_mean = new_var = None
-    if running is not None:
-        factor = running.momentum if running.momentum is not None else 1.0 / (float(running.num_batches_tracked) + 1.0)
-        new_mean, new_var = running.mean.clone(), running.var.clone()
-    y, dtype = torch.empty_like(x), compute_dtype(x)
-    mean, invstd = torch.empty(layout.c, dtype=dtype), torch.empty(layout.c, dtype=dtype)
-    _aten.native_batch_norm.out(
-        layout.native(x), weight, bias, new_mean, new_var, True, factor, eps,
-        out=layout.native(y), save_mean=mean, save_invstd=invstd,
-    )  # fmt: skip
-    if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR:
-        return None
-    if running is not None:
-        assert new_mean is not None
-        assert new_var is not None
-        if not float(torch.dot(new_var, new_var)) < math.inf:
-            return None
-        running.mean.copy_(new_mean)
-        running.var.copy_(new_var)
-        running.num_batches_tracked.add_(1)
-    return Local(y, mean, invstd, weight, None, None)
 
 
 def _small_moments(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -139,10 +154,10 @@ def _moments(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor] | None:
     if x.dtype != compute_dtype(x) and not layout.planes:
         return None
     matrix = layout.matrix(x)
-    found = plane_sums(layout, matrix) if layout.planes else sums_of_moments(layout, matrix)
+    found = channel_sums(layout, matrix) if layout.planes else sums_of_moments(layout, matrix)
     if found is None:
         return None
-    mean, square = (t.sum(0).div_(x.numel() // layout.c) for t in found)
+    mean, square = (t.view(-1).div_(x.numel() // layout.c) for t in found)
     return mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
 
 

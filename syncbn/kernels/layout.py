@@ -15,7 +15,7 @@ BLOCK = 1 << 17
 """Elements that are worked on at a time: with a scratch copy of them they stay in a core's second-level cache."""
 WHOLE = 1 << 62
 """For a block that is as large as can be: one operation, which gains nothing from the cache."""
-_LONGEST_RUN = 1 << 11
+_LONGEST_RUN = 1 << 12
 """Rows of an interleaved block: torch's native kernel adds them up one after the other."""
 _SMALL_UNIT = 1 << 14
 """Elements of a unit below which several are worked on together: a call costs as much as some 10,000 elements."""

@@ -100,6 +100,14 @@ class BackwardAlone(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor] | None: ...
 
 
+class LocalNative(Protocol):
+    """A plain layer by an operator that autograd knows, where nothing travels, or None."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+    ) -> Tensor | None: ...
+
+
 class LocalForward(Protocol):
     """All of a forward pass at once where nothing travels, or None: y, and what :class:`LocalBackward` takes."""
 
@@ -135,6 +143,7 @@ class Kernels(NamedTuple):
     backward_sums: BackwardSums
     grad_input: GradInput
     backward_alone: BackwardAlone | None = None
+    local_native: LocalNative | None = None
     local_forward: LocalForward | None = None
     local_backward: LocalBackward | None = None
 
