@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
+from syncbn.functional.epilogue import Epilogue, activate
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Case:
     steps: int = 3
     loc: float = 10.0
     """Mean of the input in standard deviations."""
+    residual: bool = False
+    """Call the layer with a residual too."""
 
 
 def batch(case: Case, step: int) -> tuple[Tensor, Tensor]:
@@ -61,8 +64,9 @@ def train_layer(case: Case) -> dict[str, Any]:
     for step in range(case.steps):
         x, dy = (t[start : start + case.sizes[rank]].detach() for t in batch(case, step))
         x.requires_grad_()
+        # The input itself is its residual too, read from other memory: its gradient then has both parts.
         with torch.autocast("cpu", case.autocast or torch.bfloat16, enabled=case.autocast is not None):
-            y = layer(x)
+            y = layer(x, 2 * x) if case.residual else layer(x)
         y.backward(dy)
         outputs.append(y.detach())
         gradients.append(x.grad)
@@ -90,7 +94,8 @@ def reference(case: Case, layer: nn.Module | None = None) -> dict[str, Any]:
     for step in range(case.steps):
         x, dy = (t.detach().double() for t in batch(case, step))
         x.requires_grad_()
-        y = layer(x)
+        y = layer(x) + 2 * x if case.residual else layer(x)
+        y = activate(y, Epilogue(None, case.options.get("activation"), case.options.get("negative_slope", 0.01)))
         y.backward(dy)
         outputs.append(y.detach())
         gradients.append(x.grad)

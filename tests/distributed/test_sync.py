@@ -57,6 +57,33 @@ def test_narrow_inputs(pools, dtype, autocast):
     check_against(results, reference(case), rtol=2 * eps, atol=4 * eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((6,), False), ((3, 40, 41), False), ((3, 40, 41), True)], ids=str
+)
+def test_means_near_zero(pools, shape, channels_last, dtype):
+    """Where the mean is not far from zero the elementwise step is one multiplication and addition."""
+    case = Case("SyncBatchNorm", (4, 0, 3), shape=shape, channels_last=channels_last, dtype=dtype, loc=1.0)
+    # float32: sums of up to 4,096 values one after the other, and a few roundings.
+    bound = EXACT if dtype == torch.float64 else {"rtol": 5e-6, "atol": 5e-6}
+    check_against(pools(3).run(train_layer, case), reference(case), **bound)
+
+
+@pytest.mark.parametrize("loc", [1.0, 10.0])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+def test_residual_and_activation(pools, activation, residual, loc):
+    case = Case("SyncBatchNorm", (3, 0, 2), {"activation": activation}, residual=residual, loc=loc)
+    check_against(pools(3).run(train_layer, case), reference(case), **EXACT)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+def test_keeping_the_output_alone(pools, activation):
+    case = Case("SyncBatchNorm", (3, 0, 2), {"save": "output", "activation": activation}, loc=1.0)
+    # xhat is had from the output: (1 + |bias|) / |weight| roundings, and a slope's hundred.
+    check_against(pools(3).run(train_layer, case), reference(case), rtol=1e-10, atol=1e-10)
+
+
 def mixed_dtypes(sizes):
     """Autocast may hand a half-precision batch to one rank and a float32 one (an empty one, say) to another."""
     import torch.distributed as dist

@@ -97,8 +97,8 @@ def test_statistics(name, dtype, loc):
         found = moments(cpu.group_sums(x, groups, number))
         expected = moments(stats.group_sums(x.double(), groups, number))
         assert torch.equal(found[0], expected[0]), label
-        # float32 sums, one after the other, of up to 4,096 values about a centre that is not quite their mean; in units of
-        # the standard deviation.
+        # float32 sums, one after the other, of up to 4,096 values about a centre that is not quite their mean; in units
+        # of the standard deviation.
         bound = 1e-12 * max(1.0, loc) if dtype == torch.float64 else 6e-6
         close = {"rtol": 1e-12 if dtype == torch.float64 else 0, "msg": lambda m, n=label: f"{n}: {m}"}
         torch.testing.assert_close(found[1], expected[1], atol=bound, **close)
