@@ -7,11 +7,14 @@ from torch import Tensor
 
 from syncbn.functional.finish import Running
 from syncbn.functional.stats import compute_dtype
-from syncbn.kernels.cpu import FAR, normalize, plane_sums
+from syncbn.kernels.cpu import FAR, normalize
+from syncbn.kernels.cpu_stats import plane_sums
 from syncbn.kernels.layout import Layout, is_consecutive, layout_of
 
 _aten = torch.ops.aten
 
+_FEW = 1 << 14
+"""Elements of a group below which several groups are better worked on together, as the general kernels do."""
 _SHORT = 1 << 12
 """Elements a channel and group up to which torch's own statistics serve for interleaved values."""
 _LARGE = 1e30
@@ -35,7 +38,7 @@ def ghost_forward(
         return None
     layout = layout_of(x, None, 1)
     n = x.numel() // x.shape[1] // num_groups
-    if layout is None or n < 2 or (not layout.planes and n > _SHORT):
+    if layout is None or n < 2 or n * layout.c < _FEW or (not layout.planes and n > _SHORT):
         return None
     if layout.planes:
         found = _planes(layout, x, weight, bias, eps, groups, num_groups, n)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from syncbn.functional.finish import Limits, Running
 from syncbn.functional.stats import compute_dtype
-from syncbn.kernels.cpu import FAR, channel_sums, sums_of_moments
+from syncbn.kernels.cpu import FAR
 from syncbn.kernels.cpu_finish import host_corrections, update_running
 from syncbn.kernels.cpu_ghost import ghost_backward, ghost_forward
+from syncbn.kernels.cpu_stats import channel_sums, sums_of_moments
 from syncbn.kernels.layout import Layout, layout_of
 
 _aten = torch.ops.aten

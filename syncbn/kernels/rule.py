@@ -190,7 +190,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 @functools.cache
 def cpu_kernels() -> Kernels:
     """torch's native CPU kernels, put together."""
-    return _load("cpu", "cpu", "cpu_finish", "cpu_local")
+    return _load("cpu", "cpu_stats", "cpu_finish", "cpu", "cpu_local")
 
 
 @functools.cache

@@ -287,19 +287,10 @@ class SmallBatchNorm(_BatchNorm):
         return self.observer is None and self.activation is None and self.save == "input"
 
     def _running(self, divisor: float | None) -> Running | None:
-        if self.running_mean is None:
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or tracked is None:
             return None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        return Running(
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.num_nonfinite_batches,
-            self.momentum,
-            self.running_update,
-            divisor,
-        )
+        return Running(mean, var, tracked, self.num_nonfinite_batches, self.momentum, self.running_update, divisor)
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections, in a layer that has them and is in training."""

@@ -71,7 +71,7 @@ def world(tmp_path: Path) -> Iterator[None]:
         (
             "sync",
             {"r_max": 3.0},
-            r"no option 'r_max' \(got r_max=3.0\).*momentum, process_group, sync_group_size, activation, negative_slope, save$",
+            r"no option 'r_max' \(got r_max=3.0\).*momentum, process_group, sync_group_size, activation, .*save$",
         ),
         ("ghost", {"ghost_batch_size": 2, "d_max": 3.0}, "no option 'd_max'.*ghost_batch_size.*remainder.*max_ghost"),
         ("renorm", {"num_features": 3}, "no option 'num_features'.*r_max.*sync_group_size.*ghost_batch_size"),

@@ -16,6 +16,15 @@ from syncbn.kernels.rule import cpu_kernels
 
 cpu = cpu_kernels()
 
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 SHAPES = {
     "mlp": (12, 5),
     "wide mlp": (64, 300),
@@ -280,6 +289,10 @@ def test_finish_without_update():
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_is_poisoned():
+    assert torch.empty(3).isnan().all()
 
 
 def test_which_kernels_run():
