@@ -120,9 +120,9 @@ class NormalizeWithStatistics(torch.autograd.Function):
         # While the reduction is under way, what does not depend on it.
         if needs_weight:
             per_group = sums[:, 1] if r is None else r * sums[:, 1] + d * sums[:, 0]
-            grad_weight = per_group.sum(0).to(weight.dtype)
+            grad_weight = (per_group[0] if num_groups == 1 else per_group.sum(0)).to(weight.dtype)
         if needs_bias:
-            grad_bias = sums[:, 0].sum(0).to(ctx.bias_dtype)
+            grad_bias = (sums[0, 0] if num_groups == 1 else sums[:, 0].sum(0)).to(ctx.bias_dtype)
         if pending is not None:
             means = pending.wait() / count.clamp(min=1).unsqueeze(1)
             if needs_x:
@@ -167,19 +167,24 @@ class NormalizeLocally(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, groups, *found = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        if not torch.is_grad_enabled():
-            backward = pick(x).local_backward
-            assert backward is not None, "it had a forward pass"
+        recorded = torch.is_grad_enabled()
+        backward = None if recorded else pick(x).local_backward
+        if backward is not None:
             return *backward(grad_output, x, tuple(found), needs), None, None, None
         r, d = (None if t is None else t.to(torch.float64).unsqueeze(0) for t in found[-2:])
         with torch.no_grad():
             count, mean, var = moments(group_sums(x, groups, 1 if groups is None else len(found[0])))
-        y = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, groups, ctx.eps,
-            None, None, 0.0, False,
-        )  # fmt: skip
-        wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-        gradients = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
+        with torch.enable_grad():
+            # Other tensors than the layer's own, whose hooks are not for this inner pass.
+            inputs = [
+                t if t is None else t.view_as(t) if recorded else t.detach().requires_grad_() for t in (x, weight, bias)
+            ]
+            y = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
+                *inputs, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, groups, ctx.eps,
+                None, None, 0.0, False,
+            )  # fmt: skip
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        gradients = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=recorded))
         return *(next(gradients) if need else None for need in needs), None, None, None
 
 

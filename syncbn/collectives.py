@@ -151,12 +151,20 @@ all-reduce's time (one way around the ring and not two), and each rank's sum is 
 
 
 def _gathering_size(group_name: str) -> int:
-    """The size of a group whose reductions on the CPU gather, or 0. The same on all its ranks, compiled or not."""
+    """The size of a group whose reductions on the CPU gather, or 0. The same on all its ranks."""
     size = dist.distributed_c10d._get_group_size_by_name(group_name)  # type: ignore[arg-type]
     return size if size <= _GATHER_LIMIT else 0
 
 
-_gathering_size._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as resolve_name
+@torch.library.custom_op("syncbn::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(tensor: Tensor, group_name: str) -> Tensor:
+    """What a compiled graph calls on the CPU: the way to reduce is seen as it runs, as the group's size may change."""
+    return _start(tensor, group_name).wait().clone()
+
+
+@_sum_over_ranks.register_fake
+def _(tensor: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 class PendingSum(NamedTuple):
@@ -183,6 +191,12 @@ def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
     if tensor.requires_grad and torch.is_grad_enabled():
         summed: Tensor = _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-untyped-call]
         return PendingSum(summed, False)
+    if tensor.device.type == "cpu" and torch.compiler.is_compiling():
+        return PendingSum(_sum_over_ranks(tensor, group_name), False)
+    return _start(tensor, group_name)
+
+
+def _start(tensor: Tensor, group_name: str) -> PendingSum:
     # torch's functional collectives, as they are the one form that both eager mode and a compiled graph run.
     operators, source = torch.ops._c10d_functional, tensor.contiguous()
     gathered = _gathering_size(group_name) if source.device.type == "cpu" else 0

@@ -25,7 +25,8 @@ def mark_activated(layer: Any, y: Tensor) -> Tensor:
     Compiled there are no marks: the second ReLU changes no value, and the compiler fuses it with what is around it.
     """
     if not torch.compiler.is_compiling():
-        vars(y)[_MARK] = None if y.is_inference() else y._version
+        if not y.is_inference():  # such a tensor does not tell whether it was changed
+            vars(y)[_MARK] = y._version
         return y
     # Evaluation ends with torch's ReLU, whose backward pass needs what it returned, and the second may be in place. The
     # compiler leaves the copy out.
@@ -186,11 +187,8 @@ class FusedReLU(nn.ReLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and _MARK in vars(input):
-            version = vars(input).pop(_MARK)
-            if version is None or version == input._version:
-                return input
-        return super().forward(input)
+        marked = not torch.compiler.is_compiling() and _MARK in vars(input)
+        return input if marked and vars(input).pop(_MARK) == input._version else super().forward(input)
 
 
 class FusedLeakyReLU(nn.LeakyReLU):

@@ -15,12 +15,10 @@ from torch import Tensor
 from syncbn.functional import normalize as reference
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
 from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
+from syncbn.kernels import cpu_one_group
+from syncbn.kernels.cpu_one_group import is_far
 from syncbn.kernels.cpu_stats import constants, native_sums
 from syncbn.kernels.layout import BLOCK, WHOLE, Block, Layout, layout_of
-
-FAR = 8.0
-"""``slope * x + constant`` loses |mean|/std roundings against ``slope * (x - mean) + shift``; beyond this many, which
-are 5e-7 in float32, the slower form is taken."""
 
 _aten = torch.ops.aten
 
@@ -38,13 +36,18 @@ def normalize(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.normalize`."""
+    if groups is None and not epilogue:
+        y = cpu_one_group.normalize(x, mean, invstd, scale, shift)
+        if y is not None:
+            return y
     layout = layout_of(x, groups, len(mean))
     if layout is None:
         return reference.normalize(x, mean, invstd, scale, shift, groups, epilogue)
     line = _normalizing_line(x, layout, mean, invstd, scale, shift, groups)
     y = torch.empty_like(x)
     source, target = layout.matrix(x), layout.matrix(y)
-    if not epilogue and (line.centre is None or x.dtype == line.slope.dtype):
+    one_operation = line.centre is None and (layout.planes or layout.units == 1)
+    if not epilogue and (one_operation or x.dtype == line.slope.dtype):
         for block in layout.blocks(WHOLE if line.centre is None else BLOCK):
             _affine(block, block.of(source), line, block.of(target))
         return y
@@ -55,11 +58,6 @@ def normalize(
         z = _preactivation(block, block.of(source), line, residual, block.form(scratch))
         block.of(target).copy_(_activate(z, epilogue))
     return y
-
-
-def _is_far(mean: Tensor, invstd: Tensor) -> bool:
-    """Whether a mean is far from 0, or not finite: then the elementwise step has to subtract it from the values."""
-    return not bool((mean * invstd).abs().max() <= FAR)
 
 
 class _Line(NamedTuple):
@@ -76,7 +74,7 @@ def _line(
 ) -> _Line:
     """``slope * (x - mean) + offset``, (G, C) float64 each, rounded once."""
     centre, rest = None, mean
-    if _is_far(mean, invstd):
+    if is_far(mean, invstd):
         high, rest = reference.split_mean(mean, x)
         centre = _per_channel(high, x, layout, groups)
     constant = -rest * slope if offset is None else torch.addcmul(offset.to(WIRE_DTYPE), rest, slope, value=-1)
@@ -108,7 +106,7 @@ def _affine(block: Block, x: Tensor, line: _Line, out: Tensor) -> Tensor:
         torch.mul(x, slope, out=out)
         return out.add_(constant)
     zero, one = constants(len(slope), slope.dtype)
-    nothing = torch.empty(0, dtype=slope.dtype)
+    nothing = torch.empty(0, dtype=slope.dtype, device="cpu")
     _aten.native_batch_norm.out(
         x, slope, constant, zero, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
     )
@@ -159,6 +157,10 @@ def backward_sums(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> tuple[Tensor, Epilogue, Tensor]:
     """As :func:`syncbn.functional.normalize.backward_sums`."""
+    if groups is None and epilogue.activation is None:
+        found = cpu_one_group.backward_sums(grad_output, x, mean, invstd)
+        if found is not None:
+            return grad_output, NO_EPILOGUE, found
     layout = layout_of(x, groups, num_groups)
     if layout is None:
         return reference.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
@@ -170,16 +172,16 @@ def backward_sums(
     centre = _per_channel(high, x, layout, groups)
     gradient, source = layout.matrix(dz), layout.matrix(x)
     scratch = None
-    found: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for block in layout.blocks(WHOLE if layout.planes else 4 * BLOCK):
         dy, part, about = block.of(gradient), block.of(source), block.coefficients(centre)
         if block.together:
             scratch = block.scratch(scratch, centre.dtype)
             product = torch.sub(part, about, out=block.form(scratch)).mul_(dy).sum(1)
-            found.append((dy.sum(1, dtype=centre.dtype), product))
+            parts.append((dy.sum(1, dtype=centre.dtype), product))
         else:
-            found.append(native_sums(dy, part, about))
-    joined = found[0] if len(found) == 1 else tuple(torch.cat(t) for t in zip(*found, strict=True))
+            parts.append(native_sums(dy, part, about))
+    joined = parts[0] if len(parts) == 1 else tuple(torch.cat(t) for t in zip(*parts, strict=True))
     sums = torch.stack([t.to(WIRE_DTYPE).view(-1, layout.c) for t in joined], 1)
     if not layout.planes and len(sums) > layout.units:
         sums = sums.view(layout.units, -1, 2, layout.c).sum(1)
@@ -213,6 +215,10 @@ def grad_input(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.grad_input`."""
+    if groups is None and not epilogue:
+        found = cpu_one_group.grad_input(dz, x, mean, invstd, scale, means)
+        if found is not None:
+            return found
     layout = layout_of(x, groups, len(mean))
     if layout is None or epilogue:
         return reference.grad_input(dz, x, mean, invstd, scale, shift, means, groups, epilogue)
@@ -250,14 +256,14 @@ def backward_alone(
     torch's native backward pass, which needs nothing from elsewhere. None where it does not serve.
     """
     layout = layout_of(x, None, 1)
-    if layout is None or _is_far(mean, invstd):
+    if layout is None or is_far(mean, invstd):
         return None
     dz = grad_output
     if epilogue.activation is not None:
         line = _normalizing_line(x, layout, mean, invstd, scale, shift, None)
         dz = _through_activation(layout, grad_output, x, line, epilogue)
     dtype = compute_dtype(x)
-    weight = torch.ones(layout.c, dtype=dtype) if scale is None else scale[0].to(dtype)
+    weight = torch.ones(layout.c, dtype=dtype, device="cpu") if scale is None else scale[0].to(dtype)
     mean_of_x, invstd_of_x = mean[0].to(dtype), invstd[0].to(dtype)
     grad, sum_dz_xhat, sum_dz = _aten.native_batch_norm_backward(
         layout.native(dz), layout.native(x), weight, None, None, mean_of_x, invstd_of_x, True, 0.0, [True, True, True]

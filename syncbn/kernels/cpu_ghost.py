@@ -7,7 +7,8 @@ from torch import Tensor
 
 from syncbn.functional.finish import Running
 from syncbn.functional.stats import compute_dtype
-from syncbn.kernels.cpu import FAR, normalize
+from syncbn.kernels.cpu import normalize
+from syncbn.kernels.cpu_one_group import FAR
 from syncbn.kernels.cpu_stats import plane_sums
 from syncbn.kernels.layout import Layout, is_consecutive, layout_of
 
@@ -83,8 +84,8 @@ def _runs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     y, c = torch.empty_like(x), x.shape[1]
     # Running statistics with a momentum of 1 are the mean and the unbiased variance.
-    unbiased = torch.zeros(num_groups, c, dtype=x.dtype)
-    mean, invstd, scratch = torch.empty_like(unbiased), torch.empty_like(unbiased), torch.zeros(c, dtype=x.dtype)
+    unbiased = torch.zeros(num_groups, c, dtype=x.dtype, device="cpu")
+    mean, invstd, scratch = torch.empty_like(unbiased), torch.empty_like(unbiased), torch.zeros_like(unbiased[0])
     parts = zip(x.chunk(num_groups), y.chunk(num_groups), strict=True)
     inner = layout_of(x[: len(x) // num_groups], None, 1)
     assert inner is not None, "a run of whole samples is as dense as all"

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from syncbn.functional.finish import Limits, Running
-from syncbn.functional.stats import compute_dtype
-from syncbn.kernels.cpu import FAR
+from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
+from syncbn.kernels.cpu import backward_sums, grad_input
 from syncbn.kernels.cpu_finish import host_corrections, update_running
 from syncbn.kernels.cpu_ghost import ghost_backward, ghost_forward
+from syncbn.kernels.cpu_one_group import FAR
 from syncbn.kernels.cpu_stats import channel_sums, sums_of_moments
 from syncbn.kernels.layout import Layout, layout_of
 
@@ -27,6 +28,10 @@ _SMALL = 1 << 19
 """Elements up to which torch's own statistics of planes serve: it goes over them slowly, but with few calls."""
 _SHORT = 1 << 13
 """Elements a channel up to which they serve for interleaved values: it adds them up one after the other."""
+_LONG = 1 << 15
+"""Elements a channel up to which torch's backward pass serves for interleaved values."""
+_TINY = 1e-30
+"""An eps below this may leave a variance that is no float32, and an infinite standard deviation's inverse."""
 _LARGE = 1e30
 """A variance beyond this may be infinite in a float32 buffer."""
 
@@ -52,9 +57,11 @@ def local_native(
     None, and nothing is changed, where that is not fast or not exact enough, or a mean is far from zero or a value not
     finite.
     """
-    layout = _layout(x, weight, bias, running)
+    layout = _layout(x, weight, bias, running, eps)
     if layout is None or not _is_small(layout, x) or (running is not None and running.divisor is not None):
         return None
+    if x.dtype != compute_dtype(x) or not (layout.planes or x.dim() in (2, 4, 5)):
+        return None  # torch's statistics would be narrow without parameters, and its output contiguous
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         # Activation checkpointing ends its second pass as soon as it has what was saved: the other form updates the
         # running statistics before it saves.
@@ -78,7 +85,9 @@ def local_native(
     return y
 
 
-def _layout(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None) -> Layout | None:
+def _layout(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+) -> Layout | None:
     """The layout of ``x`` where native kernels can serve at all."""
     dtype = compute_dtype(x)
     layout = layout_of(x, None, 1)
@@ -86,7 +95,7 @@ def _layout(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Runn
         return None
     if running is not None and (running.mean.dtype != dtype or running.mode != "mean"):
         return None
-    return layout
+    return layout if eps >= _TINY else None
 
 
 def _is_small(layout: Layout, x: Tensor) -> bool:
@@ -109,7 +118,7 @@ def local_forward(
     None, and nothing is changed, where the tensors do not fit the native kernels, or a mean is far from zero or a value
     not finite, so that more care is needed.
     """
-    layout = _layout(x, weight, bias, running)
+    layout = _layout(x, weight, bias, running, eps)
     if layout is None:
         return None
     if groups is not None and limits is None:
@@ -135,7 +144,7 @@ def local_forward(
     if running is not None and update:
         update_running(running, mean, var, x.numel() // layout.c)
     mean, invstd = mean.to(dtype), invstd.to(dtype)
-    y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype)
+    y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype, device="cpu")
     _aten.native_batch_norm.out(
         layout.native(x), scale, shift, mean, var.to(dtype), False, 0.0, eps,
         out=layout.native(y), save_mean=nothing, save_invstd=nothing,
@@ -173,6 +182,8 @@ def local_backward(
         return ghost_backward(grad_output, x, scale, mean, invstd, needs)
     layout = layout_of(x, None, 1)
     assert layout is not None, "the forward pass took it"
+    if not layout.planes and layout.elements > _LONG:
+        return _backward_by_blocks(grad_output, x, Local(x, mean, invstd, scale, r, d), needs)
     mask = needs if d is None else [needs[0], needs[1], needs[1] or needs[2]]
     grad, grad_scale, grad_shift = _aten.native_batch_norm_backward(
         layout.native(grad_output), layout.native(x), scale, None, None, mean, invstd, True, 0.0, mask
@@ -182,3 +193,20 @@ def local_backward(
     if r is None or d is None or grad_scale is None:
         return grad, grad_scale, grad_shift
     return grad, torch.addcmul(grad_scale * r, grad_shift, d), grad_shift if needs[2] else None
+
+
+def _backward_by_blocks(
+    grad_output: Tensor, x: Tensor, found: Local, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same by the general kernels, which do not add up more values than are exact enough."""
+    mean, invstd = (t.to(WIRE_DTYPE).unsqueeze(0) for t in (found.mean, found.invstd))
+    scale = None if found.scale is None else found.scale.unsqueeze(0)
+    _, _, sums = backward_sums(grad_output, x, mean, invstd, scale, None, None, 1)
+    scaled = sums if scale is None else sums * scale.unsqueeze(1)
+    n = x.numel() // x.shape[1]
+    grad = grad_input(grad_output, x, mean, invstd, scale, None, scaled / n) if needs[0] else None
+    grad_shift, grad_scale = sums[0].unbind(0)
+    if found.r is not None and found.d is not None:
+        grad_scale = grad_scale * found.r + grad_shift * found.d
+    dtype = found.mean.dtype
+    return grad, grad_scale.to(dtype) if needs[1] else None, grad_shift.to(dtype) if needs[2] else None

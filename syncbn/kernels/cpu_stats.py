@@ -32,10 +32,12 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
         return stats.group_sums(x, groups, num_groups)
     if groups is None and layout.planes and x.numel() <= SMALL and x.dtype == compute_dtype(x):
         mean, var = torch.batch_norm_update_stats(layout.native(x), None, None, 0.0)
-        if bool((mean.square() <= _NEAR**2 * var).all()):
-            n = layout.n * layout.width
-            mean, var = mean.to(WIRE_DTYPE), var.to(WIRE_DTYPE)
-            return _packed(mean * n, var.addcmul_(mean, mean).mul_(n), n)
+        # mean^2 <= near^2 * var, which holds also for a channel that is 0 throughout.
+        if float(torch.addcmul(var, mean, mean, value=-1 / _NEAR**2).min()) >= 0:
+            packed = torch.cat((constants(1, x.dtype)[1], mean, var)).to(WIRE_DTYPE)
+            mean, square = packed[1 : layout.c + 1], packed[layout.c + 1 :]
+            square.addcmul_(mean, mean)
+            return packed.mul_(layout.n * layout.width).unsqueeze(0)
     matrix = layout.matrix(x)
     if layout.planes and groups is None:
         return _packed(*channel_sums(layout, matrix), layout.n * layout.width)
@@ -52,7 +54,7 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
 
 def _packed(sums: Tensor, squares: Tensor, n: int) -> Tensor:
     """The wire's (1, 2C + 1) of one group."""
-    return torch.cat((torch.full((1,), float(n), dtype=WIRE_DTYPE), sums, squares)).unsqueeze(0)
+    return torch.cat((torch.full((1,), float(n), dtype=WIRE_DTYPE, device="cpu"), sums, squares)).unsqueeze(0)
 
 
 def plane_sums(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,7 @@ def channel_sums(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor]:
     probe = min(layout.width, max(_PROBE, layout.width // _PROBE))
     centre = x[:, :, :probe].mean((0, 2), dtype=dtype).view(1, -1, 1)
     step = max(1, BLOCK // (layout.c * layout.width))
-    scratch = torch.empty(min(step, layout.n), layout.c, layout.width, dtype=dtype)
+    scratch = torch.empty(min(step, layout.n), layout.c, layout.width, dtype=dtype, device="cpu")
     found = []
     for start in range(0, layout.n, step):
         part = x[start : start + step]
@@ -131,7 +133,7 @@ def sums_of_moments(layout: Layout, matrix: Tensor) -> tuple[Tensor, Tensor] | N
     # It holds also for a channel that is 0 throughout.
     if not bool((mean_square <= _NEAR**2 * var).all()):
         return None
-    length = torch.tensor([[block.stop - block.start] for block in blocks], dtype=WIRE_DTYPE)
+    length = torch.tensor([[block.stop - block.start] for block in blocks], dtype=WIRE_DTYPE, device="cpu")
     return (mean * length).sum(0, keepdim=True), (mean_square.add_(var) * length).sum(0, keepdim=True)
 
 
@@ -147,7 +149,7 @@ def _from_centres(
     if lengths[0] == lengths[-1]:
         total = torch.add(sums, centre, alpha=lengths[0])
     else:  # the last block of an interleaved unit is shorter
-        number = torch.tensor(lengths, dtype=WIRE_DTYPE).repeat_interleave(layout.c)
+        number = torch.tensor(lengths, dtype=WIRE_DTYPE, device="cpu").repeat_interleave(layout.c)
         total = torch.addcmul(sums, centre, number)
     squares = torch.addcmul(squares, centre, sums + total)
     return (total, squares) if layout.planes else (_per_unit(total, layout), _per_unit(squares, layout))
@@ -162,7 +164,7 @@ def _per_unit(values: Tensor, layout: Layout) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def constants(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Zeros and ones, which nobody writes to."""
-    return torch.zeros(length, dtype=dtype), torch.ones(length, dtype=dtype)
+    return torch.zeros(length, dtype=dtype, device="cpu"), torch.ones(length, dtype=dtype, device="cpu")
 
 
 def native_sums(dy: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:

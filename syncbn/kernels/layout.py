@@ -63,7 +63,11 @@ class Block(NamedTuple):
     def scratch(self, last: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Rows for :meth:`form`: those of ``last``, the block before, where they suffice."""
         rows = self.stop - self.start
-        return torch.empty(rows, self.layout.width, dtype=dtype) if last is None or len(last) < rows else last[:rows]
+        return (
+            torch.empty(rows, self.layout.width, dtype=dtype, device="cpu")
+            if last is None or len(last) < rows
+            else last[:rows]
+        )
 
 
 class Layout(NamedTuple):
@@ -104,13 +108,13 @@ class Layout(NamedTuple):
 
     def empty(self, dtype: torch.dtype) -> Tensor:
         """An uninitialised matrix."""
-        return torch.empty(math.prod(self.shape) // max(self.width, 1), self.width, dtype=dtype)
+        return torch.empty(math.prod(self.shape) // max(self.width, 1), self.width, dtype=dtype, device="cpu")
 
     def native(self, t: Tensor) -> Tensor:
         """``t`` as torch's native kernels take it: (N, C, size, 1), or (1, C, N * size, 1) in channels_last."""
         memory_format = torch.contiguous_format if self.planes else torch.channels_last
-        if len(self.shape) == 4 and self.elements > self.n and t.is_contiguous(memory_format=memory_format):
-            return t
+        if len(self.shape) == 4 and self.shape[2:].numel() > 1:
+            return t.contiguous(memory_format=memory_format)
         matrix = self.matrix(t)
         if self.planes:
             return matrix.view(self.n, self.c, self.width, 1)
@@ -192,5 +196,7 @@ def is_consecutive(groups: Tensor, num_groups: int) -> bool:
     n = groups.shape[0]
     if num_groups == 0 or n % num_groups or n == 0:
         return False
-    expected = torch.arange(num_groups).unsqueeze(1).expand(num_groups, n // num_groups).reshape(-1)
+    expected = (
+        torch.arange(num_groups, device=groups.device).unsqueeze(1).expand(num_groups, n // num_groups).reshape(-1)
+    )
     return torch.equal(groups, expected)

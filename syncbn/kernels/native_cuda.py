@@ -111,7 +111,7 @@ def grad_input(
     slope_x = -invstd.square() * mean_dz_xhat
     constant = -invstd * mean_dz - slope_x * low
     slope_dz = (invstd if scale is None else invstd * scale).to(WIRE_DTYPE)
-    slope_dz = torch.where(slope_dz.abs() < _LEAST_SLOPE, _LEAST_SLOPE, slope_dz)
+    slope_dz = torch.copysign(slope_dz.abs().clamp(min=_LEAST_SLOPE), slope_dz)
     # The kernel: (dz - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count) * invstd * weight.
     sum_dy, sum_dy_xmu = _row(-constant / slope_dz, x), _row(-slope_x / slope_dz, x)
     one, count = torch.ones_like(sum_dy), torch.ones(1, dtype=torch.int32, device=x.device)

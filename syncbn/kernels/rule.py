@@ -174,6 +174,7 @@ def pick(x: Tensor) -> Kernels:
         or torch.is_grad_enabled()
         or type(x) not in _PLAIN
         or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     ):
         return REFERENCE
     if x.device.type == "cpu":

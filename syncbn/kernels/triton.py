@@ -136,6 +136,11 @@ class _Pass(NamedTuple):
     options: dict[str, object]
 
 
+def _dense(groups: Tensor | None) -> Tensor | None:
+    """The kernels read one index after the other."""
+    return None if groups is None else groups.contiguous()
+
+
 def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Tensor | None, per_processor: int) -> _Pass | None:
     """A pass over ``x`` and others of its shape; None where one of them, not None, cannot be gone over."""
     strides: list[Strides | None] = []
@@ -196,7 +201,7 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
         return torch.zeros(num_groups, 2 * x.shape[1] + 1, dtype=WIRE_DTYPE, device=x.device)
     with _on(x):
         sums = torch.zeros(num_groups, 2 * x.shape[1] + 1, dtype=WIRE_DTYPE, device=x.device)
-        group_sums_kernel[todo.plan.grid](x, sums, groups, todo.strides[0], *todo.sizes, **todo.options)
+        group_sums_kernel[todo.plan.grid](x, sums, _dense(groups), todo.strides[0], *todo.sizes, **todo.options)
     return sums
 
 
@@ -222,7 +227,7 @@ def normalize(
             Tensors(x, None, residual, y),
             Tensors(*todo.strides),
             _affine(mean, invstd, scale, shift),
-            groups,
+            _dense(groups),
             epilogue.negative_slope,
             *todo.sizes,
             ACTIVATION=epilogue.activation,
@@ -266,7 +271,7 @@ def backward_sums(
             Tensors(*todo.strides),
             sums,
             _affine(mean, invstd, scale, shift),
-            groups,
+            _dense(groups),
             epilogue.negative_slope,
             *todo.sizes,
             ACTIVATION=epilogue.activation,
@@ -301,7 +306,7 @@ def grad_input(
             _affine(mean, invstd, scale, shift),
             means,
             means.stride(),
-            groups,
+            _dense(groups),
             epilogue.negative_slope,
             *todo.sizes,
             ACTIVATION=epilogue.activation,
@@ -333,8 +338,8 @@ def finish(
     alone = update and blocks * -(-g // block_groups) <= _FINISH_ALONE
     with _on(sums):
         matrices = 3 if limits is None else 5
-        # One allocation; its last two rows are scratch.
-        *found, candidates = sums.new_empty(matrices * g + 2, c).split([g] * matrices + [2])
+        # One each: what is kept for the backward pass must not keep the rest alive. The last is scratch.
+        *found, candidates = (sums.new_empty(rows, c) for rows in [g] * matrices + [2])
         r, d = (None, None) if limits is None else found[3:]
         results = Results(found[0], found[1], found[2], r, d, candidates)
         buffers = Buffers(*(running[:4] if running is not None else (None,) * 4))
@@ -360,4 +365,4 @@ def finish(
         )
         if update and not alone:
             commit_kernel[(1,)](sums, candidates, buffers, g, c, BLOCK=_FINISH_TILE, **shared)
-    return Statistics(sums[:, :1], results.mean, results.var, results.invstd, results.r, results.d)
+    return Statistics(sums[:, :1].clone(), results.mean, results.var, results.invstd, results.r, results.d)

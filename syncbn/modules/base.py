@@ -60,10 +60,10 @@ class SmallBatchNorm(_BatchNorm):
     max_ghost_groups: int | None
     running_update: RunningUpdate
     sample_groups: SampleGroups | None
-    activation: ActivationName | None
+    activation: ActivationName | None = None
     """Applied to the normalized values (plus the residual) in the same pass."""
-    negative_slope: float
-    save: Save
+    negative_slope: float = 0.01
+    save: Save = "input"
     """What is kept for the backward pass: the input, or the output alone. The latter frees the input's memory where
     nothing else keeps it (a convolution does not keep its output), and needs an activation that can be inverted (none,
     or ``leaky_relu`` of positive slope), no residual, no second derivative, and weights away from zero
@@ -288,8 +288,12 @@ class SmallBatchNorm(_BatchNorm):
 
     def _running(self, divisor: float | None) -> Running | None:
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None or tracked is None:
+        if mean is None or var is None:
             return None
+        if tracked is None:
+            raise ValueError(
+                f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
+            )
         return Running(mean, var, tracked, self.num_nonfinite_batches, self.momentum, self.running_update, divisor)
 
     def _limits(self) -> Limits | None:
