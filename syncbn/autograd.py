@@ -183,7 +183,7 @@ class NormalizeLocally(torch.autograd.Function):
                 *inputs, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, groups, ctx.eps,
                 None, None, 0.0, False,
             )  # fmt: skip
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
         gradients = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=recorded))
         return *(next(gradients) if need else None for need in needs), None, None, None
 

@@ -48,7 +48,7 @@ def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> 
         if layout.units == 1 and x.dtype == compute_dtype(x):
             found = sums_of_moments(layout, matrix)
         sums, squares = found or _sums_about_probe(layout, matrix)
-    count = torch.full((len(sums), 1), float(layout.elements), dtype=WIRE_DTYPE)
+    count = sums.new_full((len(sums), 1), float(layout.elements))
     return layout.merge(torch.cat((count, sums, squares), 1), groups, num_groups)
 
 

@@ -63,11 +63,9 @@ class Block(NamedTuple):
     def scratch(self, last: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Rows for :meth:`form`: those of ``last``, the block before, where they suffice."""
         rows = self.stop - self.start
-        return (
-            torch.empty(rows, self.layout.width, dtype=dtype, device="cpu")
-            if last is None or len(last) < rows
-            else last[:rows]
-        )
+        if last is not None and len(last) >= rows:
+            return last[:rows]
+        return torch.empty(rows, self.layout.width, dtype=dtype, device="cpu")
 
 
 class Layout(NamedTuple):
@@ -113,7 +111,7 @@ class Layout(NamedTuple):
     def native(self, t: Tensor) -> Tensor:
         """``t`` as torch's native kernels take it: (N, C, size, 1), or (1, C, N * size, 1) in channels_last."""
         memory_format = torch.contiguous_format if self.planes else torch.channels_last
-        if len(self.shape) == 4 and self.shape[2:].numel() > 1:
+        if len(self.shape) == 4 and math.prod(self.shape[2:]) > 1:
             return t.contiguous(memory_format=memory_format)
         matrix = self.matrix(t)
         if self.planes:
@@ -196,7 +194,5 @@ def is_consecutive(groups: Tensor, num_groups: int) -> bool:
     n = groups.shape[0]
     if num_groups == 0 or n % num_groups or n == 0:
         return False
-    expected = (
-        torch.arange(num_groups, device=groups.device).unsqueeze(1).expand(num_groups, n // num_groups).reshape(-1)
-    )
-    return torch.equal(groups, expected)
+    runs = groups.reshape(num_groups, n // num_groups)
+    return bool((runs == torch.arange(num_groups, device=groups.device).unsqueeze(1)).all())
