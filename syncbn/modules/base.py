@@ -66,8 +66,9 @@ class SmallBatchNorm(_BatchNorm):
     save: Save = "input"
     """What is kept for the backward pass: the input, or the output alone. The latter frees the input's memory where
     nothing else keeps it (a convolution does not keep its output), and needs an activation that can be inverted (none,
-    or ``leaky_relu`` of positive slope), no residual, no second derivative, and weights away from zero
-    (:data:`MIN_WEIGHT`): In-Place Activated BatchNorm (Rota Bulò et al. 2018, arXiv 1712.02616)."""
+    or ``leaky_relu`` of positive slope), no residual, no second derivative (``torch.func`` takes any gradient as if it
+    wanted one), and weights away from zero (:data:`MIN_WEIGHT`): In-Place Activated BatchNorm (Rota Bulò et al. 2018,
+    arXiv 1712.02616)."""
     qualified_name: str | None
     """Name within the model, for messages; set by :func:`syncbn.convert`."""
     after: Callable[[Any, Tensor], Tensor] | None
