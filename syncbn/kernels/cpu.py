@@ -16,8 +16,8 @@ from syncbn.functional import normalize as reference
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
 from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
 from syncbn.kernels import cpu_one_group
-from syncbn.kernels.cpu_one_group import is_far
-from syncbn.kernels.cpu_stats import constants, native_sums
+from syncbn.kernels.cpu_one_group import LONG, is_far
+from syncbn.kernels.cpu_stats import native_affine, native_sums
 from syncbn.kernels.layout import BLOCK, WHOLE, Block, Layout, layout_of
 
 _aten = torch.ops.aten
@@ -105,12 +105,7 @@ def _affine(block: Block, x: Tensor, line: _Line, out: Tensor) -> Tensor:
     if block.together:
         torch.mul(x, slope, out=out)
         return out.add_(constant)
-    zero, one = constants(len(slope), slope.dtype)
-    nothing = torch.empty(0, dtype=slope.dtype, device="cpu")
-    _aten.native_batch_norm.out(
-        x, slope, constant, zero, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
-    )
-    return out
+    return native_affine(x, slope, constant, out)
 
 
 def _preactivation(block: Block, x: Tensor, line: _Line, residual: Tensor | None, out: Tensor) -> Tensor:
@@ -256,14 +251,14 @@ def backward_alone(
     torch's native backward pass, which needs nothing from elsewhere. None where it does not serve.
     """
     layout = layout_of(x, None, 1)
-    if layout is None or is_far(mean, invstd):
+    if layout is None or is_far(mean, invstd) or (not layout.planes and layout.elements > LONG):
         return None
     dz = grad_output
     if epilogue.activation is not None:
         line = _normalizing_line(x, layout, mean, invstd, scale, shift, None)
         dz = _through_activation(layout, grad_output, x, line, epilogue)
     dtype = compute_dtype(x)
-    weight = torch.ones(layout.c, dtype=dtype, device="cpu") if scale is None else scale[0].to(dtype)
+    weight = None if scale is None else scale[0].to(dtype)
     mean_of_x, invstd_of_x = mean[0].to(dtype), invstd[0].to(dtype)
     grad, sum_dz_xhat, sum_dz = _aten.native_batch_norm_backward(
         layout.native(dz), layout.native(x), weight, None, None, mean_of_x, invstd_of_x, True, 0.0, [True, True, True]

@@ -8,8 +8,8 @@ from torch import Tensor
 from syncbn.functional import finish as reference
 from syncbn.functional.finish import Limits, Running, Statistics
 
-_LARGE = 1e30
-"""A mean square beyond this may not fit a float32 buffer, or is not a number: the twin looks at it closely."""
+LARGE = 1e30
+"""A variance or mean square beyond this may be infinite in a float32 buffer: the twin looks at it closely."""
 
 
 def finish(
@@ -20,7 +20,7 @@ def finish(
     n = float(count) if len(sums) == 1 else 0.0
     if n < 2 or sums.shape[1] == 1 or (running is not None and (running.mode != "mean" or running.divisor is not None)):
         return reference.finish(sums, eps, running, limits, update)
-    if not float(torch.linalg.vector_norm(sums, torch.inf)) / n < _LARGE:
+    if not float(torch.linalg.vector_norm(sums, torch.inf)) / n < LARGE:
         return reference.finish(sums, eps, running, limits, update)
     total, squares = sums[:, 1:].chunk(2, 1)
     mean = total / n
@@ -37,12 +37,21 @@ def finish(
 
 def update_running(running: Running, mean: Tensor, var: Tensor, n: float) -> None:
     """One update with the mean and biased variance (C,) of ``n`` > 1 values, which are finite in the buffers' dtype."""
-    factor = running.momentum
-    if factor is None:
-        factor = 1.0 / (float(running.num_batches_tracked) + 1.0)
-    new = (mean.to(running.mean.dtype), (var * (n / (n - 1.0))).to(running.var.dtype))
-    torch._foreach_lerp_([running.mean, running.var], new, factor)
+    move_running(running, mean, var * (n / (n - 1.0)))
+
+
+def move_running(running: Running, mean: Tensor, unbiased_var: Tensor) -> None:
+    """One update with these (C,), which are finite in the buffers' dtype."""
+    new = (mean.to(running.mean.dtype), unbiased_var.to(running.var.dtype))
+    torch._foreach_lerp_([running.mean, running.var], new, weight_of_new(running))
     running.num_batches_tracked.add_(1)
+
+
+def weight_of_new(running: Running) -> float:
+    """The momentum, or what it comes to at this step of a cumulative average."""
+    if running.momentum is None:
+        return 1.0 / (float(running.num_batches_tracked) + 1.0)
+    return running.momentum
 
 
 def host_corrections(

@@ -8,7 +8,8 @@ from torch import Tensor
 from syncbn.functional.finish import Running
 from syncbn.functional.stats import compute_dtype
 from syncbn.kernels.cpu import normalize
-from syncbn.kernels.cpu_one_group import FAR
+from syncbn.kernels.cpu_finish import LARGE, move_running
+from syncbn.kernels.cpu_one_group import is_far
 from syncbn.kernels.cpu_stats import plane_sums
 from syncbn.kernels.layout import Layout, is_consecutive, layout_of
 
@@ -18,8 +19,6 @@ _FEW = 1 << 14
 """Elements of a group below which several groups are better worked on together, as the general kernels do."""
 _SHORT = 1 << 12
 """Elements a channel and group up to which torch's own statistics serve for interleaved values."""
-_LARGE = 1e30
-"""A variance beyond this may be infinite in a float32 buffer."""
 
 
 def ghost_forward(
@@ -49,13 +48,8 @@ def ghost_forward(
         return None
     y, mean, invstd, unbiased = found
     if running is not None:
-        factor = running.momentum
-        if factor is None:
-            factor = 1.0 / (float(running.num_batches_tracked) + 1.0)
         divisor = running.divisor or num_groups
-        new = [(t.sum(0) / divisor).to(running.mean.dtype) for t in (mean, unbiased)]
-        torch._foreach_lerp_([running.mean, running.var], new, factor)
-        running.num_batches_tracked.add_(1)
+        move_running(running, mean.sum(0) / divisor, unbiased.sum(0) / divisor)
     return y, mean.to(x.dtype), invstd.to(x.dtype)
 
 
@@ -98,8 +92,7 @@ def _runs(
 
 
 def _is_near(mean: Tensor, invstd: Tensor, var: Tensor) -> bool:
-    near = float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR
-    return near and float(torch.linalg.vector_norm(var, torch.inf)) < _LARGE
+    return not is_far(mean, invstd) and float(torch.linalg.vector_norm(var, torch.inf)) < LARGE
 
 
 def ghost_backward(

@@ -16,24 +16,18 @@ from torch import Tensor
 from syncbn.functional.finish import Limits, Running
 from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
 from syncbn.kernels.cpu import backward_sums, grad_input
-from syncbn.kernels.cpu_finish import host_corrections, update_running
+from syncbn.kernels.cpu_finish import LARGE, host_corrections, update_running, weight_of_new
 from syncbn.kernels.cpu_ghost import ghost_backward, ghost_forward
-from syncbn.kernels.cpu_one_group import FAR
-from syncbn.kernels.cpu_stats import channel_sums, sums_of_moments
+from syncbn.kernels.cpu_one_group import LONG, SHORT, is_far
+from syncbn.kernels.cpu_stats import channel_sums, native_affine, sums_of_moments
 from syncbn.kernels.layout import Layout, layout_of
 
 _aten = torch.ops.aten
 
 _SMALL = 1 << 19
 """Elements up to which torch's own statistics of planes serve: it goes over them slowly, but with few calls."""
-_SHORT = 1 << 13
-"""Elements a channel up to which they serve for interleaved values: it adds them up one after the other."""
-_LONG = 1 << 15
-"""Elements a channel up to which torch's backward pass serves for interleaved values."""
 _TINY = 1e-30
 """An eps below this may leave a variance that is no float32, and an infinite standard deviation's inverse."""
-_LARGE = 1e30
-"""A variance beyond this may be infinite in a float32 buffer."""
 
 
 class Local(NamedTuple):
@@ -69,10 +63,10 @@ def local_native(
     factor = 0.0
     new_mean = new_var = None
     if running is not None:
-        factor = running.momentum if running.momentum is not None else 1.0 / (float(running.num_batches_tracked) + 1.0)
+        factor = weight_of_new(running)
         new_mean, new_var = running.mean.clone(), running.var.clone()
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, new_mean, new_var, True, factor, eps)
-    if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR:
+    if is_far(mean, invstd):
         return None
     if running is not None:
         assert new_mean is not None
@@ -99,7 +93,7 @@ def _layout(
 
 
 def _is_small(layout: Layout, x: Tensor) -> bool:
-    return x.numel() <= (_SMALL if layout.planes else _SHORT * layout.c)
+    return x.numel() <= (_SMALL if layout.planes else SHORT * layout.c)
 
 
 def local_forward(
@@ -132,7 +126,7 @@ def local_forward(
         return None
     mean, var = moments
     invstd = (var + eps).rsqrt_()
-    if not float(torch.linalg.vector_norm(mean * invstd, torch.inf)) <= FAR or not float(var.max()) < _LARGE:
+    if is_far(mean, invstd) or not float(var.max()) < LARGE:
         return None
     r = d = None
     scale, shift = weight, bias
@@ -144,11 +138,8 @@ def local_forward(
     if running is not None and update:
         update_running(running, mean, var, x.numel() // layout.c)
     mean, invstd = mean.to(dtype), invstd.to(dtype)
-    y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype, device="cpu")
-    _aten.native_batch_norm.out(
-        layout.native(x), scale, shift, mean, var.to(dtype), False, 0.0, eps,
-        out=layout.native(y), save_mean=nothing, save_invstd=nothing,
-    )  # fmt: skip
+    y = torch.empty_like(x)
+    native_affine(layout.native(x), scale, shift, layout.native(y), mean, var.to(dtype), eps)
     return Local(y, mean, invstd, scale, r, d)
 
 
@@ -182,7 +173,7 @@ def local_backward(
         return ghost_backward(grad_output, x, scale, mean, invstd, needs)
     layout = layout_of(x, None, 1)
     assert layout is not None, "the forward pass took it"
-    if not layout.planes and layout.elements > _LONG:
+    if not layout.planes and layout.elements > LONG:
         return _backward_by_blocks(grad_output, x, Local(x, mean, invstd, scale, r, d), needs)
     mask = needs if d is None else [needs[0], needs[1], needs[1] or needs[2]]
     grad, grad_scale, grad_shift = _aten.native_batch_norm_backward(

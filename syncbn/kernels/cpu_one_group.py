@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
-from syncbn.kernels.cpu_stats import constants, native_sums
+from syncbn.kernels.cpu_stats import native_affine, native_sums
 from syncbn.kernels.layout import Layout, layout_of
-
-_aten = torch.ops.aten
 
 FAR = 8.0
 """``slope * x + constant`` loses |mean|/std roundings against ``slope * (x - mean) + shift``; beyond this many, which
 are 5e-7 in float32, the slower form is taken."""
 SHORT = 1 << 13
 """Elements a channel up to which torch's kernels add up interleaved values, which they do one after the other."""
+LONG = 1 << 15
+"""The same for torch's whole backward pass, where the general kernels take more time for it."""
 
 
 def is_far(mean: Tensor, invstd: Tensor) -> bool:
@@ -35,13 +35,9 @@ def normalize(x: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor | None, shi
         return None
     dtype = compute_dtype(x)
     slope = (invstd if scale is None else invstd * scale)[0].to(dtype)
-    zero, one = constants(layout.c, dtype)
-    constant = zero if shift is None else shift[0].to(dtype)
-    y, nothing = torch.empty_like(x), torch.empty(0, dtype=dtype, device="cpu")
-    _aten.native_batch_norm.out(
-        layout.native(x), slope, constant, mean[0].to(dtype), one, False, 0.0, 0.0,
-        out=layout.native(y), save_mean=nothing, save_invstd=nothing,
-    )  # fmt: skip
+    constant = None if shift is None else shift[0].to(dtype)
+    y = torch.empty_like(x)
+    native_affine(layout.native(x), slope, constant, layout.native(y), mean[0].to(dtype))
     return y
 
 
@@ -74,12 +70,7 @@ def grad_input(
     constant = torch.addcmul(factor * mean_dz, slope, mean[0]).neg_()
     slope_dz = factor if scale is None else factor * scale[0]
     slope, constant, slope_dz = torch.stack((slope, constant, slope_dz)).to(x.dtype).unbind(0)
-    zero, one = constants(layout.c, x.dtype)
-    grad, nothing = torch.empty_like(x), torch.empty(0, dtype=x.dtype, device="cpu")
-    target = layout.native(grad)
-    _aten.native_batch_norm.out(
-        layout.native(x), slope, constant, zero, one, False, 0.0, 0.0,
-        out=target, save_mean=nothing, save_invstd=nothing,
-    )  # fmt: skip
-    target.addcmul_(layout.native(dz), slope_dz.view(1, -1, 1, 1))
+    grad = torch.empty_like(x)
+    result = native_affine(layout.native(x), slope, constant, layout.native(grad))
+    result.addcmul_(layout.native(dz), slope_dz.view(1, -1, 1, 1))
     return grad

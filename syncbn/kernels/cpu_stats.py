@@ -167,6 +167,25 @@ def constants(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.zeros(length, dtype=dtype, device="cpu"), torch.ones(length, dtype=dtype, device="cpu")
 
 
+def native_affine(
+    x: Tensor,
+    slope: Tensor | None,
+    constant: Tensor | None,
+    out: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """``slope * (x - mean) / sqrt(var + eps) + constant`` into ``out``, which may be ``x``; a native kernel's form."""
+    zero, one = constants(x.shape[1], compute_dtype(x))
+    nothing = torch.empty(0, dtype=zero.dtype, device="cpu")
+    mean, var = zero if mean is None else mean, one if var is None else var
+    _aten.native_batch_norm.out(
+        x, slope, constant, mean, var, False, 0.0, eps, out=out, save_mean=nothing, save_invstd=nothing
+    )
+    return out
+
+
 def native_sums(dy: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, (channels,) in the compute dtype, of a block's form."""
     zero, one = constants(x.shape[1], compute_dtype(x))

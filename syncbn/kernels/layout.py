@@ -104,10 +104,6 @@ class Layout(NamedTuple):
             return matrix.view(self.shape)
         return matrix.view(self.n, *self.shape[2:], self.c).movedim(-1, 1)
 
-    def empty(self, dtype: torch.dtype) -> Tensor:
-        """An uninitialised matrix."""
-        return torch.empty(math.prod(self.shape) // max(self.width, 1), self.width, dtype=dtype, device="cpu")
-
     def native(self, t: Tensor) -> Tensor:
         """``t`` as torch's native kernels take it: (N, C, size, 1), or (1, C, N * size, 1) in channels_last."""
         memory_format = torch.contiguous_format if self.planes else torch.channels_last
