@@ -10,6 +10,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Compiled by the installation.
+KERNELS := $(wildcard $(addprefix syncbn/kernels/compiled/*.,cpp h py))
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
@@ -23,7 +25,7 @@ setup:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
 
 # Written last, so that a failed installation leaves no stamp and is tried again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 	echo "setting up $(VENV) (once; a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

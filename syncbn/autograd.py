@@ -9,7 +9,7 @@ from torch import Tensor
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 from syncbn.functional.epilogue import NO_EPILOGUE, ActivationName, Epilogue, activation_grad, invert
-from syncbn.functional.finish import Limits, Running
+from syncbn.functional.finish import Limits, Running, Statistics
 from syncbn.functional.normalize import scale_and_shift
 from syncbn.functional.stats import group_sums, moments
 from syncbn.kernels import pick
@@ -37,6 +37,7 @@ class NormalizeWithStatistics(torch.autograd.Function):
 
     Saved: x (not a copy), the parameters, mean, invstd, count, r and d, and the residual where there is an activation.
     With ``save_output`` the output is saved in place of x, and xhat had from it; see :class:`syncbn.SmallBatchNorm`.
+    ``done`` is the output where :func:`forward_alone` has made it already.
 
     ``mean`` and ``invstd`` come in as constants, their part in the gradient being the second and third term above. A
     second derivative needs them as functions of x: when the backward pass is itself recorded (``create_graph=True``)
@@ -64,7 +65,10 @@ class NormalizeWithStatistics(torch.autograd.Function):
         activation: ActivationName | None,
         negative_slope: float,
         save_output: bool,
+        done: tuple[Tensor] | None,
     ) -> Tensor:
+        if done is not None:
+            return done[0]
         scale, shift = scale_and_shift(weight, bias, r, d, mean.shape[0])
         epilogue = Epilogue(residual, activation, negative_slope)
         return pick(x).normalize(x, mean, invstd, scale, shift, groups, epilogue)
@@ -72,7 +76,7 @@ class NormalizeWithStatistics(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, residual, r, d, mean, invstd, count, groups = inputs[:10]
-        ctx.eps, ctx.group_name, ctx.activation, ctx.negative_slope, ctx.save_output = inputs[10:]
+        ctx.eps, ctx.group_name, ctx.activation, ctx.negative_slope, ctx.save_output = inputs[10:-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         if ctx.activation is None:
             residual = None
@@ -84,6 +88,14 @@ class NormalizeWithStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, r, d, mean, invstd, count, groups = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = needs = ctx.needs_input_grad[:4]
+        epilogue = Epilogue(residual, ctx.activation, ctx.negative_slope)
+        alone = pick(x).backward_alone if ctx.group_name is None and not ctx.save_output else None
+        if alone is not None:
+            dtypes = (None if weight is None else weight.dtype, ctx.bias_dtype)
+            done = alone(grad_output, x, weight, bias, r, d, mean, invstd, count, groups, epilogue, dtypes, needs)
+            if done is not None:
+                return *done, *(None,) * 12
         num_groups = mean.shape[0]
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if recorded:
@@ -93,7 +105,6 @@ class NormalizeWithStatistics(torch.autograd.Function):
             _, mean, var = moments(sums)
             invstd = torch.rsqrt(var + ctx.eps)
         scale, shift = scale_and_shift(weight, bias, r, d, num_groups)
-        epilogue = Epilogue(residual, ctx.activation, ctx.negative_slope)
         ratio = None
         if ctx.save_output:
             # The output before the activation is itself an x, of mean `shift` and standard deviation `scale`.
@@ -103,20 +114,11 @@ class NormalizeWithStatistics(torch.autograd.Function):
             mean = torch.zeros_like(mean) if shift is None else shift.to(mean.dtype)
             invstd = torch.ones_like(mean) if scale is None else scale.to(mean.dtype).reciprocal()
         kernels = pick(x)
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        grad_x = grad_weight = grad_bias = found = pending = None
-        alone = kernels.backward_alone if needs_x and groups is None and ratio is None else None
-        if alone is not None and ctx.group_name is None:
-            found = alone(grad_output, x, mean, invstd, scale, shift, epilogue)
-        if found is not None:
-            dz, sums, grad_x = found
-        else:
-            dz, rest, sums = kernels.backward_sums(
-                grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue
-            )
-            if needs_x or ctx.group_name is not None:
-                scaled = sums if scale is None else sums * scale.unsqueeze(1)
-                pending = start_all_reduce_sum(scaled, ctx.group_name)
+        grad_x = grad_weight = grad_bias = pending = None
+        dz, rest, sums = kernels.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
+        if needs_x or ctx.group_name is not None:
+            scaled = sums if scale is None else sums * scale.unsqueeze(1)
+            pending = start_all_reduce_sum(scaled, ctx.group_name)
         # While the reduction is under way, what does not depend on it.
         if needs_weight:
             per_group = sums[:, 1] if r is None else r * sums[:, 1] + d * sums[:, 0]
@@ -130,7 +132,7 @@ class NormalizeWithStatistics(torch.autograd.Function):
                     means = means * ratio.unsqueeze(1)
                     scale = ratio if scale is None else ratio * scale
                 grad_x = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
-        return grad_x, grad_weight, grad_bias, dz if needs_residual else None, *(None,) * 11
+        return grad_x, grad_weight, grad_bias, dz if needs_residual else None, *(None,) * 12
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -143,52 +145,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc, no-any-return]
 
 
-class NormalizeLocally(torch.autograd.Function):
-    """Batch normalization where nothing travels, by an implementation's shortcut; see :class:`LocalForward`.
-
-    The output is what :func:`normalize_locally` has found already. A second derivative goes by the long way.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: Tensor | None,
-        found: tuple[Tensor | None, ...],
-        eps: float,
-    ) -> Tensor | None:
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, bias, groups, *found[1:])
-        return found[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, groups, *found = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        recorded = torch.is_grad_enabled()
-        backward = None if recorded else pick(x).local_backward
-        if backward is not None:
-            return *backward(grad_output, x, tuple(found), needs), None, None, None
-        r, d = (None if t is None else t.to(torch.float64).unsqueeze(0) for t in found[-2:])
-        with torch.no_grad():
-            count, mean, var = moments(group_sums(x, groups, 1 if groups is None else len(found[0])))
-        with torch.enable_grad():
-            # Other tensors than the layer's own, whose hooks are not for this inner pass.
-            inputs = [
-                t if t is None else t.view_as(t) if recorded else t.detach().requires_grad_() for t in (x, weight, bias)
-            ]
-            y = NormalizeWithStatistics.apply(  # type: ignore[no-untyped-call]
-                *inputs, None, r, d, mean, torch.rsqrt(var + ctx.eps), count, groups, ctx.eps,
-                None, None, 0.0, False,
-            )  # fmt: skip
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-        gradients = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=recorded))
-        return *(next(gradients) if need else None for need in needs), None, None, None
-
-
-def normalize_locally(
+def forward_alone(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -198,19 +155,14 @@ def normalize_locally(
     update: bool,
     groups: Tensor | None,
     num_groups: int,
-) -> Tensor | None:
-    """Batch normalization of groups that are all here, or None where there is no shortcut for it."""
+    epilogue: Epilogue,
+) -> tuple[Tensor, Statistics] | None:
+    """All of a forward pass at once, for groups that are all on this process, or None where nothing does that."""
     with torch.no_grad():
-        kernels = pick(x)
-    if kernels.local_native is not None and limits is None and groups is None:
-        y = kernels.local_native(x, weight, bias, running if update else None, eps)
-        if y is not None:
-            return y
-    if kernels.local_forward is None:
-        return None
-    with torch.no_grad():
-        found = kernels.local_forward(x, weight, bias, running, eps, limits, update, groups, num_groups)
-    return None if found is None else apply(NormalizeLocally, x, weight, bias, groups, found, eps)
+        forward = pick(x).forward_alone
+        if forward is None:
+            return None
+        return forward(x, weight, bias, running, eps, limits, update, groups, num_groups, epilogue)
 
 
 def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -85,31 +86,8 @@ class Finish(Protocol):
     ) -> Statistics: ...
 
 
-class BackwardAlone(Protocol):
-    """``backward_sums`` and ``grad_input`` in one, for a process alone with one group: ``(dz, sums, grad)`` or None."""
-
-    def __call__(
-        self,
-        grad_output: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        epilogue: Epilogue = NO_EPILOGUE,
-    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
-
-
-class LocalNative(Protocol):
-    """A plain layer by an operator that autograd knows, where nothing travels, or None."""
-
-    def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
-    ) -> Tensor | None: ...
-
-
-class LocalForward(Protocol):
-    """All of a forward pass at once where nothing travels, or None: y, and what :class:`LocalBackward` takes."""
+class ForwardAlone(Protocol):
+    """``group_sums``, ``finish`` and ``normalize`` in one, for groups that are all here: y and statistics; or None."""
 
     def __call__(
         self,
@@ -118,23 +96,40 @@ class LocalForward(Protocol):
         bias: Tensor | None,
         running: Running | None,
         eps: float,
-        limits: Limits | None = None,
-        update: bool = True,
-        groups: Tensor | None = None,
-        num_groups: int = 1,
-    ) -> tuple[Tensor | None, ...] | None: ...
+        limits: Limits | None,
+        update: bool,
+        groups: Tensor | None,
+        num_groups: int,
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> tuple[Tensor, Statistics] | None: ...
 
 
-class LocalBackward(Protocol):
-    """Its gradients with respect to x, weight and bias, as far as ``needs`` asks for them."""
+class BackwardAlone(Protocol):
+    """A backward pass at once, for groups that are all here: the gradients of x, weight, bias and residual; or None.
+
+    ``dtypes`` are those of the gradients of weight and bias, ``needs`` says which of the four are wanted.
+    """
 
     def __call__(
-        self, grad_output: Tensor, x: Tensor, found: tuple[Tensor | None, ...], needs: list[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+        self,
+        grad_output: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        r: Tensor | None,
+        d: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        count: Tensor,
+        groups: Tensor | None,
+        epilogue: Epilogue,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...
 
 
 class Kernels(NamedTuple):
-    """One implementation of the five functions, and of the shortcuts that it has."""
+    """One implementation of the five functions, and of what it does at once where nothing travels in between."""
 
     name: str
     group_sums: GroupSums
@@ -142,10 +137,8 @@ class Kernels(NamedTuple):
     normalize: Normalize
     backward_sums: BackwardSums
     grad_input: GradInput
+    forward_alone: ForwardAlone | None = None
     backward_alone: BackwardAlone | None = None
-    local_native: LocalNative | None = None
-    local_forward: LocalForward | None = None
-    local_backward: LocalBackward | None = None
 
 
 REFERENCE = Kernels(
@@ -154,7 +147,7 @@ REFERENCE = Kernels(
 
 
 def _load(name: str, *parts: str) -> Kernels:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"finish": finish.finish}
     for part in parts:
         module = importlib.import_module(f"syncbn.kernels.{part}")
         found |= {field: getattr(module, field) for field in Kernels._fields if hasattr(module, field)}
@@ -166,8 +159,8 @@ def pick(x: Tensor) -> Kernels:
 
     The twins of :mod:`syncbn.functional` serve whatever is traced, transformed or differentiated (``torch.compile``
     makes kernels of its own from them), other devices, and CUDA under ``torch.use_deterministic_algorithms``, where a
-    sum over blocks in no fixed order will not do. On the CPU torch's native kernels are put to use, on CUDA Triton's,
-    or torch's native ones where Triton is not installed.
+    sum over blocks in no fixed order will not do. On the CPU the compiled kernels are put to use, on CUDA Triton's;
+    where these are not there, torch's native ones.
     """
     if (
         torch.compiler.is_compiling()
@@ -190,8 +183,26 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @functools.cache
 def cpu_kernels() -> Kernels:
-    """torch's native CPU kernels, put together."""
-    return _load("cpu", "cpu_stats", "cpu_finish", "cpu", "cpu_local")
+    """The package's compiled kernels where they are built, torch's own put together else, with one line in the log."""
+    try:
+        return compiled_kernels()
+    except ImportError as error:
+        logger.warning(
+            "the compiled CPU kernels cannot be loaded (%s): torch's native kernels serve instead. To build them: "
+            "python -m syncbn.kernels.compiled.build",
+            error,
+        )
+        return native_cpu_kernels()
+
+
+def compiled_kernels() -> Kernels:
+    """The package's own for the CPU, or an ImportError where they are not built."""
+    return _load("compiled", "cpu_compiled")
+
+
+def native_cpu_kernels() -> Kernels:
+    """torch's own, put together."""
+    return _load("native", "native_cpu_stats", "native_cpu")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import NormalizeWithStatistics, apply, normalize_locally, statistics_sums
+from syncbn.autograd import NormalizeWithStatistics, apply, forward_alone, statistics_sums
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
 from syncbn.functional.finish import Limits, Running
@@ -250,16 +250,19 @@ class SmallBatchNorm(_BatchNorm):
             self._check_weight(x)
         update = self.training and self.track_running_stats and self.observer is None
         running, limits = self._running(groups.divisor), self._limits()
-        if group_name is None and residual is None and self._is_plain():
-            y = normalize_locally(
-                x, self.weight, self.bias, running, self.eps, limits, update, groups.index, groups.number
+        epilogue = Epilogue(residual, self.activation, self.negative_slope)
+        alone = None
+        if group_name is None and self._has_variance(x, groups):
+            alone = forward_alone(
+                x, self.weight, self.bias, running, self.eps, limits, update, groups.index, groups.number, epilogue
             )
-            if y is not None:
-                return y
-        sums = statistics_sums(x, groups.index, groups.number, group_name)
-        self._check_count(x, sums, groups)
-        with torch.no_grad():
-            found = pick(sums).finish(sums, self.eps, running, limits, update)
+        if alone is not None:
+            found = alone[1]
+        else:
+            sums = statistics_sums(x, groups.index, groups.number, group_name)
+            self._check_count(x, sums, groups)
+            with torch.no_grad():
+                found = pick(sums).finish(sums, self.eps, running, limits, update)
         if self.observer is not None:
             self.observer(self, found.count, found.mean, found.var)
         # As wide as the input's arithmetic, as they are kept for the backward pass.
@@ -281,11 +284,8 @@ class SmallBatchNorm(_BatchNorm):
             self.activation,
             self.negative_slope,
             self.save == "output",
+            None if alone is None else alone[:1],
         )
-
-    def _is_plain(self) -> bool:
-        """Whether the layer does nothing but (re)normalize."""
-        return self.observer is None and self.activation is None and self.save == "input"
 
     def _running(self, divisor: float | None) -> Running | None:
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
@@ -336,12 +336,17 @@ class SmallBatchNorm(_BatchNorm):
             )
         return number
 
+    @staticmethod
+    def _has_variance(x: Tensor, groups: SampleGroups) -> bool:
+        """Whether the shapes alone say that no group has a single value a channel."""
+        return groups.smallest * math.prod(x.shape[2:]) > 1
+
     def _check_count(self, x: Tensor, sums: Tensor, groups: SampleGroups) -> None:
         """A single value a channel has no variance. Known from shapes in all but tiny cases; read from the count else.
 
         All ranks raise, or none: a rank that is satisfied with its shapes knows that no group has a total of 1.
         """
-        if groups.smallest * math.prod(x.shape[2:]) > 1:
+        if self._has_variance(x, groups):
             return
         problem = (
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "

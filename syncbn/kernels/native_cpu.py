@@ -1,4 +1,4 @@
-"""The passes on the CPU, put together from torch's native kernels.
+"""The passes on the CPU where the compiled kernels are missing, put together from torch's native ones.
 
 Two of them do most of the work: batch normalization with given statistics, which is ``slope * x + constant``, and the
 backward pass of that, which without its input gradient is ``sum(dy)`` and ``sum(dy * (x - mean))`` in one pass. Both
@@ -15,12 +15,14 @@ from torch import Tensor
 from syncbn.functional import normalize as reference
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
 from syncbn.functional.stats import WIRE_DTYPE, compute_dtype
-from syncbn.kernels import cpu_one_group
-from syncbn.kernels.cpu_one_group import LONG, is_far
-from syncbn.kernels.cpu_stats import native_affine, native_sums
 from syncbn.kernels.layout import BLOCK, WHOLE, Block, Layout, layout_of
+from syncbn.kernels.native_cpu_stats import native_affine, native_sums
 
 _aten = torch.ops.aten
+
+FAR = 8.0
+"""``slope * x + constant`` loses |mean|/std roundings against ``slope * (x - mean) + shift``; beyond this many, which
+are 5e-7 in float32, the slower form is taken."""
 
 
 # -- the elementwise step ----------------------------------------------------------------------------------------------
@@ -36,10 +38,6 @@ def normalize(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.normalize`."""
-    if groups is None and not epilogue:
-        y = cpu_one_group.normalize(x, mean, invstd, scale, shift)
-        if y is not None:
-            return y
     layout = layout_of(x, groups, len(mean))
     if layout is None:
         return reference.normalize(x, mean, invstd, scale, shift, groups, epilogue)
@@ -74,11 +72,17 @@ def _line(
 ) -> _Line:
     """``slope * (x - mean) + offset``, (G, C) float64 each, rounded once."""
     centre, rest = None, mean
-    if is_far(mean, invstd):
+    if _is_far(mean, invstd):
         high, rest = reference.split_mean(mean, x)
         centre = _per_channel(high, x, layout, groups)
     constant = -rest * slope if offset is None else torch.addcmul(offset.to(WIRE_DTYPE), rest, slope, value=-1)
     return _Line(centre, _per_channel(slope, x, layout, groups), _per_channel(constant, x, layout, groups))
+
+
+def _is_far(mean: Tensor, invstd: Tensor) -> bool:
+    """Whether a mean is far from 0, or not finite: then the elementwise step has to subtract it from the values."""
+    product = mean * invstd
+    return product.numel() > 0 and not float(torch.linalg.vector_norm(product, torch.inf)) <= FAR
 
 
 def _normalizing_line(
@@ -152,10 +156,6 @@ def backward_sums(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> tuple[Tensor, Epilogue, Tensor]:
     """As :func:`syncbn.functional.normalize.backward_sums`."""
-    if groups is None and epilogue.activation is None:
-        found = cpu_one_group.backward_sums(grad_output, x, mean, invstd)
-        if found is not None:
-            return grad_output, NO_EPILOGUE, found
     layout = layout_of(x, groups, num_groups)
     if layout is None:
         return reference.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
@@ -210,10 +210,6 @@ def grad_input(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.grad_input`."""
-    if groups is None and not epilogue:
-        found = cpu_one_group.grad_input(dz, x, mean, invstd, scale, means)
-        if found is not None:
-            return found
     layout = layout_of(x, groups, len(mean))
     if layout is None or epilogue:
         return reference.grad_input(dz, x, mean, invstd, scale, shift, means, groups, epilogue)
@@ -235,33 +231,3 @@ def grad_input(
             result = _preactivation(block, part, line, None, block.form(scratch))
             out.copy_(result.addcmul_(dy.to(result.dtype), slope_of_block))
     return grad
-
-
-def backward_alone(
-    grad_output: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    epilogue: Epilogue = NO_EPILOGUE,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Both passes at once where one process holds the one group: dz, the sums (1, 2, C) and the input's gradient.
-
-    torch's native backward pass, which needs nothing from elsewhere. None where it does not serve.
-    """
-    layout = layout_of(x, None, 1)
-    if layout is None or is_far(mean, invstd) or (not layout.planes and layout.elements > LONG):
-        return None
-    dz = grad_output
-    if epilogue.activation is not None:
-        line = _normalizing_line(x, layout, mean, invstd, scale, shift, None)
-        dz = _through_activation(layout, grad_output, x, line, epilogue)
-    dtype = compute_dtype(x)
-    weight = None if scale is None else scale[0].to(dtype)
-    mean_of_x, invstd_of_x = mean[0].to(dtype), invstd[0].to(dtype)
-    grad, sum_dz_xhat, sum_dz = _aten.native_batch_norm_backward(
-        layout.native(dz), layout.native(x), weight, None, None, mean_of_x, invstd_of_x, True, 0.0, [True, True, True]
-    )
-    sums = torch.stack((sum_dz, sum_dz_xhat)).to(WIRE_DTYPE).unsqueeze(0)
-    return dz, sums, layout.from_native(grad)

@@ -1,0 +1,102 @@
+"""Compiles the CPU's kernels to shared libraries beside their sources, one for each set of vector instructions.
+
+Installing the package runs it; ``python -m syncbn.kernels.compiled.build`` does it by hand, in a source tree say. A
+library's name has a digest of the sources, so one that they have left behind is not loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+    # Vectors wider than the machine's are passed in memory, between functions of this library alone.
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+    # No roundings change but those of fused multiply-adds; NaN and infinity stay what they are.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+KINDS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "default": []}
+"""By the name of torch's CPU capability, best first; other machines than x86-64 have the last alone."""
+
+
+class BuildError(RuntimeError):
+    """No library was built; the message says why."""
+
+
+def sources() -> list[Path]:
+    """The headers, and last what includes them."""
+    return [*sorted(FOLDER.glob("*.h")), FOLDER / "kernels.cpp"]
+
+
+def library(kind: str) -> Path:
+    """Where the library of a kind is, or would be."""
+    digest = hashlib.sha256()
+    for source in sources():
+        digest.update(source.read_bytes())
+    return FOLDER / f"kernels-{digest.hexdigest()[:12]}-{kind}.so"
+
+
+def kinds() -> list[str]:
+    """Those that this machine's architecture has."""
+    return list(KINDS) if platform.machine() in ("x86_64", "AMD64") else ["default"]
+
+
+def compiler() -> str:
+    """``$CXX``, or the first that is found."""
+    candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    found = next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
+    if found is None:
+        raise BuildError("no C++ compiler was found (g++ or clang++; the variable CXX may name another)")
+    return found
+
+
+def build() -> list[Path]:
+    """Compile all kinds, or those of them that the compiler knows; older libraries are removed.
+
+    Raises:
+        BuildError: none could be compiled.
+    """
+    cxx = compiler()
+    built, errors = [], []
+    with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as scratch:
+        running = []
+        for kind in kinds():
+            target = Path(scratch) / f"{kind}.so"
+            command = [cxx, *FLAGS, *KINDS[kind], str(sources()[-1]), "-o", str(target)]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            running.append((kind, target, process))
+        for kind, target, process in running:
+            _, messages = process.communicate()
+            if process.returncode == 0:
+                os.replace(target, library(kind))
+                built.append(library(kind))
+            else:
+                errors.append(f"{kind}: {messages.strip()[-2000:]}")
+    if not built:
+        raise BuildError(f"{cxx} failed\n" + "\n".join(errors))
+    for old in FOLDER.glob("kernels-*.so"):
+        if old not in built:
+            old.unlink(missing_ok=True)
+    return built
+
+
+def main() -> int:
+    try:
+        for path in build():
+            print(path)
+    except BuildError as error:
+        print(f"the CPU's kernels were not built: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

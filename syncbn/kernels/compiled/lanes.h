@@ -1,0 +1,207 @@
+// Elements one or a vector at a time: loads and stores of all floating types, sums, activations.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace syncbn {
+
+// -- elements, one or sixteen (eight doubles) at a time --------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float HalfFloats __attribute__((vector_size(32)));
+typedef double HalfDoubles __attribute__((vector_size(32)));
+typedef double QuarterDoubles __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Shorts __attribute__((vector_size(32)));
+
+// Of the arithmetic V: its scalar, and unsigned integers of its size and of half its size.
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Scalar = float;
+  using Word = uint32_t;
+  using Short = uint16_t;
+};
+template <>
+struct Lanes<Floats> {
+  using Scalar = float;
+  using Word = Words;
+  using Short = Shorts;
+};
+template <>
+struct Lanes<double> {
+  using Scalar = double;
+};
+template <>
+struct Lanes<Doubles> {
+  using Scalar = double;
+};
+
+template <class T>
+using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class A>
+using Vector = std::conditional_t<std::is_same_v<A, double>, Doubles, Floats>;
+template <class V>
+constexpr int64_t width = sizeof(V) / sizeof(typename Lanes<V>::Scalar);
+
+template <class To, class From>
+INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class To, class From>
+INLINE To convert(From from) {
+  if constexpr (std::is_arithmetic_v<To>)
+    return static_cast<To>(from);
+  else
+    return __builtin_convertvector(from, To);
+}
+
+template <class Half, class V>
+INLINE Half half(V v, int which) {
+  static_assert(2 * sizeof(Half) == sizeof(V));
+  Half part;
+  std::memcpy(&part, reinterpret_cast<const char*>(&v) + which * sizeof(Half), sizeof(part));
+  return part;
+}
+
+template <class V>
+INLINE V spread(typename Lanes<V>::Scalar value) {
+  return V{} + value;
+}
+
+template <class V>
+INLINE V widen(BFloat16, typename Lanes<V>::Short h) {
+  return bits<V>(convert<typename Lanes<V>::Word>(h) << 16);
+}
+
+template <class V>
+INLINE V widen(Float16, typename Lanes<V>::Short h) {
+  using Word = typename Lanes<V>::Word;
+  Word u = convert<Word>(h);
+  Word rest = (u & 0x7fff) << 13;
+  V finite = bits<V>(rest) * 0x1p112f;
+  V value = (u & 0x7c00) == 0x7c00 ? bits<V>(rest | 0x7f800000) : finite;
+  return bits<V>(bits<Word>(value) | (u & 0x8000) << 16);
+}
+
+// To the nearest, ties to even.
+template <class V>
+INLINE typename Lanes<V>::Short narrow(BFloat16, V value) {
+  using Word = typename Lanes<V>::Word;
+  Word u = bits<Word>(value);
+  Word rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  Word nan = (u >> 16) | 0x40;
+  return convert<typename Lanes<V>::Short>(Word((u & 0x7fffffff) > 0x7f800000 ? nan : rounded));
+}
+
+template <class V>
+INLINE typename Lanes<V>::Short narrow(Float16, V value) {
+  using Word = typename Lanes<V>::Word;
+  Word u = bits<Word>(value), magnitude = u & 0x7fffffff;
+  Word normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+  Word subnormal = bits<Word>(V(bits<V>(magnitude) + 0.5f)) - 0x3f000000;
+  Word result = magnitude < 0x38800000 ? subnormal : normal;
+  result = magnitude >= 0x47800000 ? Word{} + 0x7c00 : result;
+  result = magnitude > 0x7f800000 ? Word{} + 0x7e00 : result;
+  return convert<typename Lanes<V>::Short>(Word(result | (u >> 16 & 0x8000)));
+}
+
+template <class V, class T>
+INLINE V load(const T* from) {
+  if constexpr (std::is_floating_point_v<T>) {
+    V value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  } else {
+    typename Lanes<V>::Short h;
+    std::memcpy(&h, from, sizeof(h));
+    return widen<V>(T{}, h);
+  }
+}
+
+template <class V, class T>
+INLINE void store(T* to, V value) {
+  if constexpr (std::is_floating_point_v<T>) {
+    std::memcpy(to, &value, sizeof(value));
+  } else {
+    auto h = narrow<V>(T{}, value);
+    std::memcpy(to, &h, sizeof(h));
+  }
+}
+
+// What a vector gathers over a short run, as a double.
+INLINE double total(Doubles v) {
+  HalfDoubles quarter = half<HalfDoubles>(v, 0) + half<HalfDoubles>(v, 1);
+  QuarterDoubles pair = half<QuarterDoubles>(quarter, 0) + half<QuarterDoubles>(quarter, 1);
+  return pair[0] + pair[1];
+}
+INLINE double total(Floats v) {
+  return total(convert<Doubles>(half<HalfFloats>(v, 0)) + convert<Doubles>(half<HalfFloats>(v, 1)));
+}
+
+// -- activations -----------------------------------------------------------------------------------------------------
+
+enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU };
+
+INLINE double exponential(double x) { return std::exp(x); }
+INLINE Doubles exponential(Doubles x) {
+  for (int i = 0; i < width<Doubles>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+// exp(x) = 2^k * exp(r), |r| <= log(2)/2, by its Taylor polynomial: to 1e-7 of it. NaN stays.
+template <class V>
+INLINE V exponential(V x) {
+  using Word = typename Lanes<V>::Word;
+  const V least = spread<V>(-87.0f), most = spread<V>(88.0f);
+  x = x < least ? least : x;
+  x = x > most ? most : x;
+  const float magic = 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
+  V shifted = x * 1.44269504f + magic;
+  V k = shifted - magic;
+  V r = (x - k * 0.693145751953125f) - k * 1.42860677e-6f;
+  V p = spread<V>(1.0f / 5040);
+  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + factor;
+  return p * bits<V>(Word((bits<Word>(shifted) << 23) + 0x3f800000));
+}
+
+template <class V>
+INLINE V activate(V z, Activation activation, typename Lanes<V>::Scalar negative_slope) {
+  const V zero{};
+  if (activation == RELU) return z < zero ? zero : z;  // NaN stays
+  if (activation == LEAKY_RELU) return z > zero ? z : z * negative_slope;
+  if (activation == SILU) return z / (exponential(V(-z)) + 1);
+  return z;
+}
+
+template <class V>
+INLINE V activation_grad(V dy, V z, Activation activation, typename Lanes<V>::Scalar negative_slope) {
+  const V zero{};
+  if (activation == RELU) return z > zero ? dy : zero;
+  if (activation == LEAKY_RELU) return z > zero ? dy : dy * negative_slope;
+  if (activation == SILU) {
+    V s = 1 / (exponential(V(-z)) + 1);
+    return dy * (s * (1 + z * (1 - s)));
+  }
+  return dy;
+}
+
+}  // namespace syncbn

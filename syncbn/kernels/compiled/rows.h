@@ -1,0 +1,135 @@
+// The passes over rows: tensors in which the C channels of a position lie side by side.
+
+#pragma once
+
+#include <tuple>
+
+#include "steps.h"
+
+namespace syncbn {
+
+// Rows that are summed up in the arithmetic's own precision, and elements of them that stay in a core's cache.
+constexpr int64_t SHORT_ROWS = 128;
+constexpr int64_t SHORT_BLOCK = 1 << 15;
+
+template <class T>
+struct Rows {
+  using A = Scalar<T>;
+  using V = Vector<A>;
+
+  const Call& call;
+  int64_t first_row, last_row;  // of one group
+
+  // For each vector of channels, from channel i on: begin(V{}, i), each(state, offset) for some rows, end(state, i).
+  // ROWS at a time, for which coefficients are loaded and sums stored once; where results are stored as well the memory
+  // is faster with one.
+  template <int64_t ROWS, class Begin, class Each, class End>
+  INLINE void each_column(Begin begin, Each each, End end) const {
+    const int64_t c = call.channels, whole = c / width<V> * width<V>;
+    const auto rows = [&](int64_t row, auto number) {
+      const auto column = [&](auto v, int64_t i) {
+        auto state = begin(v, i);
+        for (int64_t j = 0; j < number(); ++j) each(state, (row + j) * c + i);
+        end(state, i);
+      };
+      for (int64_t i = 0; i < whole; i += width<V>) column(V{}, i);
+      for (int64_t i = whole; i < c; ++i) column(A{}, i);
+    };
+    int64_t row = first_row;
+    for (; row + ROWS <= last_row; row += ROWS) rows(row, std::integral_constant<int64_t, ROWS>());
+    for (; row < last_row; ++row) rows(row, std::integral_constant<int64_t, 1>());
+  }
+
+  // Each element with its channel's coefficients.
+  template <class Each>
+  INLINE void each_element(Coefficients<A>& k, Each each) const {
+    each_column<1>([&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); }, each,
+                   [](const auto&, int64_t) {});
+  }
+
+  // Adds to one or two sums of each channel; `begin` gives what else is needed.
+  template <class Begin, class Each>
+  INLINE void add(A* first, A* second, Begin begin, Each each) const {
+    each_column<4>(
+        [&](auto v, int64_t i) {
+          using W = decltype(v);
+          return std::tuple(begin(v, i), load<W>(first + i), load<W>(second + i));
+        },
+        [&](auto& state, int64_t at) { each(std::get<0>(state), at, std::get<1>(state), std::get<2>(state)); },
+        [&](const auto& state, int64_t i) {
+          store(first + i, std::get<1>(state));
+          store(second + i, std::get<2>(state));
+        });
+  }
+
+  // Block by block of few rows, whose sums are then added to those in double by `flush`.
+  template <class Each, class Flush>
+  INLINE void each_block(Each each, Flush flush) const {
+    const int64_t step = std::clamp(SHORT_BLOCK / std::max<int64_t>(call.channels, 1), int64_t(1), SHORT_ROWS);
+    for (int64_t row = first_row; row < last_row; row += step) {
+      const Rows block{call, row, std::min(row + step, last_row)};
+      each(block);
+      flush(block.last_row - block.first_row);
+    }
+  }
+
+  // Sums and sums of squares about zero, into 2C numbers.
+  void group_sums(double* sums) const {
+    const int64_t c = call.channels;
+    const T* x = static_cast<const T*>(call.x);
+    std::vector<A> scratch(3 * c);
+    A *centre = scratch.data(), *sum = centre + c, *squares = sum + c;
+    auto each = [&](const Rows& block) {
+      std::fill(scratch.begin(), scratch.end(), A(0));
+      block.each_column<4>([&](auto v, int64_t i) { return load<decltype(v)>(centre + i); },
+                        [&](auto& total, int64_t at) { total += load<std::decay_t<decltype(total)>>(x + at); },
+                        [&](auto total, int64_t i) { store(centre + i, total); });
+      const A share = A(1) / (block.last_row - block.first_row);
+      for (int64_t i = 0; i < c; ++i) centre[i] *= share;
+      block.add(sum, squares, [&](auto v, int64_t i) { return load<decltype(v)>(centre + i); },
+                [&](auto middle, int64_t at, auto& s, auto& q) {
+                  const auto d = load<decltype(middle)>(x + at) - middle;
+                  s += d;
+                  q += d * d;
+                });
+    };
+    each_block(each, [&](int64_t rows) {
+      for (int64_t i = 0; i < c; ++i) {
+        const double middle = centre[i], about = sum[i];
+        sums[i] += about + rows * middle;
+        sums[c + i] += squares[i] + middle * (2 * about + rows * middle);
+      }
+    });
+  }
+
+  void normalize(Coefficients<A>& k) const {
+    const Run<T> all(call, 0);
+    each_element(k, [&](const auto& line, int64_t at) { all.normalize(line, at); });
+  }
+
+  // Of dz and of dz * (x - centre), into 2C numbers.
+  void backward_sums(Coefficients<A>& k, double* sums) const {
+    const int64_t c = call.channels;
+    const Run<T> all(call, 0);
+    std::vector<A> scratch(2 * c);
+    A *sum = scratch.data(), *products = sum + c;
+    auto each = [&](const Rows& block) {
+      std::fill(scratch.begin(), scratch.end(), A(0));
+      block.add(sum, products, [&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); },
+                [&](const auto& line, int64_t at, auto& s, auto& p) { all.add_products(line, at, s, p); });
+    };
+    each_block(each, [&](int64_t) {
+      for (int64_t i = 0; i < c; ++i) {
+        sums[i] += sum[i];
+        sums[c + i] += products[i];
+      }
+    });
+  }
+
+  void grad_input(Coefficients<A>& k) const {
+    const Run<T> all(call, 0);
+    each_element(k, [&](const auto& line, int64_t at) { all.differentiate(line, at); });
+  }
+};
+
+}  // namespace syncbn

@@ -1,0 +1,82 @@
+"""Inputs for the CPU's kernels, and what is done with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+SHAPES = {
+    "mlp": (12, 5),
+    "wide mlp": (64, 300),
+    "sequence": (6, 3, 17),
+    "images": (6, 7, 9, 11),
+    "channels_last": (6, 7, 9, 11),
+    "large channels_last": (4, 16, 80, 81),
+    "long rows": (2, 3, 96, 100),
+    "prime rows": (2, 2, 1, 12289),
+    "one pixel": (12, 5, 1, 1),
+    "volumes": (4, 3, 4, 5, 6),
+    "volumes, channels_last": (4, 3, 4, 5, 6),
+    "many blocks": (4, 64, 56, 56),
+}
+EPILOGUES = {
+    "plain": (None, False),
+    "relu": ("relu", False),
+    "leaky_relu": ("leaky_relu", False),
+    "silu": ("silu", False),
+    "residual": (None, True),
+    "residual, relu": ("relu", True),
+    "residual, silu": ("silu", True),
+}
+
+
+def sample(shape, seed, dtype=torch.float32, loc=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + loc).to(dtype)
+
+
+def tensors(name, dtype, loc=0.0):
+    """x and dy of a named shape and format."""
+    made = []
+    for seed, centre in enumerate((loc, 0.0)):
+        t = sample(SHAPES[name], seed, dtype, centre)
+        if "channels_last" in name:
+            t = t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+        made.append(t)
+    return made
+
+
+def groupings(n):
+    yield "one", None, 1
+    yield "equal runs", torch.arange(n) // (n // 2), 2
+    yield "a group each", torch.arange(n), n
+    yield "each its own, shuffled", torch.arange(n).flip(0), n
+    yield "any, one empty", torch.arange(n) * 7 % 3 + (torch.arange(n) * 7 % 3 > 1), 4
+    yield "runs, the last smaller", torch.arange(n) // (n - 2 + (n == 2)), 2
+
+
+def tolerance(dtype, wide=8):
+    """A few roundings in the arithmetic's dtype, and one to the result's own."""
+    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    eps = max(torch.finfo(dtype).eps, wide * arithmetic)
+    return {"rtol": eps, "atol": eps}
+
+
+each_shape = pytest.mark.parametrize("name", SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def affine(num_groups, c):
+    generator = torch.Generator().manual_seed(9)
+    scale, shift = torch.rand(2, num_groups, c, generator=generator, dtype=torch.float64)
+    return scale + 0.5, shift - 0.5
+
+
+def passes(kernels, x, dy, groups, number, epilogue, statistics):
+    """y, then dz (None where kernels leave the activation to the last pass), the sums and x's gradient."""
+    mean, invstd, scale, shift, count = statistics
+    y = kernels.normalize(x, mean, invstd, scale, shift, groups, epilogue)
+    dz, rest, sums = kernels.backward_sums(dy, x, mean, invstd, scale, shift, groups, number, epilogue)
+    means = sums * scale.unsqueeze(1) / count.clamp(min=1).unsqueeze(1)
+    grad = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
+    return y, None if rest.activation else dz, sums, grad

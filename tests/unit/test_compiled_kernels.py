@@ -1,0 +1,164 @@
+"""What the compiled CPU kernels alone have: whole passes in one call, the small step, half precision, threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cpu_cases import EPILOGUES, affine, each_dtype, groupings, passes, sample, tensors, tolerance
+
+from syncbn.functional import finish as reference_finish
+from syncbn.functional import stats
+from syncbn.functional.epilogue import Epilogue
+from syncbn.functional.finish import Limits, Running
+from syncbn.kernels.compiled import build
+from syncbn.kernels.rule import compiled_kernels
+
+cpu = compiled_kernels()
+
+
+@pytest.mark.parametrize("activation", EPILOGUES)
+@each_dtype
+@pytest.mark.parametrize("name", ["mlp", "images", "channels_last", "many blocks", "volumes, channels_last"])
+def test_at_once(name, dtype, activation):
+    """What nothing travels for is done in one call, with the results of the single steps."""
+    x, dy = tensors(name, dtype, 1.0)
+    kind, with_residual = EPILOGUES[activation]
+    epilogue = Epilogue(sample(x.shape, 5, dtype) if with_residual else None, kind, 0.2)
+    for label, groups, number in groupings(len(x)):
+        if x[0, 0].numel() == 1 and number == len(x):
+            continue
+        weight, bias = (t[0] for t in affine(number, x.shape[1]))
+        scale, shift = (t.expand(number, -1) for t in (weight, bias))
+        y, found = cpu.forward_alone(x, weight, bias, None, 1e-5, None, False, groups, number, epilogue)
+        expected = cpu.finish(cpu.group_sums(x, groups, number), 1e-5)
+        for field in ("count", "mean", "var", "invstd"):
+            assert torch.equal(getattr(found, field), getattr(expected, field)), (label, field)
+        statistics = (found.mean, found.invstd, scale, shift, found.count)
+        single = passes(cpu, x, dy, groups, number, epilogue, statistics)
+        dtypes = (torch.float64, torch.float32)
+        grad, grad_weight, grad_bias, dz = cpu.backward_alone(
+            dy, x, weight, bias, None, None, *statistics[:2], found.count, groups, epilogue, dtypes, [True] * 4
+        )
+        assert torch.equal(y, single[0]), label
+        torch.testing.assert_close(grad_weight, single[2][:, 1].sum(0), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(grad_bias, single[2][:, 0].sum(0).float(), rtol=2e-7, atol=1e-7)
+        # The means of the gradient, which are 0 but for roundings in the plain case, are multiplied in another order.
+        close = tolerance(dtype)
+        torch.testing.assert_close(grad, single[3], msg=lambda m, n=label: f"{n}: {m}", **close)
+        assert grad.stride() == y.stride() == x.stride()
+        if single[1] is not None:
+            assert torch.equal(dz, single[1]), label
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_half_precision(dtype):
+    """All 65,536: read as torch reads them, and written as torch rounds what lies between them."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 256, 256)
+    zero, one = torch.zeros(1, 256, dtype=torch.float64), torch.ones(1, 256, dtype=torch.float64)
+    assert torch.equal(cpu.normalize(x, zero, one, None, None).nan_to_num(7.0), x.nan_to_num(7.0))
+    for factor in (1.0009765625, 1.3, 0.5, 3e-5, 1000.0):
+        found = cpu.normalize(x, zero, one, one * factor, None)
+        expected = (x.float() * torch.tensor(factor, dtype=torch.float32)).to(dtype)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_number_of_threads_shows_in_no_bit():
+    before = torch.get_num_threads()
+    for name in ("many blocks", "large channels_last", "wide mlp", "images"):
+        for copies in (1, 5):
+            x, dy = (t.repeat(copies, *[1] * (t.dim() - 1)) for t in tensors(name, torch.float32))
+            for _, groups, number in groupings(len(x)):
+                results = []
+                for threads in (1, 3):
+                    torch.set_num_threads(threads)
+                    try:
+                        y, found = cpu.forward_alone(x, None, None, None, 1e-5, None, False, groups, number)
+                        statistics = (found.mean, found.invstd, None, None)
+                        _, _, sums = cpu.backward_sums(dy, x, *statistics, groups, number)
+                        alone = cpu.backward_alone(
+                            dy, x, None, None, None, None, *statistics[:2], found.count, groups, Epilogue(),
+                            (torch.float32, torch.float32), [True] * 4,
+                        )  # fmt: skip
+                        results.append((y, found.mean, found.var, sums, *alone))
+                    finally:
+                        torch.set_num_threads(before)
+                assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+
+
+def test_a_group_that_does_not_exist():
+    x = torch.ones(2, 3, 4)
+    for wrong in (-1, 2):
+        with pytest.raises(IndexError, match="group"):
+            cpu.group_sums(x, torch.tensor([0, wrong]), 2)
+
+
+# -- the small step ----------------------------------------------------------------------------------------------------
+
+
+def running(momentum, mode="mean", divisor=None, dtype=torch.float32):
+    mean, var = torch.tensor([0.5, -1.0, 2.0], dtype=dtype), torch.tensor([1.0, 0.3, 4.0], dtype=dtype)
+    return Running(mean, var, torch.tensor(3), torch.tensor(0), momentum, mode, divisor)
+
+
+@pytest.mark.parametrize("case", ["plain", "small", "large", "infinite", "nan", "overflow", "empty"])
+@pytest.mark.parametrize("limits", [None, Limits(3.0, 5.0, 0, 6, 6)], ids=["plain", "renorm"])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("mode", ["mean", "sequential", "total"])
+@pytest.mark.parametrize("divisor", [None, 2.5])
+@pytest.mark.parametrize("number", [1, 3])
+def test_finish(case, limits, momentum, mode, divisor, number):
+    groups = torch.arange(6) // 2 if number == 3 else None
+    x = sample((6, 3, 4), 0, torch.float64, loc=2.0)
+    x *= {"small": 1e-3, "large": 1e14, "overflow": 1e25}.get(case, 1.0)
+    if case in ("infinite", "nan"):
+        x[0, 1, 0] = float("inf") if case == "infinite" else float("nan")
+    kept = 0 if case == "empty" else len(x)
+    sums = stats.group_sums(x[:kept], None if groups is None else groups[:kept], number)
+    ours, theirs = running(momentum, mode, divisor), running(momentum, mode, divisor)
+    found = cpu.finish(sums, 1e-5, ours, limits)
+    expected = reference_finish.finish(sums, 1e-5, theirs, limits)
+    for name in ("count", "mean", "var", "invstd", "r", "d"):
+        # float64 throughout, in another order.
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-13, atol=1e-13, equal_nan=True
+        )
+    for a, b in zip(ours[:4], theirs[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-7, atol=2e-7)  # one rounding to the buffer's float32
+
+
+def test_finish_without_update():
+    ours = running(0.1)
+    cpu.finish(stats.group_sums(sample((6, 3, 4), 0)), 1e-5, ours, None, update=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours[:4], running(0.1)[:4], strict=True))
+
+
+# -- which library ---------------------------------------------------------------------------------------------------
+
+
+OTHER_LIBRARY = """
+import sys, torch
+from syncbn.kernels.library import load
+from syncbn.kernels.rule import compiled_kernels
+x, y, mean, var = torch.load(sys.argv[1])
+assert sys.argv[2] in load()._name, load()._name
+found = compiled_kernels().forward_alone(x, None, None, None, 1e-5, None, False, None, 1)
+torch.testing.assert_close(found[0], y, rtol=1e-6, atol=1e-6)
+torch.testing.assert_close((found[1].mean, found[1].var), (mean, var), rtol=1e-6, atol=1e-6)
+"""
+
+
+@pytest.mark.skipif(len(build.kinds()) == 1, reason="an architecture with one library")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_fewer_vector_instructions(capability, tmp_path):
+    """Another library is taken where torch is told to use less, and gives the same."""
+    x, _ = tensors("many blocks", torch.float32)
+    y, found = cpu.forward_alone(x, None, None, None, 1e-5, None, False, None, 1)
+    torch.save((x, y, found.mean, found.var), tmp_path / "expected.pt")
+    command = [sys.executable, "-c", OTHER_LIBRARY, str(tmp_path / "expected.pt"), capability]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
