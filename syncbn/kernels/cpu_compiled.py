@@ -80,6 +80,7 @@ def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> None:
 
 
 _library = load()
+assert _library.syncbn_size_of_call() == ctypes.sizeof(_Call), "call.h and _Call disagree"
 for _name in ("group_sums", "normalize", "backward_sums", "grad_input", "finish", "forward", "backward"):
     _function = getattr(_library, f"syncbn_{_name}")
     _function.argtypes, _function.restype, _function.errcheck = [ctypes.POINTER(_Call)], ctypes.c_int64, _check
@@ -94,6 +95,8 @@ def _planes(x: Tensor) -> bool | None:
         return None
     if x.dim() > 2 and x.is_contiguous() and math.prod(x.shape[2:]) > 1:
         return True
+    if x.dim() == 2:
+        return False if x.is_contiguous() else None
     if x.dim() == 4:
         return False if x.is_contiguous(memory_format=torch.channels_last) else None
     if x.dim() == 5:
@@ -171,13 +174,13 @@ def _put_finish(call: _Call, running: Running | None, limits: Limits | None, upd
     """What :func:`finish` needs; its results, uninitialised."""
     g, c = call.num_groups, call.channels
     if running is not None:
-        mean, var, tracked, nonfinite, momentum, _, divisor = running
+        running_mean, running_var, tracked, nonfinite, momentum, _, divisor = running
         call.running = _Running(
-            mean.data_ptr(),
-            var.data_ptr(),
+            running_mean.data_ptr(),
+            running_var.data_ptr(),
             tracked.data_ptr(),
             nonfinite.data_ptr(),
-            _TYPES[mean.dtype],
+            _TYPES[running_mean.dtype],
             update,
             momentum is None,
             divisor is not None,
@@ -185,13 +188,14 @@ def _put_finish(call: _Call, running: Running | None, limits: Limits | None, upd
             divisor or 0.0,
         )
     # One tensor each: what is kept for the backward pass must not keep the rest alive.
-    found = Statistics(_wide(g, 1), _wide(g, c), _wide(g, c), _wide(g, c), None, None)
+    mean = _wide(g, c)
+    found = Statistics(_wide(g, 1), mean, torch.empty_like(mean), torch.empty_like(mean), None, None)
     call.count, call.mean = found.count.data_ptr(), found.mean.data_ptr()
     call.var, call.invstd = found.var.data_ptr(), found.invstd.data_ptr()
     if limits is not None:
         assert running is not None, "corrections are relative to running statistics"
         call.limits = _Limits(True, *limits[2:], *limits[:2])
-        found.r, found.d = _wide(g, c), _wide(g, c)
+        found.r, found.d = torch.empty_like(mean), torch.empty_like(mean)
         call.r, call.d = found.r.data_ptr(), found.d.data_ptr()
     return found
 

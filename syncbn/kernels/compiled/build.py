@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,12 +50,13 @@ def kinds() -> list[str]:
     return list(KINDS) if platform.machine() in ("x86_64", "AMD64") else ["default"]
 
 
-def compiler() -> str:
-    """``$CXX``, or the first that is found."""
-    candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    found = next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
+def compiler() -> list[str]:
+    """``$CXX``, which may have arguments, or the first that is found."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
+    found = next((command for command in candidates if shutil.which(command[0])), None)
     if found is None:
-        raise BuildError("no C++ compiler was found (g++ or clang++; the variable CXX may name another)")
+        raise BuildError(f"no C++ compiler was found: {', '.join(c[0] for c in candidates)}; CXX may name another")
     return found
 
 
@@ -70,7 +72,7 @@ def build() -> list[Path]:
         running = []
         for kind in kinds():
             target = Path(scratch) / f"{kind}.so"
-            command = [cxx, *FLAGS, *KINDS[kind], str(sources()[-1]), "-o", str(target)]
+            command = [*cxx, *FLAGS, *KINDS[kind], str(sources()[-1]), "-o", str(target)]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             running.append((kind, target, process))
         for kind, target, process in running:
@@ -81,7 +83,7 @@ def build() -> list[Path]:
             else:
                 errors.append(f"{kind}: {messages.strip()[-2000:]}")
     if not built:
-        raise BuildError(f"{cxx} failed\n" + "\n".join(errors))
+        raise BuildError(f"{cxx[0]} failed\n" + "\n".join(errors))
     for old in FOLDER.glob("kernels-*.so"):
         if old not in built:
             old.unlink(missing_ok=True)

@@ -62,9 +62,11 @@ struct Task {
     std::fill(call.sums, call.sums + call.num_groups * row(), 0.0);
     if (!forward) return;
     for (int64_t n = 0; n < call.samples; ++n) call.sums[call.group_of(n) * row()] += call.size;
-    if (second)  // a group without samples has no run in which it would be finished
-      for (int64_t g = 0; g < call.num_groups; ++g)
-        if (call.sums[g * row()] == 0) moments(call, g, 0, call.channels);
+    for (int64_t g = 0; second && g < call.num_groups; ++g) {
+      call.count[g] = call.sums[g * row()];
+      // A group without samples has no run in which it would be finished.
+      if (call.count[g] == 0) moments(call, g, 0, call.channels);
+    }
   }
 
   // After a group's sums: the moments, or sums of dz * xhat from those of dz * (x - centre).
@@ -194,10 +196,11 @@ void parameter_gradients(const Call& call) {
   std::vector<double> totals(2 * n);
   double *of_bias = totals.data(), *of_weight = of_bias + n;
   for (int64_t g = 0; g < call.num_groups; ++g) {
-    const double *sums = call.sums + g * 2 * n, *r = call.r + g * n, *d = call.d + g * n;
+    const double* sums = call.sums + g * 2 * n;
     for (int64_t c = 0; c < n; ++c) {
+      const int64_t i = g * n + c;
       of_bias[c] += sums[c];
-      of_weight[c] += call.r == nullptr ? sums[n + c] : r[c] * sums[n + c] + d[c] * sums[c];
+      of_weight[c] += call.r == nullptr ? sums[n + c] : call.r[i] * sums[n + c] + call.d[i] * sums[c];
     }
   }
   if (call.grad_weight != nullptr) write(call.grad_weight_type, of_weight, n, call.grad_weight);
@@ -235,12 +238,16 @@ using syncbn::Call;
 #pragma GCC visibility push(default)
 extern "C" {
 
+int64_t syncbn_size_of_call() { return sizeof(Call); }
 int64_t syncbn_group_sums(const Call* call) { return syncbn::run(*call, true, true, false); }
 int64_t syncbn_normalize(const Call* call) { return syncbn::run(*call, true, false, true); }
 int64_t syncbn_backward_sums(const Call* call) { return syncbn::run(*call, false, true, false); }
 int64_t syncbn_grad_input(const Call* call) { return syncbn::run(*call, false, false, true); }
 int64_t syncbn_finish(const Call* call) {
-  for (int64_t g = 0; g < call->num_groups; ++g) syncbn::moments(*call, g, 0, call->channels);
+  for (int64_t g = 0; g < call->num_groups; ++g) {
+    call->count[g] = call->sums[g * (2 * call->channels + 1)];
+    syncbn::moments(*call, g, 0, call->channels);
+  }
   syncbn::update_running(*call);
   return 0;
 }

@@ -26,6 +26,7 @@ typedef float HalfFloats __attribute__((vector_size(32)));
 typedef double HalfDoubles __attribute__((vector_size(32)));
 typedef double QuarterDoubles __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint64_t LongWords __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 
 // Of the arithmetic V: its scalar, and unsigned integers of its size and of half its size.
@@ -46,10 +47,12 @@ struct Lanes<Floats> {
 template <>
 struct Lanes<double> {
   using Scalar = double;
+  using Word = uint64_t;
 };
 template <>
 struct Lanes<Doubles> {
   using Scalar = double;
+  using Word = LongWords;
 };
 
 template <class T>
@@ -162,25 +165,38 @@ INLINE double total(Floats v) {
 
 enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU };
 
-INLINE double exponential(double x) { return std::exp(x); }
-INLINE Doubles exponential(Doubles x) {
-  for (int i = 0; i < width<Doubles>; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-// exp(x) = 2^k * exp(r), |r| <= log(2)/2, by its Taylor polynomial: to 1e-7 of it. NaN stays.
+template <class A>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr int DEGREE = 7, MANTISSA = 23;
+  static constexpr float LEAST = -87, MOST = 88, HIGH = 0.693145751953125f, LOW = 1.42860677e-6f;
+  static constexpr float MAGIC = 0x1.8p23f;
+};
+template <>
+struct Exp<double> {
+  static constexpr int DEGREE = 13, MANTISSA = 52;
+  static constexpr double LEAST = -708, MOST = 709, HIGH = 0x1.62e42feep-1, LOW = 0x1.a39ef35793c76p-33;
+  static constexpr double MAGIC = 0x1.8p52;
+};
+
+// exp(x) = 2^k * exp(r), |r| <= log(2)/2, by its Taylor polynomial: to a few roundings. log(2) is in two parts, of which
+// k times the first is exact; MAGIC added to a value rounds it to an integer, in the lowest bits. NaN stays.
 template <class V>
 INLINE V exponential(V x) {
+  using A = typename Lanes<V>::Scalar;
   using Word = typename Lanes<V>::Word;
-  const V least = spread<V>(-87.0f), most = spread<V>(88.0f);
+  using E = Exp<A>;
+  const V least = spread<V>(E::LEAST), most = spread<V>(E::MOST);
   x = x < least ? least : x;
   x = x > most ? most : x;
-  const float magic = 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
-  V shifted = x * 1.44269504f + magic;
-  V k = shifted - magic;
-  V r = (x - k * 0.693145751953125f) - k * 1.42860677e-6f;
-  V p = spread<V>(1.0f / 5040);
-  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + factor;
-  return p * bits<V>(Word((bits<Word>(shifted) << 23) + 0x3f800000));
+  const V shifted = x * A(1.4426950408889634) + E::MAGIC;
+  const V k = shifted - E::MAGIC;
+  const V r = (x - k * E::HIGH) - k * E::LOW;
+  V p = spread<V>(1);  // Horner's rule: 1 + r (1 + r/2 (1 + r/3 (...)))
+  for (int n = E::DEGREE; n > 0; --n) p = p * r * A(1.0 / n) + 1;
+  const Word one = bits<Word>(spread<V>(1));
+  return p * bits<V>(Word((bits<Word>(shifted) << E::MANTISSA) + one));
 }
 
 template <class V>

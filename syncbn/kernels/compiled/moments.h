@@ -33,11 +33,10 @@ void corrections(const Call& call, const B* running_mean, const B* running_var, 
   }
 }
 
-// Count, mean, variance and 1/std of one group, and renorm's corrections.
+// Mean, variance and 1/std of one group, and renorm's corrections.
 inline void moments(const Call& call, int64_t group, int64_t first, int64_t last) {
   const double* row = call.sums + group * (2 * call.channels + 1);
   const double n = row[0] < 1 ? 1 : row[0], eps = call.eps;
-  call.count[group] = row[0];
   const int64_t at = group * call.channels;
   const double *__restrict sums = row + 1, *__restrict squares = sums + call.channels;
   double *__restrict mean = call.mean + at, *__restrict var = call.var + at, *__restrict invstd = call.invstd + at;
