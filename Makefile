@@ -51,4 +51,5 @@ format: setup
 
 clean:
 	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf syncbn/kernels/compiled/kernels-*.so syncbn/kernels/compiled/.build-*
 	find configs launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +

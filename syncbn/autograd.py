@@ -158,11 +158,10 @@ def forward_alone(
     epilogue: Epilogue,
 ) -> tuple[Tensor, Statistics] | None:
     """All of a forward pass at once, for groups that are all on this process, or None where nothing does that."""
-    with torch.no_grad():
-        forward = pick(x).forward_alone
-        if forward is None:
-            return None
-        return forward(x, weight, bias, running, eps, limits, update, groups, num_groups, epilogue)
+    forward = pick(x, recorded=False).forward_alone
+    if forward is None:
+        return None
+    return forward(x, weight, bias, running, eps, limits, update, groups, num_groups, epilogue)
 
 
 def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:

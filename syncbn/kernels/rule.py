@@ -154,31 +154,34 @@ def _load(name: str, *parts: str) -> Kernels:
     return Kernels(name, **found)
 
 
-def pick(x: Tensor) -> Kernels:
+def pick(x: Tensor, recorded: bool | None = None) -> Kernels:
     """The implementation for ``x``.
 
-    The twins of :mod:`syncbn.functional` serve whatever is traced, transformed or differentiated (``torch.compile``
-    makes kernels of its own from them), other devices, and CUDA under ``torch.use_deterministic_algorithms``, where a
-    sum over blocks in no fixed order will not do. On the CPU the compiled kernels are put to use, on CUDA Triton's;
-    where these are not there, torch's native ones.
+    ``recorded`` says whether derivatives are to be had through each operation; None is whether they are being recorded.
+
+    The twins of :mod:`syncbn.functional` serve whatever is traced, transformed, differentiated or watched operation by
+    operation (``torch.compile`` makes kernels of its own from them), other devices, and CUDA under
+    ``torch.use_deterministic_algorithms``, where a sum over blocks in no fixed order will not do. On the CPU the
+    compiled kernels are put to use, on CUDA Triton's; where these are not there, torch's native ones.
     """
     if (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(x) not in _PLAIN
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or (torch.is_grad_enabled() if recorded is None else recorded)
+        or type(x) not in PLAIN
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
     ):
         return REFERENCE
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return cpu_kernels()
-    if x.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+    if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
         return cuda_kernels()
     return REFERENCE
 
 
-# Subclasses (fake tensors, DTensor) bring rules of their own.
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Subclasses (fake tensors, DTensor) bring rules of their own."""
 
 
 @functools.cache

@@ -288,14 +288,17 @@ class SmallBatchNorm(_BatchNorm):
         )
 
     def _running(self, divisor: float | None) -> Running | None:
-        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        buffers = self._buffers  # an attribute of a module is looked for in three places
+        mean, var, tracked = (buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
         if mean is None or var is None:
             return None
         if tracked is None:
             raise ValueError(
                 f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
             )
-        return Running(mean, var, tracked, self.num_nonfinite_batches, self.momentum, self.running_update, divisor)
+        nonfinite = buffers["num_nonfinite_batches"]
+        assert nonfinite is not None, "registered with the others"
+        return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor)
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections, in a layer that has them and is in training."""

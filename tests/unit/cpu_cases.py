@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from syncbn.kernels.compiled import build
+from syncbn.kernels.rule import Kernels, compiled_kernels
+
 SHAPES = {
     "mlp": (12, 5),
     "wide mlp": (64, 300),
@@ -28,6 +31,18 @@ EPILOGUES = {
     "residual, relu": ("relu", True),
     "residual, silu": ("silu", True),
 }
+
+
+def compiled() -> Kernels:
+    """The compiled kernels; a test that wants them is skipped where nothing could have built them."""
+    try:
+        return compiled_kernels()
+    except ImportError:
+        try:
+            build.compiler()
+        except build.BuildError as error:
+            pytest.skip(str(error), allow_module_level=True)
+        raise
 
 
 def sample(shape, seed, dtype=torch.float32, loc=0.0):

@@ -1,7 +1,8 @@
 """Compiles the CPU's kernels to shared libraries beside their sources, one for each set of vector instructions.
 
 Installing the package runs it; ``python -m syncbn.kernels.compiled.build`` does it by hand, in a source tree say. A
-library's name has a digest of the sources, so one that they have left behind is not loaded.
+library's name has a digest of the sources, this file among them, so one that they have left behind is not loaded.
+``CXX`` and ``CXXFLAGS`` have their usual meaning.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def sources() -> list[Path]:
 
 def library(kind: str) -> Path:
     """Where the library of a kind is, or would be."""
-    digest = hashlib.sha256()
-    for source in sources():
+    digest = hashlib.sha256(platform.machine().encode())
+    for source in (*sources(), Path(__file__)):
         digest.update(source.read_bytes())
     return FOLDER / f"kernels-{digest.hexdigest()[:12]}-{kind}.so"
 
@@ -64,29 +65,39 @@ def build() -> list[Path]:
     """Compile all kinds, or those of them that the compiler knows; older libraries are removed.
 
     Raises:
-        BuildError: none could be compiled.
+        BuildError: none could be compiled, or written.
     """
     cxx = compiler()
-    built, errors = [], []
-    with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as scratch:
-        running = []
-        for kind in kinds():
-            target = Path(scratch) / f"{kind}.so"
-            command = [*cxx, *FLAGS, *KINDS[kind], str(sources()[-1]), "-o", str(target)]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            running.append((kind, target, process))
-        for kind, target, process in running:
-            _, messages = process.communicate()
-            if process.returncode == 0:
-                os.replace(target, library(kind))
-                built.append(library(kind))
-            else:
-                errors.append(f"{kind}: {messages.strip()[-2000:]}")
+    errors: list[str] = []
+    try:
+        with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as scratch:
+            built = _compile_into(Path(scratch), cxx, errors)
+        for old in FOLDER.glob("kernels-*.so"):
+            if built and old not in built:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(str(error)) from error
     if not built:
         raise BuildError(f"{cxx[0]} failed\n" + "\n".join(errors))
-    for old in FOLDER.glob("kernels-*.so"):
-        if old not in built:
-            old.unlink(missing_ok=True)
+    return built
+
+
+def _compile_into(scratch: Path, cxx: list[str], errors: list[str]) -> list[Path]:
+    running = []
+    for kind in kinds():
+        target = scratch / f"{kind}.so"
+        flags = [*FLAGS, *KINDS[kind], *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        command = [*cxx, *flags, str(sources()[-1]), "-o", str(target)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        running.append((kind, target, process))
+    built = []
+    for kind, target, process in running:
+        _, messages = process.communicate()
+        if process.returncode == 0:
+            os.replace(target, library(kind))
+            built.append(library(kind))
+        else:
+            errors.append(f"{kind}: {messages.strip()[-2000:]}")
     return built
 
 

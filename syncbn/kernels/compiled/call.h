@@ -67,8 +67,8 @@ struct Running {
 };
 
 struct Limits {
-  int64_t given, warmup_steps, r_ramp_end, d_ramp_end;
-  double r_max, d_max;
+  int64_t given;
+  double r_max, d_max, warmup_steps, r_ramp_end, d_ramp_end;
 };
 
 // One for all functions, each of which looks at what it needs: eight bytes a field.

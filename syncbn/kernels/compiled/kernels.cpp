@@ -2,8 +2,8 @@
 // version of torch: the five of ../rule.py, and the passes of a forward or a backward at once where nothing travels in
 // between. Then a part of the tensor that fits into a core's cache is read from memory once.
 //
-// Sums leave a short run for a double and are added in an order that depends on the shape alone: neither the length of a
-// tensor nor the number of threads shows in a result.
+// Sums leave a short run for a double, so that the length of a tensor does not show in their precision, and are added in
+// an order that depends on shape, groups and format alone: the number of threads shows in no bit.
 
 #include <utility>
 
@@ -128,15 +128,53 @@ void over_planes(const Task& task) {
 
 // -- rows ------------------------------------------------------------------------------------------------------------
 
-// f(rows, coefficients, index) for each piece; the coefficients are made where the group changes.
+// Rows of one group, some of them from several runs of samples: what one thread takes at a time.
+using Piece = std::vector<Stretch>;
+
+// Of runs in the order of their groups.
+std::vector<Piece> pieces_of(const Call& call, const Stretch* runs, int64_t number) {
+  const int64_t most = std::max<int64_t>(PIECE / call.channels, 1);
+  std::vector<Piece> pieces;
+  int64_t room = 0;
+  for (int64_t i = 0; i < number; ++i)
+    for (int64_t row = runs[i].first * call.size, end = runs[i].last * call.size; row < end;) {
+      if (room == 0 || pieces.back().back().group != runs[i].group) {
+        pieces.emplace_back();
+        room = most;
+      }
+      const int64_t rows = std::min(room, end - row);
+      pieces.back().push_back({runs[i].group, row, row + rows});
+      row += rows;
+      room -= rows;
+    }
+  return pieces;
+}
+
+// f(rows, coefficients, index of the piece) for each stretch; the coefficients are made where the group changes.
 template <class T, class Make, class F>
-void each_piece(const Call& call, const std::vector<Stretch>& pieces, Make make, F f) {
+void each_piece(const Call& call, const std::vector<Piece>& pieces, Make make, F f) {
   parallel(call, pieces.size(), [&](int64_t start, int64_t stop) {
     Coefficients<Scalar<T>> k(call.channels);
-    for (int64_t i = start, current = -1; i < stop; ++i) {
-      if (pieces[i].group != current) (k.*make)(call, current = pieces[i].group, 0);
-      f(Rows<T>{call, pieces[i].first, pieces[i].last}, k, i);
-    }
+    for (int64_t i = start, current = -1; i < stop; ++i)
+      for (const Stretch& rows : pieces[i]) {
+        if (rows.group != current) (k.*make)(call, current = rows.group, 0);
+        f(Rows<T>{call, rows.first, rows.last}, k, i);
+      }
+  });
+}
+
+template <class T>
+void group_sums(const Call& call, const std::vector<Piece>& pieces, double* parts) {
+  parallel(call, pieces.size(), [&](int64_t start, int64_t stop) {
+    for (int64_t i = start; i < stop; ++i)
+      for (const Stretch& rows : pieces[i]) {
+        double* sums = parts + i * 2 * call.channels;
+        // Values of one sample each have no centre of their own, and are few: as in the twin.
+        if (call.size == 1)
+          Rows<T, double>{call, rows.first, rows.last}.plain_group_sums(sums);
+        else
+          Rows<T>{call, rows.first, rows.last}.group_sums(sums);
+      }
   });
 }
 
@@ -144,24 +182,18 @@ template <class T>
 void over_runs(const Task& task, const Stretch* runs, int64_t number, bool whole) {
   using K = Coefficients<Scalar<T>>;
   const Call &call = task.call, later = task.after_first();
-  const int64_t width = 2 * call.channels, step = std::max<int64_t>(PIECE / call.channels, 1);
-  std::vector<Stretch> pieces;
-  for (int64_t i = 0; i < number; ++i)
-    for (int64_t row = runs[i].first * call.size; row < runs[i].last * call.size; row += step)
-      pieces.push_back({runs[i].group, row, std::min(row + step, runs[i].last * call.size)});
+  const int64_t width = 2 * call.channels;
+  std::vector<Piece> pieces = pieces_of(call, runs, number);
   if (task.first) {
     std::vector<double> parts(pieces.size() * width);
     if (task.forward)
-      parallel(call, pieces.size(), [&](int64_t start, int64_t stop) {
-        for (int64_t i = start; i < stop; ++i)
-          Rows<T>{call, pieces[i].first, pieces[i].last}.group_sums(parts.data() + i * width);
-      });
+      group_sums<T>(call, pieces, parts.data());
     else
       each_piece<T>(call, pieces, &K::for_normalizing, [&](const Rows<T>& rows, K& k, int64_t i) {
         rows.backward_sums(k, parts.data() + i * width);
       });
     for (size_t i = 0; i < pieces.size(); ++i) {
-      double* sums = call.sums + pieces[i].group * task.row() + task.forward;
+      double* sums = call.sums + pieces[i][0].group * task.row() + task.forward;
       for (int64_t j = 0; j < width; ++j) sums[j] += parts[i * width + j];
     }
     for (int64_t i = 0; i < (whole ? number : call.num_groups); ++i)
@@ -178,8 +210,12 @@ void over_runs(const Task& task, const Stretch* runs, int64_t number, bool whole
 template <class T>
 void over_rows(const Task& task) {
   const Call& call = task.call;
-  const std::vector<Stretch> runs = runs_of(call);
-  if (!(task.first && task.second && is_whole(runs))) return over_runs<T>(task, runs.data(), runs.size(), false);
+  std::vector<Stretch> runs = runs_of(call);
+  if (!(task.first && task.second && is_whole(runs))) {
+    const auto by_group = [](const Stretch& a, const Stretch& b) { return a.group < b.group; };
+    std::stable_sort(runs.begin(), runs.end(), by_group);
+    return over_runs<T>(task, runs.data(), runs.size(), false);
+  }
   // As many groups together as fit into the cache of each thread.
   const int64_t most = CACHED * call.threads / std::max<int64_t>(call.channels * call.size, 1);
   for (size_t i = 0; i < runs.size();) {

@@ -26,10 +26,12 @@ typedef float HalfFloats __attribute__((vector_size(32)));
 typedef double HalfDoubles __attribute__((vector_size(32)));
 typedef double QuarterDoubles __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint32_t HalfWords __attribute__((vector_size(32)));
 typedef uint64_t LongWords __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef uint16_t HalfShorts __attribute__((vector_size(16)));
 
-// Of the arithmetic V: its scalar, and unsigned integers of its size and of half its size.
+// Of the arithmetic V: its scalar, unsigned integers of its size and of half its size, and as many floats.
 template <class V>
 struct Lanes;
 template <>
@@ -45,14 +47,22 @@ struct Lanes<Floats> {
   using Short = Shorts;
 };
 template <>
+struct Lanes<HalfFloats> {
+  using Scalar = float;
+  using Word = HalfWords;
+  using Short = HalfShorts;
+};
+template <>
 struct Lanes<double> {
   using Scalar = double;
   using Word = uint64_t;
+  using Narrow = float;
 };
 template <>
 struct Lanes<Doubles> {
   using Scalar = double;
   using Word = LongWords;
+  using Narrow = HalfFloats;
 };
 
 template <class T>
@@ -99,11 +109,12 @@ INLINE V widen(BFloat16, typename Lanes<V>::Short h) {
 template <class V>
 INLINE V widen(Float16, typename Lanes<V>::Short h) {
   using Word = typename Lanes<V>::Word;
-  Word u = convert<Word>(h);
-  Word rest = (u & 0x7fff) << 13;
-  V finite = bits<V>(rest) * 0x1p112f;
-  V value = (u & 0x7c00) == 0x7c00 ? bits<V>(rest | 0x7f800000) : finite;
-  return bits<V>(bits<Word>(value) | (u & 0x8000) << 16);
+  Word u = convert<Word>(h), exponent = u & 0x7c00, rest = (u & 0x7fff) << 13;
+  // Without subnormal numbers of the arithmetic, which a process may have set to be 0.
+  V subnormal = bits<V>(Word(rest + 0x38800000)) - 0x1p-14f;
+  Word value = exponent == 0 ? bits<Word>(subnormal) : Word(rest + 0x38000000);
+  value = exponent == 0x7c00 ? Word(rest | 0x7f800000) : value;
+  return bits<V>(Word(value | (u & 0x8000) << 16));
 }
 
 // To the nearest, ties to even.
@@ -130,7 +141,9 @@ INLINE typename Lanes<V>::Short narrow(Float16, V value) {
 
 template <class V, class T>
 INLINE V load(const T* from) {
-  if constexpr (std::is_floating_point_v<T>) {
+  if constexpr (std::is_same_v<typename Lanes<V>::Scalar, double> && !std::is_same_v<T, double>) {
+    return convert<V>(load<typename Lanes<V>::Narrow>(from));
+  } else if constexpr (std::is_floating_point_v<T>) {
     V value;
     std::memcpy(&value, from, sizeof(value));
     return value;
@@ -181,22 +194,24 @@ struct Exp<double> {
 };
 
 // exp(x) = 2^k * exp(r), |r| <= log(2)/2, by its Taylor polynomial: to a few roundings. log(2) is in two parts, of which
-// k times the first is exact; MAGIC added to a value rounds it to an integer, in the lowest bits. NaN stays.
+// k times the first is exact; MAGIC added to a value rounds it to an integer, in the lowest bits. NaN stays, what is
+// more than MOST is infinite and what is less than LEAST exp(LEAST).
 template <class V>
 INLINE V exponential(V x) {
   using A = typename Lanes<V>::Scalar;
   using Word = typename Lanes<V>::Word;
   using E = Exp<A>;
-  const V least = spread<V>(E::LEAST), most = spread<V>(E::MOST);
+  const V least = spread<V>(E::LEAST), most = spread<V>(E::MOST), infinite = spread<V>(__builtin_inf());
+  const auto is_large = x > most;
   x = x < least ? least : x;
-  x = x > most ? most : x;
+  x = is_large ? most : x;
   const V shifted = x * A(1.4426950408889634) + E::MAGIC;
   const V k = shifted - E::MAGIC;
   const V r = (x - k * E::HIGH) - k * E::LOW;
   V p = spread<V>(1);  // Horner's rule: 1 + r (1 + r/2 (1 + r/3 (...)))
   for (int n = E::DEGREE; n > 0; --n) p = p * r * A(1.0 / n) + 1;
   const Word one = bits<Word>(spread<V>(1));
-  return p * bits<V>(Word((bits<Word>(shifted) << E::MANTISSA) + one));
+  return is_large ? infinite : V(p * bits<V>(Word((bits<Word>(shifted) << E::MANTISSA) + one)));
 }
 
 template <class V>

@@ -1,4 +1,5 @@
-// From sums to what the elementwise step takes, and the running statistics: the C++ of ../../functional/finish.py.
+// From sums to what the elementwise step takes, and the running statistics: the C++ of finish.py, renorm.py and
+// running.py in ../../functional.
 
 #pragma once
 
@@ -19,9 +20,9 @@ template <class B>
 void corrections(const Call& call, const B* running_mean, const B* running_var, int64_t group, int64_t first,
                  int64_t last) {
   const double steps = static_cast<double>(*call.running.num_batches_tracked);
-  const auto ramp = [&](int64_t end) {
+  const auto ramp = [&](double end) {
     if (steps >= end) return 1.0;
-    return clamp((steps - call.limits.warmup_steps) / std::max<int64_t>(end - call.limits.warmup_steps, 1), 0, 1);
+    return clamp((steps - call.limits.warmup_steps) / std::max(end - call.limits.warmup_steps, 1.0), 0, 1);
   };
   const double r_limit = 1 + (call.limits.r_max - 1) * ramp(call.limits.r_ramp_end);
   const double d_limit = call.limits.d_max * ramp(call.limits.d_ramp_end);

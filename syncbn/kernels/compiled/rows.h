@@ -9,12 +9,12 @@
 namespace syncbn {
 
 // Rows that are summed up in the arithmetic's own precision, and elements of them that stay in a core's cache.
-constexpr int64_t SHORT_ROWS = 128;
+constexpr int64_t SHORT_ROWS = 64;
 constexpr int64_t SHORT_BLOCK = 1 << 15;
 
-template <class T>
+// Statistics may be had in another arithmetic than the elements' own.
+template <class T, class A = Scalar<T>>
 struct Rows {
-  using A = Scalar<T>;
   using V = Vector<A>;
 
   const Call& call;
@@ -73,19 +73,23 @@ struct Rows {
     }
   }
 
-  // Sums and sums of squares about zero, into 2C numbers.
+  // Sums and sums of squares about zero, into 2C numbers. The squares of a block are taken about the mean of four of its
+  // rows; they are at most 1 + SHORT_ROWS / 4 times those about its own mean, whatever the values.
   void group_sums(double* sums) const {
     const int64_t c = call.channels;
     const T* x = static_cast<const T*>(call.x);
     std::vector<A> scratch(3 * c);
     A *centre = scratch.data(), *sum = centre + c, *squares = sum + c;
     auto each = [&](const Rows& block) {
-      std::fill(scratch.begin(), scratch.end(), A(0));
-      block.each_column<4>([&](auto v, int64_t i) { return load<decltype(v)>(centre + i); },
-                        [&](auto& total, int64_t at) { total += load<std::decay_t<decltype(total)>>(x + at); },
-                        [&](auto total, int64_t i) { store(centre + i, total); });
-      const A share = A(1) / (block.last_row - block.first_row);
-      for (int64_t i = 0; i < c; ++i) centre[i] *= share;
+      std::fill(sum, sum + 2 * c, A(0));
+      const int64_t quarter = (block.last_row - block.first_row) / 4 * c;
+      Rows{call, block.first_row, block.first_row + 1}.each_column<1>(
+          [](auto v, int64_t) { return v; },
+          [&](auto& mean, int64_t at) {
+            for (int64_t i = 0; i < 4; ++i) mean += load<std::decay_t<decltype(mean)>>(x + at + i * quarter);
+            mean *= A(0.25);
+          },
+          [&](auto mean, int64_t i) { store(centre + i, mean); });
       block.add(sum, squares, [&](auto v, int64_t i) { return load<decltype(v)>(centre + i); },
                 [&](auto middle, int64_t at, auto& s, auto& q) {
                   const auto d = load<decltype(middle)>(x + at) - middle;
@@ -100,6 +104,18 @@ struct Rows {
         sums[c + i] += squares[i] + middle * (2 * about + rows * middle);
       }
     });
+  }
+
+  // The same where the arithmetic is as wide as what is had: nothing is gained by a centre.
+  void plain_group_sums(double* sums) const {
+    static_assert(std::is_same_v<A, double>);
+    const T* x = static_cast<const T*>(call.x);
+    add(sums, sums + call.channels, [](auto, int64_t) { return 0; },
+        [&](int, int64_t at, auto& s, auto& q) {
+          const auto value = load<std::decay_t<decltype(s)>>(x + at);
+          s += value;
+          q += value * value;
+        });
   }
 
   void normalize(Coefficients<A>& k) const {

@@ -1,0 +1,196 @@
+"""Where the compiled CPU kernels, which see addresses alone, could be led astray."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cpu_cases import compiled, sample, tolerance
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn import BatchRenorm, SyncBatchNorm
+from syncbn.functional import finish as finish_twin
+from syncbn.functional import normalize as twin
+from syncbn.functional import stats
+from syncbn.functional.epilogue import Epilogue
+from syncbn.functional.finish import Limits, Running
+from syncbn.kernels import pick
+from syncbn.kernels.rule import REFERENCE
+
+cpu = compiled()
+
+
+# -- what they cannot read ---------------------------------------------------------------------------------------------
+
+
+def negated(t):
+    """The same values with the bit that says that those in memory are their negatives."""
+    lazy = torch.complex(t, -t).conj().imag
+    assert lazy.is_neg()
+    return lazy
+
+
+def test_lazily_negated_tensors():
+    x, dy, residual = (sample((4, 3, 5, 5), seed) for seed in range(3))
+    weight, bias = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 0.2, -0.1])
+    results = []
+    for change in (torch.clone, negated):
+        layer = SyncBatchNorm(3, activation="relu")
+        layer.weight, layer.bias = (torch.nn.Parameter(change(t)) for t in (weight, bias))
+        given, added = (change(t).requires_grad_() for t in (x, residual))
+        y = layer(given, added)
+        grads = torch.autograd.grad(y, (given, added, layer.weight, layer.bias), change(dy))
+        results.append((y, *grads, layer.running_mean))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **tolerance(torch.float32, 16))
+
+
+@pytest.mark.parametrize("short", ["running_mean", "running_var", "weight", "bias"])
+def test_too_few_values(short):
+    """Nothing is read or written past a tensor's end: the twins say what does not fit."""
+    layer = SyncBatchNorm(4096)
+    few = torch.ones(4)
+    setattr(layer, short, torch.nn.Parameter(few) if short in ("weight", "bias") else few)
+    with pytest.raises(RuntimeError, match="size"):
+        layer(torch.randn(8, 4096))
+
+
+def test_a_layer_on_another_device():
+    """Only its shape is there."""
+    for layer in (SyncBatchNorm(3, device="meta"), SyncBatchNorm(3, affine=False, device="meta")):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            layer(torch.randn(4, 3, 5))
+    layer = SyncBatchNorm(3)
+    layer.num_batches_tracked = layer.num_batches_tracked.float()
+    layer(torch.randn(4, 3, 5))
+    assert layer.num_batches_tracked == 1
+
+
+def test_tensors_that_are_broadcast():
+    """The functions' own contract asks for x's shape; what is smaller is spread or turned away as by the twins."""
+    x, row = sample((4, 3, 5), 0), sample((1, 3, 5), 1)
+    mean, invstd = torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    epilogue = Epilogue(row, "relu", 0.0)
+    found = cpu.normalize(x, mean, invstd, None, None, None, epilogue)
+    torch.testing.assert_close(found, twin.normalize(x, mean, invstd, None, None, None, epilogue))
+    with pytest.raises(RuntimeError, match=r"[Ss]ize"):
+        cpu.backward_sums(row, x, mean, invstd, None, None, None, 1)
+
+
+def test_statistics_in_float32():
+    x, dy = sample((4, 3, 5), 0), sample((4, 3, 5), 1)
+    mean, invstd = torch.full((1, 3), 0.5), torch.full((1, 3), 2.0)
+    close = tolerance(torch.float32)
+    torch.testing.assert_close(cpu.normalize(x, mean, invstd, None, None), (x - 0.5) * 2, **close)
+    _, _, sums = cpu.backward_sums(dy, x, mean, invstd, None, None, None, 1)
+    expected = (dy.double() * (x - 0.5) * 2).sum((0, 2))
+    torch.testing.assert_close(sums[0, 1].double(), expected, rtol=1e-6, atol=1e-6)
+    means = torch.zeros(1, 2, 3)
+    torch.testing.assert_close(cpu.grad_input(dy, x, mean, invstd, None, None, means), dy * 2, **close)
+
+
+# -- what others have to see -------------------------------------------------------------------------------------------
+
+
+def test_the_update_is_seen_by_autograd():
+    layer, factor = SyncBatchNorm(3), torch.ones(3, requires_grad=True)
+    product = (layer.running_mean * factor).sum()
+    layer(torch.randn(4, 3, 5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    before = layer.running_mean._version
+    layer.track_running_stats = False
+    layer(torch.randn(4, 3, 5))
+    assert layer.running_mean._version == before
+
+
+def test_buffers_from_inference_mode():
+    with torch.inference_mode():
+        layer = SyncBatchNorm(3)
+        layer(torch.randn(4, 3, 5))
+        assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes, which the trace is for
+def test_a_traced_layer_is_no_constant():
+    layer = SyncBatchNorm(3, track_running_stats=False)
+    traced = torch.jit.trace(copy.deepcopy(layer), torch.randn(4, 3, 5), check_trace=False)
+    x = 5 + 3 * torch.randn(4, 3, 5)
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_twins_serve_what_is_watched():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        assert pick(x).name == "compiled"
+        with Watch():
+            assert pick(x) is REFERENCE
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert pick(x) is REFERENCE
+
+
+# -- extreme values ----------------------------------------------------------------------------------------------------
+
+FAR_OUT = [0.0, -0.0, 1e-30, -1.0, 20.0, -20.0, 87.0, -86.0, 89.0, -89.0, -104.0, 710.0, -708.5, -1e4, 1e30, -1e30]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_silu_far_out(dtype):
+    z = torch.tensor([*FAR_OUT, float("inf"), float("-inf"), float("nan")], dtype=dtype)
+    z = z.view(-1, 1, 1).expand(-1, 1, 33).contiguous().requires_grad_()
+    expected = F.silu(z)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), z)
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    epilogue, means = Epilogue(None, "silu", 0.0), torch.zeros(1, 2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        found = cpu.normalize(z, zero, one, None, None, None, epilogue)
+        grad = cpu.grad_input(torch.ones_like(z), z, zero, one, None, None, means, None, epilogue)
+    # Subnormal results are 0 here; what is relative to them is not compared.
+    close = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 100 * torch.finfo(dtype).smallest_normal, "equal_nan": True}
+    finite = len(FAR_OUT)
+    torch.testing.assert_close(found[:finite], expected[:finite].detach(), **close)
+    torch.testing.assert_close(grad[:finite], expected_grad[:finite], **close)
+    assert (found[finite] == float("inf")).all()
+    assert torch.isnan(torch.cat((found[-1], grad[-1]))).all()
+
+
+def test_float16_without_subnormal_floats():
+    """float16's own smallest numbers are read though the process flushes those of float32 to 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        x = torch.full((1, 2, 64), 2.0**-24, dtype=torch.float16)
+        sums = cpu.group_sums(x)
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(sums[0, 1:3], torch.full((2,), 64 * 2.0**-24, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 19), (64, 19, 1, 1), (200, 8)])
+def test_one_value_a_sample_is_summed_in_double(dtype, shape):
+    """As in the twin: neither the square of 1e20 nor a mean of 1e4 costs anything."""
+    for scale, loc in ((1e20, 0.0), (1.0, 1e4)):
+        x = (sample(shape, 0, torch.float64, loc) * scale).to(dtype)
+        for groups, number in ((None, 1), (torch.arange(len(x)) % 3, 3)):
+            found, expected = cpu.group_sums(x, groups, number), stats.group_sums(x.double(), groups, number)
+            torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14 * scale * len(x))
+
+
+def test_limits_need_not_be_integers():
+    sums, results = stats.group_sums(sample((6, 3, 4), 0, torch.float64, 2.0)), []
+    for finish in (cpu.finish, finish_twin.finish):
+        running = Running(torch.ones(3), torch.ones(3), torch.tensor(7), torch.tensor(0), 0.1)
+        results.append(finish(sums, 1e-5, running, Limits(3.0, 5.0, 2.5, 20.5, 10.0)))
+    torch.testing.assert_close(results[0].r, results[1].r)
+    torch.testing.assert_close(results[0].d, results[1].d)
+    layer = BatchRenorm(3, warmup_steps=1e3, r_ramp_end=1e4, d_ramp_end=1e4)
+    layer(torch.randn(4, 3, 5))
+    assert layer.num_batches_tracked == 1
