@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -94,7 +95,9 @@ def interleaved(
     agree: Callable[[int], int] | None = None,
     clock: Clock | None = None,
 ) -> dict[str, Timing]:
-    """Time each contender once a round, in an order that rotates from round to round.
+    """Time each contender once a round, in an order that is drawn for each round, the same in all processes.
+
+    In a fixed order, or one that rotates, each would find the caches as always the same one leaves them.
 
     On CUDA a sample is the time between two events around its calls, which follow one another without a pause, as
     layers do in a training step: where the host cannot launch as fast as the device works, that is part of the time.
@@ -128,9 +131,9 @@ def interleaved(
             once = measure(contenders[name], 1)
             wanted = min(MAX_CALLS, max(1, math.ceil(min_sample / max(once, 1e-9))))
             calls[name] = wanted if agree is None else agree(wanted)
-        for turn in range(rounds):
-            first = turn % max(1, len(names))
-            for name in names[first:] + names[:first]:
+        order = random.Random(0)
+        for _ in range(rounds):
+            for name in order.sample(names, len(names)):
                 if before is not None:
                     before()
                 samples[name].append(measure(contenders[name], calls[name]))
