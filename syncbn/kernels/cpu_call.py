@@ -84,9 +84,26 @@ for _name in ("group_sums", "normalize", "backward_sums", "grad_input", "finish"
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def is_plain(t: Tensor | None) -> bool:
-    """Whether the values are what lies at the tensor's address (it may be absent)."""
-    return t is None or (type(t) in PLAIN and t.is_cpu and not t.is_neg() and not t._is_zerotensor())
+def is_there(t: Tensor) -> bool:
+    """Whether there are values at the tensor's address: not on other devices, in wrappers, or where all are 0.
+
+    Raises:
+        ValueError: there were, and their memory has been freed; torch's own operations would read it.
+    """
+    if not (type(t) in PLAIN and t.is_cpu and torch._C._has_storage(t)):
+        return False
+    if t.data_ptr() > t.storage_offset() * t.itemsize or not t.numel():
+        return True
+    if t._is_zerotensor():
+        return False
+    raise ValueError(
+        f"the memory of a tensor of shape {tuple(t.shape)} has been freed; a sharded parameter has to be gathered first"
+    )
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether these are the tensor's own, and not their negatives."""
+    return is_there(t) and not t.is_neg()
 
 
 def is_like(t: Tensor | None, dtype: torch.dtype, *shape: int) -> bool:
@@ -117,6 +134,7 @@ def make_call(
     epilogue: Epilogue,
 ) -> Call | None:
     """A call about ``x``, or None where the kernels cannot read all of it. The tensors are the caller's to keep."""
+    assert groups is not None or num_groups == 1, "without a group of each sample there is one group"
     planes = _planes(x)
     if planes is None or not is_like(groups, torch.int64, x.shape[0]) or not fits(epilogue.residual, x):
         return None
@@ -152,12 +170,12 @@ def _put(values: _Values, t: Tensor, call: Call) -> bool:
 
 def fits(t: Tensor | None, x: Tensor) -> bool:
     """Whether a gradient or residual can be read, or at least copied (it may be absent)."""
-    return t is None or (t.shape == x.shape and t.is_cpu and type(t) in PLAIN)
+    return t is None or (t.shape == x.shape and is_there(t))
 
 
 def as_x(t: Tensor, x: Tensor) -> Tensor:
     """``t``, of x's shape, as x, which is dense, lies in memory: itself, or a copy."""
-    if t.dtype == x.dtype and t.stride() == x.stride() and is_plain(t):
+    if t.dtype == x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t
     return torch.empty_like(x).copy_(t.detach())
 

@@ -246,15 +246,16 @@ class SmallBatchNorm(_BatchNorm):
         # Evaluation without running statistics uses the batch's, and still never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         groups = self._groups(x, group_name)
-        if self.save == "output" and self.weight is not None:
-            self._check_weight(x)
+        weight, bias = self.weight, self.bias  # once: a parametrization may give others the second time
+        if self.save == "output" and weight is not None:
+            self._check_weight(x, weight, bias)
         update = self.training and self.track_running_stats and self.observer is None
         running, limits = self._running(groups.divisor), self._limits()
         epilogue = Epilogue(residual, self.activation, self.negative_slope)
         alone = None
         if group_name is None and self._has_variance(x, groups):
             alone = forward_alone(
-                x, self.weight, self.bias, running, self.eps, limits, update, groups.index, groups.number, epilogue
+                x, weight, bias, running, self.eps, limits, update, groups.index, groups.number, epilogue
             )
         if alone is not None:
             found = alone[1]
@@ -270,8 +271,8 @@ class SmallBatchNorm(_BatchNorm):
         return apply(
             NormalizeWithStatistics,
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             residual,
             r,
             d,
@@ -288,17 +289,20 @@ class SmallBatchNorm(_BatchNorm):
         )
 
     def _running(self, divisor: float | None) -> Running | None:
-        buffers = self._buffers  # an attribute of a module is looked for in three places
-        mean, var, tracked = (buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
+        mean, var, tracked = map(self._buffer, ("running_mean", "running_var", "num_batches_tracked"))
         if mean is None or var is None:
             return None
         if tracked is None:
             raise ValueError(
                 f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
             )
-        nonfinite = buffers["num_nonfinite_batches"]
+        nonfinite = self._buffer("num_nonfinite_batches")
         assert nonfinite is not None, "registered with the others"
         return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor)
+
+    def _buffer(self, name: str) -> Tensor | None:
+        # As an attribute it is looked for in three places, and this first; a parametrization makes it one.
+        return self._buffers[name] if name in self._buffers else getattr(self, name)
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections, in a layer that has them and is in training."""
@@ -357,10 +361,9 @@ class SmallBatchNorm(_BatchNorm):
         )
         self._require(x, (sums[:, 0] != 1).all(), problem)
 
-    def _check_weight(self, x: Tensor) -> None:
-        assert self.weight is not None
-        least = 1.0 if self.bias is None else self.bias.detach().abs().clamp(min=1.0)
-        enough = (self.weight.detach().abs() >= MIN_WEIGHT * least).all()
+    def _check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        least = 1.0 if bias is None else bias.detach().abs().clamp(min=1.0)
+        enough = (weight.detach().abs() >= MIN_WEIGHT * least).all()
         problem = (
             f"save='output' needs weights of at least {MIN_WEIGHT:g} in size, and {MIN_WEIGHT:g} of their bias; use "
             "save='input' for this layer"

@@ -67,6 +67,7 @@ def groupings(n):
     yield "a group each", torch.arange(n), n
     yield "each its own, shuffled", torch.arange(n).flip(0), n
     yield "any, one empty", torch.arange(n) * 7 % 3 + (torch.arange(n) * 7 % 3 > 1), 4
+    yield "runs, one empty", torch.arange(n) // (n // 2) * 2, 3
     yield "runs, the last smaller", torch.arange(n) // (n - 2 + (n == 2)), 2
 
 

@@ -17,6 +17,7 @@ from syncbn.functional.finish import Limits, Running
 from syncbn.kernels.compiled import build
 
 cpu = compiled()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("activation", EPILOGUES)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from cpu_cases import compiled, sample, tolerance
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncbn import BatchRenorm, SyncBatchNorm
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.functional import finish as finish_twin
 from syncbn.functional import normalize as twin
 from syncbn.functional import stats
@@ -67,6 +69,85 @@ def test_a_layer_on_another_device():
     layer.num_batches_tracked = layer.num_batches_tracked.float()
     layer(torch.randn(4, 3, 5))
     assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "residual", "grad_output", "running_mean"])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_freed_memory(name, offset):
+    """A tensor whose memory is gone (a sharded parameter's, say) is neither read nor taken for one that is absent."""
+
+    def make(*shape):
+        return torch.ones(offset + math.prod(shape)).as_strided(shape, torch.empty(shape).stride(), offset)
+
+    layer = SyncBatchNorm(3, activation="relu")
+    layer.weight, layer.bias = (torch.nn.Parameter(make(3)) for _ in range(2))
+    layer.running_mean = make(3)
+    values = {key: make(4, 3, 5) for key in ("x", "residual", "grad_output")} | layer.state_dict(keep_vars=True)
+    x, residual, grad_output = values["x"].requires_grad_(), values["residual"], values["grad_output"]
+    if name == "grad_output":
+        y = layer(x, residual)
+        grad_output.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="freed"):
+            y.backward(grad_output)
+    else:
+        values[name].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="freed"):
+            layer(x, residual)
+
+
+def test_gradients_that_are_all_zero():
+    """torch has tensors of zeros without memory, in forward-mode differentiation."""
+    x = sample((4, 3, 5), 0).requires_grad_()
+    layer = SyncBatchNorm(3)
+    (found,) = torch.autograd.grad(layer(x), x, torch._efficientzerotensor(4, 3, 5))
+    assert torch.equal(found, torch.zeros_like(x))
+
+
+def test_batched_gradients():
+    """Of the older vmap, whose tensors have no memory and do not say so."""
+    x = sample((4, 3, 5), 0, torch.float64).requires_grad_()
+    for layer in (SyncBatchNorm(3), GhostBatchNorm(3, 2), SyncBatchNorm(3, activation="silu")):
+        y = layer.double()(x)
+        several = torch.stack([sample(y.shape, seed, torch.float64) for seed in (1, 2, 3)])
+        inputs = (x, layer.weight, layer.bias)
+        found = torch.autograd.grad(y, inputs, several, is_grads_batched=True, retain_graph=True)
+        for i, one in enumerate(several):
+            for batched, expected in zip(found, torch.autograd.grad(y, inputs, one, retain_graph=True), strict=True):
+                torch.testing.assert_close(batched[i], expected)
+
+
+def test_parameters_are_asked_for_once():
+    """A parametrization that draws anew gives the backward pass what the forward pass had."""
+
+    class Draw(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drawn = 0
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            self.drawn += 1
+            return weight * self.drawn
+
+    for options in ({}, {"save": "output"}, {"activation": "relu"}):
+        layer, draw = SyncBatchNorm(3, **options), Draw()
+        parametrize.register_parametrization(layer, "weight", draw, unsafe=True)
+        before = draw.drawn
+        x = torch.randn(4, 3, 5, requires_grad=True)
+        layer(x).sum().backward()
+        assert draw.drawn == before + 1
+
+
+def test_running_statistics_that_are_no_buffers():
+    x, expected = torch.randn(4, 3, 5), SyncBatchNorm(3)
+    expected(x)
+    layers = [SyncBatchNorm(3) for _ in range(3)]
+    layers[0].running_mean = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    parametrize.register_parametrization(layers[1], "running_mean", torch.nn.Identity())
+    del layers[2].running_mean
+    layers[2].running_mean = torch.zeros(3)
+    for layer in layers:
+        layer(x)
+        assert torch.equal(layer.running_mean, expected.running_mean)
 
 
 def test_tensors_that_are_broadcast():

@@ -17,18 +17,12 @@ from syncbn.kernels import pick
 from syncbn.kernels.compiled import build
 from syncbn.kernels.rule import Kernels, cpu_kernels, native_cpu_kernels
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.fixture(params=["compiled", "native"])
 def cpu(request) -> Kernels:
     return compiled() if request.param == "compiled" else native_cpu_kernels()
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_wheel_has_the_compiled_kernels(wheel: Path, wheel_names: list[str]) -> 
 
 def test_a_wheel_without_a_compiler(unpacked_sdist: Path, tmp_path: Path) -> None:
     source = shutil.copytree(unpacked_sdist, tmp_path / "source", ignore=shutil.ignore_patterns("*.so"))
-    for compiler in ("false", "no-such-compiler"):
+    for compiler in ("false", "no-such-compiler", 'g++ "'):
         wheel = built("wheel", source, tmp_path, CXX=compiler)
         assert wheel.name == f"syncbn-{project()['version']}-py3-none-any.whl"
         with zipfile.ZipFile(wheel) as opened:

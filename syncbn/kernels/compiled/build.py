@@ -53,12 +53,20 @@ def kinds() -> list[str]:
 
 def compiler() -> list[str]:
     """``$CXX``, which may have arguments, or the first that is found."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    chosen = _arguments("CXX")
     candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
     found = next((command for command in candidates if shutil.which(command[0])), None)
     if found is None:
         raise BuildError(f"no C++ compiler was found: {', '.join(c[0] for c in candidates)}; CXX may name another")
     return found
+
+
+def _arguments(variable: str) -> list[str]:
+    value = os.environ.get(variable, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{variable}={value!r}: {error}") from error
 
 
 def build() -> list[Path]:
@@ -72,8 +80,9 @@ def build() -> list[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as scratch:
             built = _compile_into(Path(scratch), cxx, errors)
+        current = [library(kind) for kind in kinds()]
         for old in FOLDER.glob("kernels-*.so"):
-            if built and old not in built:
+            if built and old not in current:
                 old.unlink(missing_ok=True)
     except OSError as error:
         raise BuildError(str(error)) from error
@@ -86,7 +95,7 @@ def _compile_into(scratch: Path, cxx: list[str], errors: list[str]) -> list[Path
     running = []
     for kind in kinds():
         target = scratch / f"{kind}.so"
-        flags = [*FLAGS, *KINDS[kind], *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        flags = [*FLAGS, *KINDS[kind], *_arguments("CXXFLAGS")]
         command = [*cxx, *flags, str(sources()[-1]), "-o", str(target)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         running.append((kind, target, process))

@@ -1,4 +1,4 @@
-// What Python passes, field by field as in ../cpu_compiled.py.
+// What Python passes, field by field as in ../cpu_call.py.
 
 #pragma once
 

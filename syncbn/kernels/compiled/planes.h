@@ -103,7 +103,7 @@ struct Planes {
     });
   }
 
-  // Of dz and of dz * (x - centre); finish_products makes what is wanted of the latter.
+  // Of dz and of dz * (x - centre); finish_group makes what is wanted of the latter.
   void backward_sums() const {
     each_plane(&Coefficients<A>::for_normalizing, [&](const Run<T>& run, Line<V> k, Line<A> k1, int64_t g, int64_t c) {
       double* row = call.sums + g * 2 * call.channels + c;
