@@ -196,6 +196,7 @@ def test_buffers_from_inference_mode():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes, which the trace is for
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")  # it is in use all the same
 def test_a_traced_layer_is_no_constant():
     layer = SyncBatchNorm(3, track_running_stats=False)
     traced = torch.jit.trace(copy.deepcopy(layer), torch.randn(4, 3, 5), check_trace=False)
