@@ -171,7 +171,7 @@ def test_the_memory_is_poisoned():
 def test_which_kernels_run():
     x = torch.ones(2, 3)
     with torch.no_grad():
-        assert pick(x).name == "compiled"
+        assert pick(x) is cpu_kernels()
         assert torch.func.vmap(lambda t: torch.tensor(pick(t).name == "reference"))(x).all()
         assert pick(x.to("meta")).name == "reference"
     assert pick(x).name == "reference"  # derivatives are recorded
