@@ -16,6 +16,7 @@ from torch import Tensor
 from syncbn.functional.epilogue import Epilogue
 from syncbn.functional.finish import Limits, Running, Statistics
 from syncbn.functional.stats import WIRE_DTYPE
+from syncbn.kernels.layout import channels_innermost
 from syncbn.kernels.library import load
 from syncbn.kernels.rule import PLAIN
 
@@ -65,8 +66,13 @@ class Call(ctypes.Structure):
         ("running", _Running),
         ("limits", _Limits),
     ]
-    kept: tuple[Tensor, ...]
-    """Copies that are to live as long as the call."""
+    kept: tuple[Tensor, ...] = ()
+    """Tensors that may be copies, and are to live as long as the call."""
+
+    def keep(self, t: Tensor) -> int:
+        """The tensor's address, which stays as long as the call."""
+        self.kept = (*self.kept, t)
+        return t.data_ptr()
 
 
 def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> None:
@@ -117,13 +123,7 @@ def _planes(x: Tensor) -> bool | None:
         return None
     if x.dim() > 2 and x.is_contiguous() and math.prod(x.shape[2:]) > 1:
         return True
-    if x.dim() == 2:
-        return False if x.is_contiguous() else None
-    if x.dim() == 4:
-        return False if x.is_contiguous(memory_format=torch.channels_last) else None
-    if x.dim() == 5:
-        return False if x.is_contiguous(memory_format=torch.channels_last_3d) else None
-    return False if x.movedim(1, -1).is_contiguous() else None
+    return False if channels_innermost(x) else None
 
 
 def make_call(
@@ -133,15 +133,22 @@ def make_call(
     num_groups: int,
     epilogue: Epilogue,
 ) -> Call | None:
-    """A call about ``x``, or None where the kernels cannot read all of it. The tensors are the caller's to keep."""
+    """A call about ``x`` and what comes with it in forward and backward, or None where the kernels cannot read it all.
+
+    ``x`` and ``affine`` are the caller's to keep.
+    """
     assert groups is not None or num_groups == 1, "without a group of each sample there is one group"
-    planes = _planes(x)
-    if planes is None or not is_like(groups, torch.int64, x.shape[0]) or not fits(epilogue.residual, x):
+    planes, residual = _planes(x), epilogue.residual
+    if groups is not None:
+        groups = groups.contiguous()
+    if planes is None or not is_like(groups, torch.int64, x.shape[0]) or not fits(residual, x):
         return None
     call = Call.from_buffer_copy(_about(x.shape, x.dtype, planes, num_groups, epilogue[1:]))
     call.x, call.threads = x.data_ptr(), torch.get_num_threads()
     if groups is not None:
-        call.groups = groups.data_ptr()
+        call.groups = call.keep(groups)
+    if residual is not None:
+        call.residual = call.keep(as_x(residual, x))
     scale, shift = affine
     if (scale is None or _put(call.scale, scale, call)) and (shift is None or _put(call.shift, shift, call)):
         return call
@@ -178,10 +185,6 @@ def as_x(t: Tensor, x: Tensor) -> Tensor:
     if t.dtype == x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t
     return torch.empty_like(x).copy_(t.detach())
-
-
-def dense(groups: Tensor | None) -> Tensor | None:
-    return None if groups is None else groups.contiguous()
 
 
 def put_moments(call: Call, mean: Tensor, invstd: Tensor) -> bool:

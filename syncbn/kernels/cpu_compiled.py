@@ -22,7 +22,6 @@ from syncbn.kernels.cpu_call import (
     TYPES,
     Call,
     as_x,
-    dense,
     fits,
     is_like,
     is_readable,
@@ -41,10 +40,10 @@ __all__ = ["backward_alone", "backward_sums", "finish", "forward_alone", "grad_i
 
 def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> Tensor:
     """As :func:`syncbn.functional.stats.group_sums`."""
-    groups, sums = dense(groups), wide(num_groups, 2 * x.shape[1] + 1)
     call = make_call(x, (None, None), groups, num_groups, NO_EPILOGUE)
     if call is None:
         return stats_twin.group_sums(x, groups, num_groups)
+    sums = wide(num_groups, 2 * x.shape[1] + 1)
     call.sums = sums.data_ptr()
     library.syncbn_group_sums(call)
     return sums
@@ -73,16 +72,12 @@ def normalize(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.normalize`."""
-    groups = dense(groups)
     call = make_call(x, (scale, shift), groups, mean.shape[0], epilogue)
     mean, invstd = mean.contiguous(), invstd.contiguous()
     if call is None or not put_moments(call, mean, invstd):
         return twin.normalize(x, mean, invstd, scale, shift, groups, epilogue)
     y = torch.empty_like(x)
     call.out = y.data_ptr()
-    if epilogue.residual is not None:
-        residual = as_x(epilogue.residual, x)
-        call.residual = residual.data_ptr()
     library.syncbn_normalize(call)
     return y
 
@@ -102,15 +97,11 @@ def forward_alone(
     """:func:`group_sums`, :func:`finish` and :func:`normalize` in one, for groups that are all here; or None."""
     if not is_readable(running, x.shape[1], update):
         return None
-    groups = dense(groups)
     call = make_call(x, (weight, bias), groups, num_groups, epilogue)
     if call is None:
         return None
     y = torch.empty_like(x)
     call.out, call.eps = y.data_ptr(), eps
-    if epilogue.residual is not None:
-        residual = as_x(epilogue.residual, x)
-        call.residual = residual.data_ptr()
     found = put_finish(call, running, limits, update)
     library.syncbn_forward(call)
     return y, found
@@ -119,18 +110,14 @@ def forward_alone(
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
-def _put_gradient(call: Call, grad_output: Tensor, x: Tensor, epilogue: Epilogue, write: bool = True) -> Tensor:
-    """Of what the backward functions read: returns dz, or what it is to be made from.
+def _put_gradient(call: Call, grad_output: Tensor, x: Tensor, write: bool = True) -> Tensor:
+    """The gradient, as the backward functions read it: returns dz, or what it is to be made from.
 
-    Only a residual, whose gradient dz is, has dz written, where that gradient is wanted.
+    Only a residual under an activation, whose gradient dz is, has dz written, where that gradient is wanted.
     """
-    given, residual = as_x(grad_output, x), epilogue.residual
-    call.grad_output, call.kept = given.data_ptr(), (given,)
-    if epilogue.activation is None or residual is None:
-        return given
-    residual = as_x(residual, x)
-    call.residual, call.kept = residual.data_ptr(), (given, residual)
-    if not write:
+    given = as_x(grad_output, x)
+    call.grad_output = call.keep(given)
+    if not (write and call.activation and call.residual):
         return given
     dz = torch.empty_like(x)
     call.dz = dz.data_ptr()
@@ -153,11 +140,11 @@ def backward_sums(
     With an activation and no residual dz is ``grad_output``, and what is left to :func:`grad_input` is the activation,
     which it has from x.
     """
-    groups, mean, invstd = dense(groups), mean.contiguous(), invstd.contiguous()
+    mean, invstd = mean.contiguous(), invstd.contiguous()
     call = make_call(x, (scale, shift), groups, num_groups, epilogue)
     if call is None or not (put_moments(call, mean, invstd) and fits(grad_output, x)):
         return twin.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
-    dz = _put_gradient(call, grad_output, x, epilogue)
+    dz = _put_gradient(call, grad_output, x)
     sums = wide(num_groups, 2, x.shape[1])
     call.sums = sums.data_ptr()
     library.syncbn_backward_sums(call)
@@ -176,12 +163,12 @@ def grad_input(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.grad_input`."""
-    groups, mean, invstd, means = dense(groups), mean.contiguous(), invstd.contiguous(), means.contiguous()
+    mean, invstd, means = mean.contiguous(), invstd.contiguous(), means.contiguous()
     call = make_call(x, (scale, shift), groups, mean.shape[0], epilogue)
     readable = call is not None and put_moments(call, mean, invstd) and fits(dz, x)
     if call is None or not (readable and is_like(means, WIRE_DTYPE, mean.shape[0], 2, x.shape[1])):
         return twin.grad_input(dz, x, mean, invstd, scale, shift, means, groups, epilogue)
-    _put_gradient(call, dz, x, epilogue, write=False)
+    _put_gradient(call, dz, x, write=False)
     grad = torch.empty_like(x)
     call.means, call.out = means.data_ptr(), grad.data_ptr()
     library.syncbn_grad_input(call)
@@ -212,7 +199,6 @@ def backward_alone(
         dtypes: of the gradients of weight and bias.
         needs: which of the gradients of x, weight, bias and residual are wanted; the others are None.
     """
-    groups = dense(groups)
     if r is not None and d is not None:
         r, d = r.to(WIRE_DTYPE), d.to(WIRE_DTYPE)
     call = make_call(x, (weight, bias), groups, mean.shape[0], epilogue)
@@ -225,7 +211,7 @@ def backward_alone(
         or (needs[2] and dtypes[1] not in TYPES)
     ):
         return None
-    dz = _put_gradient(call, grad_output, x, epilogue, write=needs[3])
+    dz = _put_gradient(call, grad_output, x, write=needs[3])
     call.count = count.data_ptr()
     if r is not None and d is not None:
         call.r, call.d = r.data_ptr(), d.data_ptr()

@@ -98,12 +98,6 @@ class Layout(NamedTuple):
             t = t.flatten(2).movedim(1, 2)
         return t.reshape(-1, self.width).contiguous()
 
-    def tensor(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`matrix`, without a copy."""
-        if self.planes or len(self.shape) == 2:
-            return matrix.view(self.shape)
-        return matrix.view(self.n, *self.shape[2:], self.c).movedim(-1, 1)
-
     def native(self, t: Tensor) -> Tensor:
         """``t`` as torch's native kernels take it: (N, C, size, 1), or (1, C, N * size, 1) in channels_last."""
         memory_format = torch.contiguous_format if self.planes else torch.channels_last
@@ -113,12 +107,6 @@ class Layout(NamedTuple):
         if self.planes:
             return matrix.view(self.n, self.c, self.width, 1)
         return matrix.as_strided((1, self.c, len(matrix), 1), (matrix.numel(), 1, self.c, self.c))
-
-    def from_native(self, t: Tensor) -> Tensor:
-        """The inverse of :meth:`native`, without a copy."""
-        if t.shape == self.shape:
-            return t
-        return t.view(self.shape) if self.planes else self.tensor(t.permute(0, 2, 3, 1).view(-1, self.c))
 
     def per_unit(self, values: Tensor, groups: Tensor | None) -> Tensor:
         """Values per group (G, C) as coefficients of the units: (n * c,) for planes, (units, C) interleaved."""
@@ -168,7 +156,7 @@ def layout_of(x: Tensor, groups: Tensor | None, num_groups: int) -> Layout | Non
         return None
     if size > 1 and x.is_contiguous():
         return Layout(x.shape, True, n, c, size, n * c, False)
-    if not _channels_innermost(x):
+    if not channels_innermost(x):
         return None
     if groups is None:
         return Layout(x.shape, False, n, c, c, 1, True)
@@ -177,7 +165,10 @@ def layout_of(x: Tensor, groups: Tensor | None, num_groups: int) -> Layout | Non
     return None if size == 1 else Layout(x.shape, False, n, c, c, n, False)
 
 
-def _channels_innermost(x: Tensor) -> bool:
+def channels_innermost(x: Tensor) -> bool:
+    """Whether the C channels of a position of ``x`` (N, C, *) lie side by side, and nothing between the positions."""
+    if x.dim() == 2:
+        return x.is_contiguous()
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     if x.dim() == 5:

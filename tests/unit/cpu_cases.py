@@ -29,6 +29,7 @@ EPILOGUES = {
     "silu": ("silu", False),
     "residual": (None, True),
     "residual, relu": ("relu", True),
+    "residual, leaky_relu": ("leaky_relu", True),
     "residual, silu": ("silu", True),
 }
 

@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+from cpu_cases import EPILOGUES, sample
 
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.functional import normalize as twin
@@ -36,16 +37,6 @@ SHAPES = {
     "one channel": (4, 1, 5, 7),
     "one sample": (1, 3, 5, 7),
 }
-EPILOGUES = {
-    "plain": (None, False),
-    "relu": ("relu", False),
-    "leaky_relu": ("leaky_relu", False),
-    "silu": ("silu", False),
-    "residual": (None, True),
-    "residual, relu": ("relu", True),
-    "residual, leaky_relu": ("leaky_relu", True),
-    "residual, silu": ("silu", True),
-}
 SLOPE = 0.1  # no float32
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,11 +60,6 @@ def poisoned(monkeypatch):
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
-
-
-def sample(shape, seed, dtype=torch.float32, loc=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) + loc).to(dtype)
 
 
 def formatted(t, name):
