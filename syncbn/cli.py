@@ -215,11 +215,11 @@ def _study(parser: Any, parsed: Any) -> int:
     command = parsed.subcommand
     options = parsed[command]
     if command == "plan":
-        from syncbn.study.cost import plan_study
+        from syncbn.study.run.cost import plan_study
 
         return plan_study(options.config, None if options.out is None else Path(options.out), options.workers)
     if command == "status":
-        from syncbn.study.status import print_status
+        from syncbn.study.run.status import print_status
 
         return print_status(options.config, Path(options.out))
     from syncbn.study.commands import report_study, run_study

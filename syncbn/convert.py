@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from syncbn.convert_layer import State, converted_state, layer_options, original_state, reverted_state, set_state
 from syncbn.fusion import Fused, Fusion, activation_changes, find_fusions, reverted_activations, set_activation
 from syncbn.modules import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 from syncbn.registry import is_convertible
-from syncbn.swap import State, converted_state, layer_options, original_state, reverted_state, set_state
 
 M = TypeVar("M", bound=nn.Module)
 Kind = Literal["sync", "ghost", "renorm"] | type[SmallBatchNorm]

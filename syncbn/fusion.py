@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.convert_layer import State
 from syncbn.functional.epilogue import ActivationName
 from syncbn.registry import After, after_of, drop_then_act
-from syncbn.swap import State
 from syncbn.tracing import find_followers, is_plain
 
 _MARK = "_syncbn_activated"

@@ -17,7 +17,7 @@ from syncbn.buffers import RunningStatistics
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.modules import BatchRenorm
-from syncbn.train.models import cifar_resnet, initialize
+from syncbn.train.tasks.models import cifar_resnet, initialize
 
 ModelName = Literal["resnet20", "resnet50"]
 Precision = Literal["fp32", "bf16"]

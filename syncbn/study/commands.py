@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from syncbn.study.plan import Cell, Study, study_cells, unique_cells
-from syncbn.study.ranks import Ranks, launched
-from syncbn.study.records import read_records
-from syncbn.study.report import print_table, write_report
-from syncbn.study.runner import Executor, Outcome, left_over, run_cells
-from syncbn.study.speedup import MeasurementError, measure_speedup
-from syncbn.study.status import study_outcomes
-from syncbn.study.study_file import load_study
+from syncbn.study.plan.grid import Cell, Study, study_cells, unique_cells
+from syncbn.study.plan.study_file import load_study
+from syncbn.study.report.report import print_table, write_report
+from syncbn.study.run.ranks import Ranks, launched
+from syncbn.study.run.records import read_records
+from syncbn.study.run.runner import Executor, Outcome, left_over, run_cells
+from syncbn.study.run.speedup import MeasurementError, measure_speedup
+from syncbn.study.run.status import study_outcomes
 from syncbn.train.config import ConfigError
 
 
@@ -39,9 +39,9 @@ def run_study(
         config: a study's YAML file, or the name of one that comes with the package.
         out: folder of the study.
         workers: runs side by side; None is one for each core, or on a Slurm cluster all at once.
-        executor: who does the runs; see :data:`syncbn.study.runner.Executor`.
+        executor: who does the runs; see :data:`syncbn.study.run.runner.Executor`.
         slurm_options: parameters of a cluster's jobs, for submitit.
-        speedup: first measure what running cells side by side brings (see :mod:`syncbn.study.speedup`).
+        speedup: first measure what running cells side by side brings (see :mod:`syncbn.study.run.speedup`).
 
     Returns:
         0, or 1 if a cell failed (its message is printed, and the report says what is missing).

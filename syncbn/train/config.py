@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from syncbn.train.checks import ConfigError, LocalError, check_values, require
-from syncbn.train.norm_config import NormConfig
+from syncbn.train.norms.config import NormConfig
 
 __all__ = [
     "BudgetConfig",

@@ -14,13 +14,13 @@ from syncbn.population import LayerDivergence, Population
 from syncbn.train.checkpoint import load_weights
 from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.config_io import load_config
-from syncbn.train.data import batch_loader
+from syncbn.train.data.datasets import batch_loader
+from syncbn.train.data.order import epoch_order
 from syncbn.train.estimation import evaluate_statistics
 from syncbn.train.evaluate import evaluate
-from syncbn.train.logical import Layout, Placement
-from syncbn.train.order import epoch_order
-from syncbn.train.run import Run, prepare
+from syncbn.train.logical_gpus import Layout, Placement
 from syncbn.train.session import open_session
+from syncbn.train.state import Run, prepare
 
 FEW = 16.0
 """Effective samples below which a layer is said to suffer: the batch's mean is then off by a quarter of a standard

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from syncbn.population import LayerDivergence, Population, batch_statistics
-from syncbn.train.data import Images, Key, batch_loader
+from syncbn.train.data.datasets import Images, Key, batch_loader
+from syncbn.train.data.order import epoch_order
 from syncbn.train.evaluate import count_errors, evaluate
-from syncbn.train.order import epoch_order
-from syncbn.train.run import Run
+from syncbn.train.state import Run
 
 Entry = dict[str, Any]
 

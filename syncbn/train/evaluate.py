@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncbn.train.data import Images, Key, batch_loader
-from syncbn.train.logical import Placement
+from syncbn.train.data.datasets import Images, Key, batch_loader
+from syncbn.train.logical_gpus import Placement
 
 
 def shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list[Key]]:

@@ -19,18 +19,18 @@ from syncbn.buffers import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
 from syncbn.train.config import ConfigError, LocalError, RunConfig
 from syncbn.train.config_io import config_to_dict
-from syncbn.train.data import batch_loader
+from syncbn.train.data.datasets import batch_loader
+from syncbn.train.data.order import derive_seed
 from syncbn.train.estimation import evaluate_statistics
 from syncbn.train.evaluate import evaluate
-from syncbn.train.logical import Layout
+from syncbn.train.logical_gpus import Layout
 from syncbn.train.metrics import flatten, peak_memory, reset_peak_memory
-from syncbn.train.moving_average import exchange_rows
-from syncbn.train.norms import clip_gradients
-from syncbn.train.order import derive_seed
+from syncbn.train.norms.factory import clip_gradients
+from syncbn.train.norms.moving_average import exchange_rows
 from syncbn.train.result import RunResult, environment
-from syncbn.train.run import FLUSH_STEPS, Run, prepare
 from syncbn.train.schedule import Step
 from syncbn.train.session import open_session, placement
+from syncbn.train.state import FLUSH_STEPS, Run, prepare
 
 
 def train(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from syncbn.train.config import ConfigError, RunConfig
-from syncbn.train.data import Key
-from syncbn.train.order import epoch_order
+from syncbn.train.data.datasets import Key
+from syncbn.train.data.order import epoch_order
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn.train.config import ConfigError, RunConfig
-from syncbn.train.logical import Placement
+from syncbn.train.logical_gpus import Placement
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from syncbn.study.plan import study_cells
-from syncbn.study.records import read_records
-from syncbn.study.runner import run_cells
-from syncbn.study.study_file import study_from_dict
-from syncbn.study.worker import Trainer
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.plan.study_file import study_from_dict
+from syncbn.study.run.records import read_records
+from syncbn.study.run.runner import run_cells
+from syncbn.study.run.worker import Trainer
 from syncbn.train.result import RunResult
 
 SEEDS = list(range(6))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from syncbn.study.plan import study_cells
-from syncbn.study.records import Records, read_records
-from syncbn.study.runner import repeat_id
-from syncbn.study.status import study_outcomes
-from syncbn.study.study_file import study_from_dict
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.plan.study_file import study_from_dict
+from syncbn.study.run.records import Records, read_records
+from syncbn.study.run.runner import repeat_id
+from syncbn.study.run.status import study_outcomes
 from syncbn.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +78,9 @@ def test_the_command_under_torchrun(tmp_path):
 
 def run_with_a_lonely_failure(out):
     """Every rank of a launcher runs the tiny study; one of the processes cannot do one cell."""
-    from syncbn.study import ranks
-    from syncbn.study.runner import run_cells
-    from syncbn.study.worker import Trainer
+    from syncbn.study.run import ranks
+    from syncbn.study.run.runner import run_cells
+    from syncbn.study.run.worker import Trainer
 
     def fails(config, out=None, *, resume=False):
         if os.environ["RANK"] == "1" and config.norm.name == "batch":

@@ -15,11 +15,11 @@ import fake_slurm
 import pytest
 from study_jobs import tiny_study, trace, traced_train
 
-from syncbn.study import submit
-from syncbn.study.plan import study_cells
-from syncbn.study.records import read_records
-from syncbn.study.runner import repeat_id, run_cells
-from syncbn.study.worker import Trainer
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.run import submit
+from syncbn.study.run.records import read_records
+from syncbn.study.run.runner import repeat_id, run_cells
+from syncbn.study.run.worker import Trainer
 from syncbn.train.config import ConfigError
 from syncbn.train.launch import LaunchError
 from syncbn.train.loop import train

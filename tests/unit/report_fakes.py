@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from syncbn.population import effective_count
-from syncbn.study.plan import Arm, Cell, Comparisons, RepeatDistributed, Study, Sweep, cell_key
-from syncbn.study.runner import Outcome
-from syncbn.study.summary import Summary, summary_of
+from syncbn.study.analysis.summary import Summary, summary_of
+from syncbn.study.plan.grid import Arm, Cell, Comparisons, RepeatDistributed, Study, Sweep, cell_key
+from syncbn.study.run.runner import Outcome
 from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from syncbn.train.config_io import config_to_dict
-from syncbn.train.norm_config import NormConfig
+from syncbn.train.norms.config import NormConfig
 from syncbn.train.result import RunResult
 
 WHOLE = 128
@@ -62,7 +62,7 @@ def grid_study(arms: int = 12, values: int = 8, seeds: int = 6, **changes: Any) 
 
 
 def cells_of(study: Study) -> list[Cell]:
-    """What :func:`syncbn.study.plan.study_cells` makes of these studies, without its checks, which take a minute."""
+    """What ``study_cells`` makes of these studies, without its checks, which take a minute."""
     cells = []
     for seed in study.seeds:
         for arm in study.arms:

@@ -8,7 +8,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from syncbn.study.study_file import study_from_dict
+from syncbn.study.plan.study_file import study_from_dict
 from syncbn.train.config_io import config_to_dict, load_config
 from syncbn.train.result import RunResult
 

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from syncbn.compat import import_torchvision
-from syncbn.train.augment import (
+from syncbn.train.data.augment import (
     TRIES,
     AreaCrop,
     Augmentation,
@@ -26,7 +26,7 @@ from syncbn.train.augment import (
     draw_fractions,
     mix_bits,
 )
-from syncbn.train.order import derive_seed
+from syncbn.train.data.order import derive_seed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PLAUSIBLE = (1e-4, 1 - 1e-4)

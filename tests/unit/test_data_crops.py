@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from syncbn.compat import import_torchvision
-from syncbn.train import data
-from syncbn.train.augment import TRIES, AreaCrop, area_crop, draw_fractions
 from syncbn.train.config import ConfigError, DataConfig
 from syncbn.train.config_io import config_from_dict
-from syncbn.train.data import batch_loader, load_data
+from syncbn.train.data import datasets as data
+from syncbn.train.data.augment import TRIES, AreaCrop, area_crop, draw_fractions
+from syncbn.train.data.datasets import batch_loader, load_data
 from syncbn.train.loop import train
 
 SIZES = [(30, 40), (57, 31), (16, 16), (100, 11), (9, 120), (12, 13)]

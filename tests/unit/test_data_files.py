@@ -18,9 +18,10 @@ from filelock import FileLock
 from PIL import Image
 
 from syncbn.compat import import_torchvision
-from syncbn.train import data, data_files
 from syncbn.train.config import ConfigError, DataConfig
-from syncbn.train.data import batch_loader, load_data
+from syncbn.train.data import datasets as data
+from syncbn.train.data import files as data_files
+from syncbn.train.data.datasets import batch_loader, load_data
 
 
 @pytest.fixture(autouse=True)

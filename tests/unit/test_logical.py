@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncbn.train.config_io import config_from_dict
-from syncbn.train.logical import Layout, Placement
+from syncbn.train.logical_gpus import Layout, Placement
 
 CASES = [
     {"gpus": 8, "norm": {"name": "batch"}},

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from syncbn.train.config import ConfigError, ModelConfig
-from syncbn.train.models import build_model
+from syncbn.train.tasks.models import build_model
 
 
 class DrawingNorm(nn.BatchNorm2d):

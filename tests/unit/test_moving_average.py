@@ -13,11 +13,11 @@ from syncbn.modules import SampleGroups
 from syncbn.train import loop
 from syncbn.train.config import NormConfig, RunConfig
 from syncbn.train.config_io import config_from_dict
-from syncbn.train.logical import Layout, Placement
+from syncbn.train.logical_gpus import Layout, Placement
 from syncbn.train.loop import train
-from syncbn.train.moving_average import MovingAverageBatchNorm, centre
+from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 from syncbn.train.parity import Trained, compare
-from syncbn.train.run import Run
+from syncbn.train.state import Run
 
 CHANNELS, WINDOW, WARMUP, EPS, MOMENTUM, R_MAX = 3, 4, 6, 1e-5, 0.1, 1.5
 

@@ -8,12 +8,12 @@ from torch import nn
 
 import syncbn
 from syncbn.train.config import ConfigError, ModelConfig, NormConfig, OptimizerConfig, RunConfig
-from syncbn.train.logical import Layout, Placement
-from syncbn.train.models import build_model
-from syncbn.train.moving_average import MovingAverageBatchNorm
-from syncbn.train.norm_config import BATCH_NORMS
-from syncbn.train.norms import adapt_convolutions, adapt_model, clip_gradients, norm_factory
+from syncbn.train.logical_gpus import Layout, Placement
+from syncbn.train.norms.config import BATCH_NORMS
+from syncbn.train.norms.factory import adapt_convolutions, adapt_model, clip_gradients, norm_factory
+from syncbn.train.norms.moving_average import MovingAverageBatchNorm
 from syncbn.train.optim import make_optimizer
+from syncbn.train.tasks.models import build_model
 
 OPTIONS = {
     "ghost": {"ghost_batch_size": 2},

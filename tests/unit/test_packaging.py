@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collectives",),
     ("autograd",),
     ("modules",),
-    ("registry", "swap", "tracing"),
+    ("registry", "convert_layer", "tracing"),
     ("fusion",),
     ("convert", "population", "buffers"),
     ("",),  # `syncbn` itself, the public surface of the layers above this line

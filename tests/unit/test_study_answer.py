@@ -7,10 +7,10 @@ import re
 import pytest
 from report_fakes import cells_of, grid_study, outcomes_of, plain_study, summary_with
 
-from syncbn.study.answer import answer
-from syncbn.study.comparisons import comparison_lines, comparisons_of
-from syncbn.study.plan import Comparisons
-from syncbn.study.summary import summary_of
+from syncbn.study.analysis.comparisons import comparison_lines, comparisons_of
+from syncbn.study.analysis.summary import summary_of
+from syncbn.study.plan.grid import Comparisons
+from syncbn.study.report.answer import answer
 
 JITTER = [0.000, 0.002, -0.001, 0.003, 0.001, -0.002, 0.004, -0.003]
 

@@ -10,10 +10,11 @@ import study_fakes
 from study_fakes import fake_result, small_study
 
 from syncbn.cli import main
-from syncbn.study import commands, cost, status
-from syncbn.study.plan import study_cells, unique_cells
-from syncbn.study.records import Records
-from syncbn.study.runner import left_over, repeat_id
+from syncbn.study import commands
+from syncbn.study.plan.grid import study_cells, unique_cells
+from syncbn.study.run import cost, status
+from syncbn.study.run.records import Records
+from syncbn.study.run.runner import left_over, repeat_id
 from syncbn.train.config_io import config_from_dict
 
 

@@ -1,7 +1,7 @@
 """Simulated studies: which interval to trust at a handful of seeds, and that the claims hold up.
 
 As a script, ``PYTHONPATH=. python tests/unit/test_study_coverage.py``, it prints the table in the docstring of
-``syncbn.study.statistics``; a number of studies may follow.
+``syncbn.study.analysis.statistics``; a number of studies may follow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from syncbn.study.statistics import compare, sign_flip_p, summarize
+from syncbn.study.analysis.statistics import compare, sign_flip_p, summarize
 
 SCORES = {"normal": stats.norm(), "gamma": stats.gamma(2.0)}
 INTERVALS = ("t", "iqm", "BCa", "percentile", "basic", "studentized")

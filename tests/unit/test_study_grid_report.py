@@ -22,19 +22,19 @@ from report_fakes import (
     with_errors,
 )
 
-from syncbn.study.captions import chance_words, diverged_words, fair_words, sweep_caption
-from syncbn.study.causes import cause_words, causes_of, estimator_words
-from syncbn.study.evaluations import columns_of, evaluated_settings
-from syncbn.study.layers import divergence_maps, effective_map, heat_level, layer_words
-from syncbn.study.layout import layout_of
-from syncbn.study.plan import Comparisons, Sweep
-from syncbn.study.records import Records
-from syncbn.study.repeat import repeat_words
-from syncbn.study.report import print_table, write_report
-from syncbn.study.results_csv import write_csv
-from syncbn.study.runner import Outcome
-from syncbn.study.summary import summary_of
-from syncbn.study.throughput import costs_of, study_speed_words
+from syncbn.study.analysis.causes import cause_words, causes_of, estimator_words
+from syncbn.study.analysis.evaluations import columns_of, evaluated_settings
+from syncbn.study.analysis.layers import divergence_maps, effective_map, heat_level, layer_words
+from syncbn.study.analysis.layout import layout_of
+from syncbn.study.analysis.summary import summary_of
+from syncbn.study.analysis.throughput import costs_of, study_speed_words
+from syncbn.study.plan.grid import Comparisons, Sweep
+from syncbn.study.report.captions import chance_words, diverged_words, fair_words, sweep_caption
+from syncbn.study.report.report import print_table, write_report
+from syncbn.study.report.results_csv import write_csv
+from syncbn.study.run.records import Records
+from syncbn.study.run.repeat import repeat_words
+from syncbn.study.run.runner import Outcome
 
 NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
 MOST_BYTES = 600_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
-from syncbn.study.plan import repeated_cell, study_cells, unique_cells
-from syncbn.study.statistics import seeds_needed
-from syncbn.study.study_file import available_studies, load_study
+from syncbn.study.analysis.statistics import seeds_needed
+from syncbn.study.plan.grid import repeated_cell, study_cells, unique_cells
+from syncbn.study.plan.study_file import available_studies, load_study
 from syncbn.train.config import ConfigError
 
 

@@ -11,8 +11,8 @@ from datetime import timedelta
 import pytest
 from study_fakes import NOON, fake_result, small_study
 
-from syncbn.study.plan import study_cells
-from syncbn.study.records import PAUSE_SECONDS, Record, Records, append, cells_per_hour, read_records, worker_name
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.run.records import PAUSE_SECONDS, Record, Records, append, cells_per_hour, read_records, worker_name
 from syncbn.train.config import ConfigError
 
 CONFIG = study_cells(small_study())[0].config

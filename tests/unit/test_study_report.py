@@ -12,11 +12,11 @@ from report_fakes import open_page
 from study_fakes import fake_result, small_study
 
 from syncbn.study import commands
-from syncbn.study.plan import study_cells
-from syncbn.study.report import print_table, write_report
-from syncbn.study.runner import Outcome, repeat_id
-from syncbn.study.words import SPACE, spread
-from syncbn.study.worker import Job
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.report.report import print_table, write_report
+from syncbn.study.report.words import SPACE, spread
+from syncbn.study.run.runner import Outcome, repeat_id
+from syncbn.study.run.worker import Job
 from syncbn.train.config import ConfigError
 
 ERRORS = {"batch": (0.40, 0.36), "sync": (0.02, 0.03), "iid": (0.02, 0.024)}

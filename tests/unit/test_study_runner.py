@@ -15,12 +15,13 @@ import study_fakes
 from study_fakes import fake_result, small_study
 
 from syncbn.cli import main
-from syncbn.study import commands, speedup, status
-from syncbn.study.plan import study_cells
-from syncbn.study.records import Records, read_records
-from syncbn.study.runner import repeat_id, run_cells, study_jobs
-from syncbn.study.status import study_outcomes
-from syncbn.study.worker import Trainer, attempt, failure, last_error, load_result, note_failure
+from syncbn.study import commands
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.run import speedup, status
+from syncbn.study.run.records import Records, read_records
+from syncbn.study.run.runner import repeat_id, run_cells, study_jobs
+from syncbn.study.run.status import study_outcomes
+from syncbn.study.run.worker import Trainer, attempt, failure, last_error, load_result, note_failure
 from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from syncbn.study.agreement import agreement
-from syncbn.study.statistics import compare, holm, interval, seeds_needed, sign_flip_p, summarize
+from syncbn.study.analysis.statistics import compare, holm, interval, seeds_needed, sign_flip_p, summarize
+from syncbn.study.run.agreement import agreement
 
 
 def test_against_numpy_and_scipy():

