@@ -1,7 +1,7 @@
 """Batch normalization for small per-GPU batches: synchronized, ghost, renormalized, exact on many processes."""
 
 from syncbn.convert import convert, revert
-from syncbn.modules import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
 from syncbn.population import update_population_statistics
 from syncbn.registry import register_batchnorm
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.modules import SmallBatchNorm
+from syncbn.layers import SmallBatchNorm
 
 
 class RunningStatistics:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from syncbn.convert_layer import State, converted_state, layer_options, original_state, reverted_state, set_state
 from syncbn.fusion import Fused, Fusion, activation_changes, find_fusions, reverted_activations, set_activation
-from syncbn.modules import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 from syncbn.registry import is_convertible
 
 M = TypeVar("M", bound=nn.Module)

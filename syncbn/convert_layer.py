@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
-from syncbn.modules import SmallBatchNorm
+from syncbn.layers import SmallBatchNorm
 from syncbn.registry import after_of
 
 State = dict[str, Any]

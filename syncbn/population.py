@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.collectives import resolve
 from syncbn.functional.running import unbiased
 from syncbn.functional.stats import WIRE_DTYPE, group_sums, moments
-from syncbn.modules import SmallBatchNorm
+from syncbn.layers import SmallBatchNorm
 
 Estimator = Literal["mean", "total"]
 """How the population's variance is estimated: ``total``, the variance of all samples together (within plus between

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.modules import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 
 After = Callable[[Any, Tensor], Tensor]
 """Called with the layer and the normalized values; returns what the layer returns."""

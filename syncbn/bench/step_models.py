@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.buffers import RunningStatistics
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
-from syncbn.modules import BatchRenorm
+from syncbn.layers import BatchRenorm
 from syncbn.train.tasks.models import cifar_resnet, initialize
 
 ModelName = Literal["resnet20", "resnet50"]

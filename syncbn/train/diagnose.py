@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from syncbn.modules import SampleGroups
+from syncbn.layers import SampleGroups
 from syncbn.population import LayerDivergence, Population
 from syncbn.train.checkpoint import load_weights
 from syncbn.train.config import ConfigError, RunConfig

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from syncbn.modules import SampleGroups
+from syncbn.layers import SampleGroups
 from syncbn.train.config import RunConfig
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.buffers import RunningStatistics
-from syncbn.modules import BatchRenorm, SmallBatchNorm
+from syncbn.layers import BatchRenorm, SmallBatchNorm
 from syncbn.train.checkpoint import load_checkpoint
 from syncbn.train.config import RunConfig
 from syncbn.train.config_io import save_config

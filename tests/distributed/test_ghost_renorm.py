@@ -119,7 +119,7 @@ def test_renorm_of_synchronized_ghost_batches(pools, sizes):
 
 def count_agreements(sizes):
     """Train on batches of other sizes after the first; how often the ranks agreed on a number, and on which."""
-    import syncbn.modules.base as base
+    import syncbn.layers as base
 
     calls = []
     try:

@@ -278,7 +278,7 @@ def test_layer_over_nccl(nccl, monkeypatch):
     x, dy = (sample((8, 6, 5), seed).to(CUDA_0) for seed in range(2))
     assert all_reduce_sum(x, nccl) is not x
     expected = step(plain, x, dy)
-    monkeypatch.setattr("syncbn.modules.base.resolve_name", lambda scope: nccl)
+    monkeypatch.setattr("syncbn.layers.resolve_name", lambda scope: nccl)
     step(layer, x, dy)
     layer.load_state_dict(plain.state_dict())
     with no_synchronization():

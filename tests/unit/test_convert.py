@@ -25,7 +25,7 @@ from torch import nn
 
 import syncbn
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm, convert, revert
-from syncbn.modules import SmallBatchNorm
+from syncbn.layers import SmallBatchNorm
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
 

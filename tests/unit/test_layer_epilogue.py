@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.modules.base import MIN_WEIGHT
+from syncbn.layers import MIN_WEIGHT
 
 # Sums of some hundred float64 terms, in two orders.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

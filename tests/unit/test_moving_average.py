@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn.modules import SampleGroups
+from syncbn.layers import SampleGroups
 from syncbn.train import loop
 from syncbn.train.config import NormConfig, RunConfig
 from syncbn.train.config_io import config_from_dict

@@ -161,7 +161,7 @@ def test_groups_divide_the_channels(name):
 def test_which_norms_have_batch_statistics():
     for name in EXPECTED:
         model, norm = build(name)
-        has = any(isinstance(m, syncbn.modules.SmallBatchNorm | MovingAverageBatchNorm) for m in model.modules())
+        has = any(isinstance(m, syncbn.layers.SmallBatchNorm | MovingAverageBatchNorm) for m in model.modules())
         assert has == norm.uses_batch == (name in BATCH_NORMS)
         size = RunConfig(per_gpu_batch_size=4, norm=norm).normalization_batch_size
         assert (size is not None) == has

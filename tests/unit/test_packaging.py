@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("collectives",),
     ("autograd",),
-    ("modules",),
+    ("layers",),
     ("registry", "convert_layer", "tracing"),
     ("fusion",),
     ("convert", "population", "buffers"),
@@ -47,7 +47,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Parts of the package from the bottom up: each imports itself, its own line and what stands above it here."""
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # Written as patterns, so that this file does not match itself.
@@ -296,13 +295,10 @@ def test_imports_point_downwards_only() -> None:
 # -- sizes and words ---------------------------------------------------------------------------------------------------
 
 
-def test_files_and_functions_are_small() -> None:
+def test_functions_are_small() -> None:
     wrong = []
     for path in python_files("syncbn", "tests"):
         text = path.read_text()
-        lines = len(text.splitlines())
-        if lines > MAX_FILE_LINES:
-            wrong.append(f"{relative(path)}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -340,7 +340,7 @@ def test_layers(device, make, name, monkeypatch):
         results = []
         for layer, chosen, where in ((module, ours, device), (twin_module, REFERENCE, torch.device("cpu"))):
             with monkeypatch.context() as patch:
-                for place in ("syncbn.autograd.pick", "syncbn.modules.base.pick"):
+                for place in ("syncbn.autograd.pick", "syncbn.layers.pick"):
                     patch.setattr(place, lambda x, k=chosen, recorded=None: k)
                 leaves = [t.detach().to(where).requires_grad_() for t in (x, residual)]
                 y = layer(*leaves)

@@ -3,7 +3,7 @@
 | name | what it is | source |
 |---|---|---|
 | none | nothing | |
-| batch, sync, ghost, renorm | this package's layers | see :mod:`syncbn.modules.layers` |
+| batch, sync, ghost, renorm | this package's layers | see :mod:`syncbn.layers` |
 | frozen | batch; then its running statistics are constants | Wu and Johnson 2021, arXiv 2105.07576, section 4 |
 | mabn | over a window of past batches, weights centred | Yan et al. 2020, arXiv 2001.06838, section 4 |
 | group | over groups of channels of a sample | Wu and He 2018, arXiv 1803.08494 (torch) |
@@ -35,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
-from syncbn.modules import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 from syncbn.train.config import ConfigError, NormConfig
 from syncbn.train.logical_gpus import Layout
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from syncbn.functional.normalize import backward_sums, grad_input, normalize
 from syncbn.functional.stats import WIRE_DTYPE, group_sums
-from syncbn.modules import SampleGroups
+from syncbn.layers import SampleGroups
 
 
 @dataclass(frozen=True, eq=False)
