@@ -57,6 +57,21 @@ def test_python_runs(path: Path, world: None) -> None:
     assert "syncbn" in names, "no block imports syncbn"
 
 
+def test_the_studys_file_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="a study is a YAML file")
+    from syncbn.study.plan.grid import Study
+    from syncbn.study.plan.study_file import load_study
+
+    fields = set(Study.__dataclass_fields__)
+    if not {"contrasts", "parity"} <= fields:
+        pytest.skip("contrasts and parity are not yet keys of a study")
+    whole, contrasts = blocks(ROOT / "docs" / "studies.md", "yaml")
+    file = tmp_path / "study.yaml"
+    for text, number in ((whole, 3), (whole[: whole.index("contrasts:")] + contrasts, 4)):
+        file.write_text(text)
+        assert len(load_study(file).contrasts) == number
+
+
 def test_guarantees_name_tests_that_exist() -> None:
     named = set(re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "guarantees.md").read_text()))
     assert len(named) > 10
