@@ -36,5 +36,5 @@ size: int | None = block.ghost.ghost_batch_size
 syncbn.SyncBatchNorm("64")  # type: ignore[arg-type]
 syncbn.SyncBatchNorm(64, activation="tanh")  # type: ignore[arg-type]
 syncbn.GhostBatchNorm(64)  # type: ignore[call-arg]
-syncbn.convert("model", "sync")  # type: ignore[type-var]
+syncbn.convert("model", "sync")  # type: ignore
 syncbn.update_population_statistics(block, [], estimator="median")  # type: ignore[arg-type]
