@@ -25,8 +25,8 @@ class CompiledKernels(BuildHookInterface):
         except module["BuildError"] as error:
             self.app.display_warning(f"the CPU kernels are not compiled, so the layers will be slower: {error}")
             return
-        # The libraries use neither Python's nor torch's headers, so one wheel serves all their versions on a platform. It
-        # is tagged for this machine; `auditwheel repair` gives it a manylinux tag after it has looked at the symbols.
+        # The libraries use neither Python's nor torch's headers, so one wheel serves all their versions. It is tagged
+        # for this machine; `auditwheel repair` gives it a manylinux tag after it has looked at the symbols.
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"
         build_data["pure_python"] = False
