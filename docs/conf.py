@@ -19,6 +19,7 @@ exclude_patterns = ["conf.py"]
 html_theme = "furo"  # its fonts are the reader's, and its scripts are in the site
 html_title = "syncbn"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
