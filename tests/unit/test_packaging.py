@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from syncbn.kernels.compiled import build
+from syncbn.kernels.cpu import build
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "syncbn"
@@ -172,7 +172,7 @@ def wheel_names(wheel: Path) -> list[str]:
 
 def test_wheel_has_the_compiled_kernels(wheel: Path, wheel_names: list[str]) -> None:
     """For every Python and torch on this platform, and with the sources whose digest is in their names."""
-    names = {f"syncbn/kernels/compiled/{build.library(kind).name}" for kind in build.kinds()}
+    names = {f"syncbn/kernels/cpu/{build.library(kind).name}" for kind in build.kinds()}
     names |= {relative(path) for path in build.sources()}
     assert names <= set(wheel_names)
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
