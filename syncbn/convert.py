@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn.convert_layer import State, converted_state, layer_options, original_state, reverted_state, set_state
-from syncbn.fusion import Fused, Fusion, activation_changes, find_fusions, reverted_activations, set_activation
+from syncbn.convert_layer import State, converted_state, layer_options, reverted_state, set_state
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 from syncbn.registry import is_convertible
 
@@ -55,7 +54,6 @@ def convert(
     kind: Kind,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
-    fuse_activations: bool = False,
     **options: Any,
 ) -> M:
     """Make every batch-normalization layer of ``module`` a layer of this package, in place.
@@ -70,21 +68,14 @@ def convert(
     Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) are no
     ``_BatchNorm`` of torch's and are left alone. A converted layer takes inputs of any number of dimensions.
 
-    With ``fuse_activations`` a layer whose output goes to an ``nn.ReLU``, ``nn.LeakyReLU`` or ``nn.SiLU``, and nowhere
-    else, applies it in its own pass over memory; the activation returns that as it is. The model's outputs and
-    gradients stay the same. Which layers these are is read off ``forward``, traced with :mod:`torch.fx`: the model's,
-    or that of its largest parts that can be traced, which are taken to be called as a whole. What is not certain is
-    left as it is: a layer or activation with a hook (one added later sees activated values); a layer called several
-    times with different followers, or whose output is also kept or returned; a LeakyReLU or SiLU called in several
-    places (a ReLU may be); functions and other classes, such as ReLU6; with ``save="output"`` all but a LeakyReLU of
-    positive slope. timm's ``BatchNormAct2d`` applies its own activation so, where it drops nothing. To change the model
-    between layer and activation, :func:`revert` first.
+    timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` normalize, drop and activate. Where they drop nothing, a
+    converted layer applies their ReLU, LeakyReLU or SiLU in its own pass over memory; to replace the activation
+    afterwards, :func:`revert` first.
 
     Args:
         module: a model or a single layer, not yet wrapped by DistributedDataParallel, FSDP, torch.compile or the like.
         kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the layer's class.
         where: convert only the layers for which ``where(qualified_name, layer)`` is true.
-        fuse_activations: let layers apply the activation that follows them; see above.
         options: ``eps``, ``momentum``, and what :class:`~syncbn.SyncBatchNorm`, :class:`~syncbn.GhostBatchNorm` or
             :class:`~syncbn.BatchRenorm` takes, such as ``ghost_batch_size`` or ``sync_group_size``.
 
@@ -94,27 +85,25 @@ def convert(
     Raises:
         ValueError: an option that the kind does not have, or a value that cannot be; a wrapper around or in the model;
             a subclass of batch normalization that is not known (see :func:`syncbn.register_batchnorm`); a layer that is
-            lazy, parametrized, sharded, or has a ``forward`` of its own; ``fuse_activations`` with ``activation`` or
-            ``negative_slope``; a layer that applies an activation outside ``module``. Nothing has been changed then.
+            lazy, parametrized, sharded, or has a ``forward`` of its own. Nothing has been changed then.
     """
     cls = _layer_class(kind)
     _check_options(cls, options)
-    _check_fusion(fuse_activations, options)
     _refuse_wrappers(module, "convert")
-    states, activations = _planned(module, cls, _chosen_layers(module, where), fuse_activations, options)
+    states = []
+    for layer, name in _chosen_layers(module, where).items():
+        with _naming(name, layer, "converted"):
+            states.append((name, layer, converted_state(layer, cls, name or None, options)))
     for name, layer, state in states:
         if state is not None:
             set_state(layer, cls, state)
         elif vars(layer)["qualified_name"] is None:  # made by hand and just as wanted: all that it lacks is the name
             vars(layer)["qualified_name"] = name or None
-    for activation, record in activations:
-        set_activation(activation, record)
     return module
 
 
 def revert(module: M) -> M:
-    """Undo :func:`convert`, in place: the converted layers of ``module`` get their first class and attributes back, and
-    so do the activations that they applied.
+    """Undo :func:`convert`, in place: the converted layers of ``module`` get their first class and attributes back.
 
     Parameters and buffers stay the same objects and keep their values. (One exception: where the model was made
     ``half()`` in between, the statistics, which a converted layer keeps wide, become half as well.) A layer that was
@@ -125,8 +114,7 @@ def revert(module: M) -> M:
 
     Raises:
         ValueError: a wrapper around or in the model, a layer whose class was changed after the conversion (by a
-            parametrization, say), or one whose process group cannot be had here; a layer without the activation that
-            it applies, or the reverse. Nothing has been changed then.
+            parametrization, say), or one whose process group cannot be had here. Nothing has been changed then.
     """
     _refuse_wrappers(module, "revert")
     states: list[tuple[nn.Module, type[nn.Module], State]] = []
@@ -134,11 +122,8 @@ def revert(module: M) -> M:
         if "_conversion" in vars(layer):
             with _naming(name, layer, "reverted"):
                 states.append((layer, *reverted_state(layer)))
-    activations = reverted_activations(module)
     for changed, first, state in states:
         set_state(changed, first, state)
-    for activation, record in activations:
-        set_activation(activation, record)
     return module
 
 
@@ -150,30 +135,6 @@ def _chosen_layers(module: nn.Module, where: Callable[[str, nn.Module], bool] | 
                 _check_layer(layer)
             layers[layer] = name
     return layers
-
-
-def _planned(
-    module: nn.Module,
-    cls: type[SmallBatchNorm],
-    layers: dict[_BatchNorm, str],
-    fuse_activations: bool,
-    options: dict[str, Any],
-) -> tuple[list[tuple[str, _BatchNorm, State | None]], list[tuple[nn.Module, Fusion | None]]]:
-    """The new attributes of the layers, None where they stay, and the records of the activations that change."""
-    fused: dict[_BatchNorm, Fused] = {}
-    if fuse_activations:
-        originals = {}
-        for layer, name in layers.items():
-            with _naming(name, layer, "converted"):
-                originals[layer] = original_state(layer)
-        fused = find_fusions(module, originals, options.get("save", "input"))
-    states = []
-    for layer, name in layers.items():
-        own, attributes = (fused[layer].options, fused[layer].attributes) if layer in fused else ({}, None)
-        with _naming(name, layer, "converted"):
-            states.append((name, layer, converted_state(layer, cls, name or None, options | own, attributes)))
-    records = {layer: fused[layer].record if layer in fused else None for layer in layers}
-    return states, activation_changes(module, records, fused.values())
 
 
 def _layer_class(kind: Any) -> type[SmallBatchNorm]:
@@ -199,17 +160,6 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
         raise ValueError(f"momentum must be a number from 0 to 1, or None for a cumulative average, got {momentum!r}")
     # The layer's own checks of the values, before any layer of the model can be named as the culprit.
     cls(num_features=1, device="meta", **options)
-
-
-def _check_fusion(fuse_activations: bool, options: dict[str, Any]) -> None:
-    if not isinstance(fuse_activations, bool):
-        raise ValueError(f"fuse_activations must be True or False, got {fuse_activations!r}")
-    given = [name for name in ("activation", "negative_slope") if name in options]
-    if fuse_activations and given:
-        raise ValueError(
-            f"fuse_activations=True takes each layer's activation from the model; leave out "
-            f"{given[0]}={options[given[0]]!r}, or fuse_activations"
-        )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
+from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import SmallBatchNorm
-from syncbn.registry import after_of
+from syncbn.registry import after_of, drop_then_act
 
 State = dict[str, Any]
 """The attributes of a layer, as in ``vars(layer)``."""
@@ -64,13 +66,12 @@ def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
 
 
 def converted_state(
-    layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: dict[str, Any], fused: State | None = None
+    layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: dict[str, Any]
 ) -> State | None:
     """The attributes of ``layer`` as a ``cls``, with the record that undoes them; None where it is just that already.
 
     ``layer`` itself is not touched. The conversion runs on a stand-in that has its attributes, so that what can fail,
-    the change of class included, fails here. ``fused`` are attributes of a layer that applies an activation besides its
-    options (:mod:`syncbn.fusion`).
+    the change of class included, fails here.
 
     Raises:
         ValueError: the layer cannot be a ``cls`` with these options.
@@ -82,12 +83,16 @@ def converted_state(
     probe.__class__ = cls
     # What a layer of this package computes is kept, as opposed to how and over which samples.
     own: dict[str, Any] = {key: before[key] for key in ("activation", "negative_slope") if key in before}
+    after = after_of(original)
+    if after is drop_then_act and not {"activation", "negative_slope"} & options.keys():
+        applied = _own_activation(layer, options.get("save", "input"))
+        own, after = own | applied, None if applied else after
     own |= {key: value for key, value in options.items() if key not in ("eps", "momentum")}
     probe._configure(**{**own, **_scope_options(cls, before, options)})
     for key in ("eps", "momentum"):
         vars(probe)[key] = options.get(key, before[key])
     probe.qualified_name = name
-    vars(probe).update({"after": after_of(original), **(fused or {})})
+    probe.after = after
     if (counter := layer._buffers.get(_COUNTER)) is not None:
         probe._buffers[_COUNTER] = counter
 
@@ -96,7 +101,7 @@ def converted_state(
     names = {*conversion.replaced, *conversion.added}
     if (last := vars(layer).get("_conversion")) is not None:
         names |= {*last.replaced, *last.added}
-    settings = [key for key in names if key == "_fusion" or not (key.startswith("_") or key in _NOT_SETTINGS)]
+    settings = [key for key in names if not (key.startswith("_") or key in _NOT_SETTINGS)]
     unchanged = type(layer) is cls and all(vars(layer).get(k, _ABSENT) == state.get(k, _ABSENT) for k in settings)
     return None if unchanged else state
 
@@ -151,6 +156,35 @@ def _scope_options(cls: type[SmallBatchNorm], before: State, options: dict[str, 
         return {}
     found: dict[str, Any] = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
     return found | ({"sync": True} if "sync" in layer_options(cls) else {})
+
+
+def _own_activation(layer: nn.Module, save: str) -> dict[str, Any]:
+    """The options with which ``layer``, one of timm's, applies its activation itself; none if that is not certain.
+
+    A hook or a ``forward`` set on the activation, or anything that is dropped, would be bypassed.
+    """
+    drop, act = getattr(layer, "drop", None), getattr(layer, "act", None)
+    if type(act) not in _ACTIVATIONS or not _is_plain(act) or not (drop is None or _is_identity(drop)):
+        return {}
+    slope = act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0
+    if not (isinstance(slope, float | int) and math.isfinite(slope)) or (save == "output" and slope <= 0):
+        return {}
+    return {"activation": _ACTIVATIONS[type(act)]} | (
+        {"negative_slope": slope} if isinstance(act, nn.LeakyReLU) else {}
+    )
+
+
+def _is_identity(module: Any) -> bool:
+    return type(module) is nn.Identity and _is_plain(module)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a call of ``module`` does what its class does, and no more."""
+    return not any(vars(module).get(name) for name in ("forward", *_HOOKS))
+
+
+_ACTIVATIONS: dict[type | None, ActivationName] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def remember(group: Any) -> RememberedGroup:

@@ -33,8 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collectives",),
     ("autograd",),
     ("layers",),
-    ("registry", "convert_layer", "tracing"),
-    ("fusion",),
+    ("registry", "convert_layer"),
     ("convert", "population", "buffers"),
     ("",),  # `syncbn` itself, the public surface of the layers above this line
     ("train",),
