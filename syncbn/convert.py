@@ -1,8 +1,7 @@
 """Change the batch-normalization layers of a model in place, and change them back.
 
-Only the class and the attributes of a layer change, never the object or its tensors: whatever holds on to either, an
-optimizer or a hook, does not notice. The new attributes of all layers are computed before any layer is touched, and
-nothing that can fail comes after.
+Only the class and the attributes of a layer change, never the object or its tensors, so optimizers and hooks keep
+working. The new attributes of all layers are computed before any layer is changed, and nothing after that can fail.
 """
 
 from __future__ import annotations
@@ -10,26 +9,70 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Required, TypedDict, TypeVar, Unpack, overload
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn.convert_layer import State, converted_state, layer_options, reverted_state, set_state
-from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
-from syncbn.registry import is_convertible
+from syncbn.convert_layer import (
+    KINDS,
+    State,
+    converted_state,
+    is_convertible,
+    layer_options,
+    reverted_state,
+    set_state,
+)
+from syncbn.functional.epilogue import ActivationName
+from syncbn.functional.running import RunningUpdate
+from syncbn.layers import BatchRenorm, GhostBatchNorm, Remainder, Save, SmallBatchNorm, SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
-Kind = Literal["sync", "ghost", "renorm"] | type[SmallBatchNorm]
+Where = Callable[[str, nn.Module], bool]
 
-_KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
-# Options that every kind has, as they are batch normalization's own.
-_COMMON = ("eps", "momentum")
 
-# Wrappers that hold on to the class, the parameters or the code of what they wrap: where each is found once it is
-# imported (an object of a class that is not imported cannot exist), and the right order.
+class _Options(TypedDict, total=False):
+    eps: float
+    momentum: float | None
+    process_group: Any
+    sync_group_size: int | None
+    activation: ActivationName | None
+    negative_slope: float
+    save: Save
+
+
+class SyncOptions(_Options, total=False):
+    """Options of ``convert(model, "sync")``; see :class:`syncbn.SyncBatchNorm`."""
+
+
+class GhostOptions(_Options, total=False):
+    """Options of ``convert(model, "ghost")``; see :class:`syncbn.GhostBatchNorm`."""
+
+    ghost_batch_size: Required[int]
+    remainder: Remainder
+    running_update: RunningUpdate
+    sync: bool
+    max_ghost_groups: int | None
+
+
+class RenormOptions(_Options, total=False):
+    """Options of ``convert(model, "renorm")``; see :class:`syncbn.BatchRenorm`."""
+
+    r_max: float
+    d_max: float
+    warmup_steps: int
+    r_ramp_end: int
+    d_ramp_end: int
+    sync: bool
+    ghost_batch_size: int | None
+    remainder: Remainder
+    max_ghost_groups: int | None
+
+
+# Wrappers that hold the class, the parameters or the code of what they wrap, with the right order. They are looked up
+# where they are defined only if that module has been imported, because importing it is slow.
 _WRAPPERS = (
     ("torch.nn.parallel", "DistributedDataParallel", "syncbn.{verb}(model) first, then DistributedDataParallel(model)"),
     (
@@ -44,48 +87,72 @@ _WRAPPERS = (
     (
         "torch.jit",
         "ScriptModule",
-        "its code is fixed. Take the Python model that it was made from, and syncbn.{verb} that",
+        "its code is fixed. Take the Python model that was scripted, and syncbn.{verb} that",
     ),
 )
 
 
+@overload
 def convert(
     module: M,
-    kind: Kind,
+    kind: Literal["sync"] | type[SyncBatchNorm],
     *,
-    where: Callable[[str, nn.Module], bool] | None = None,
-    **options: Any,
-) -> M:
+    where: Where | None = None,
+    **options: Unpack[SyncOptions],
+) -> M: ...
+@overload
+def convert(
+    module: M,
+    kind: Literal["ghost"] | type[GhostBatchNorm],
+    *,
+    where: Where | None = None,
+    **options: Unpack[GhostOptions],
+) -> M: ...
+@overload
+def convert(
+    module: M,
+    kind: Literal["renorm"] | type[BatchRenorm],
+    *,
+    where: Where | None = None,
+    **options: Unpack[RenormOptions],
+) -> M: ...
+def convert(module: M, kind: Any, *, where: Where | None = None, **options: Any) -> M:
     """Make every batch-normalization layer of ``module`` a layer of this package, in place.
 
-    Layers, parameters and buffers stay the same objects: optimizers made before, hooks, shared layers,
-    ``requires_grad``, training mode, device and dtype stay as they are, and checkpoints load in both directions. What
-    the options do not name is kept from each layer: ``eps``, ``momentum`` (for renorm too, whose paper has 0.01), and
-    with whom it synchronizes (an ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind;
-    ``sync=False`` ends that). Called again with the same kind and options it changes nothing; with others, layers are
-    converted from what they were at first.
+    Layers, parameters and buffers stay the same objects. Optimizers, hooks, shared layers, ``requires_grad``, training
+    mode, device and dtype are not affected, and checkpoints load in both directions. Each layer keeps its own ``eps``
+    and ``momentum`` (also for ``"renorm"``, whose paper uses 0.01) unless the options name them. An
+    ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind, unless ``sync=False``.
 
-    Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) are no
-    ``_BatchNorm`` of torch's and are left alone. A converted layer takes inputs of any number of dimensions.
+    Calling it again with the same kind and options changes nothing. With other options, layers are converted from what
+    they were at first.
 
-    timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` normalize, drop and activate. Where they drop nothing, a
-    converted layer applies their ReLU, LeakyReLU or SiLU in its own pass over memory; to replace the activation
-    afterwards, :func:`revert` first.
+    Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) stay as they
+    are. timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
+    without dropout is applied in the same pass over memory as the normalization; to replace it afterwards,
+    :func:`revert` first.
 
     Args:
-        module: a model or a single layer, not yet wrapped by DistributedDataParallel, FSDP, torch.compile or the like.
-        kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the layer's class.
+        module: a model or a single layer. Convert it before wrapping it with DistributedDataParallel, FSDP or
+            torch.compile.
+        kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the class of the layer.
         where: convert only the layers for which ``where(qualified_name, layer)`` is true.
-        options: ``eps``, ``momentum``, and what :class:`~syncbn.SyncBatchNorm`, :class:`~syncbn.GhostBatchNorm` or
-            :class:`~syncbn.BatchRenorm` takes, such as ``ghost_batch_size`` or ``sync_group_size``.
+        options: ``eps``, ``momentum`` and the options of :class:`~syncbn.SyncBatchNorm`,
+            :class:`~syncbn.GhostBatchNorm` or :class:`~syncbn.BatchRenorm`, such as ``ghost_batch_size``.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        ValueError: an option that the kind does not have, or a value that cannot be; a wrapper around or in the model;
-            a subclass of batch normalization that is not known (see :func:`syncbn.register_batchnorm`); a layer that is
-            lazy, parametrized, sharded, or has a ``forward`` of its own. Nothing has been changed then.
+        ValueError: the kind has no such option or it has a wrong value; ``module`` is wrapped or contains a wrapper; a
+            layer's class is an unknown subclass of batch normalization (see :func:`syncbn.register_batchnorm`); or a
+            layer is lazy, parametrized, sharded, or has a ``forward`` of its own. The model is unchanged then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> model = convert(model, "ghost", ghost_batch_size=4)
+        >>> type(model[1]).__name__, model[1].ghost_batch_size
+        ('GhostBatchNorm', 4)
     """
     cls = _layer_class(kind)
     _check_options(cls, options)
@@ -97,24 +164,30 @@ def convert(
     for name, layer, state in states:
         if state is not None:
             set_state(layer, cls, state)
-        elif vars(layer)["qualified_name"] is None:  # made by hand and just as wanted: all that it lacks is the name
-            vars(layer)["qualified_name"] = name or None
+        elif isinstance(layer, SmallBatchNorm) and layer.qualified_name is None:
+            layer.qualified_name = name or None
     return module
 
 
 def revert(module: M) -> M:
-    """Undo :func:`convert`, in place: the converted layers of ``module`` get their first class and attributes back.
+    """Undo :func:`convert`, in place: converted layers get back their first class and attributes.
 
-    Parameters and buffers stay the same objects and keep their values. (One exception: where the model was made
-    ``half()`` in between, the statistics, which a converted layer keeps wide, become half as well.) A layer that was
-    made as one of this package's is left as it was made. Works on a copy or an unpickled model as well.
+    Parameters and buffers stay the same objects and keep their values. There is one exception: the statistics of a
+    converted layer stay float32 in ``half()``, and become half when the layer is reverted. Layers that were made as one
+    of this package's stay as they were made. It also works on copies and unpickled models.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        ValueError: a wrapper around or in the model, a layer whose class was changed after the conversion (by a
-            parametrization, say), or one whose process group cannot be had here. Nothing has been changed then.
+        ValueError: ``module`` is wrapped or contains a wrapper; a layer's class was changed after the conversion (such
+            as by a parametrization); or the process group of an unpickled layer does not exist here. The model is
+            unchanged then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> type(revert(convert(model, "sync"))[1]).__name__
+        'BatchNorm2d'
     """
     _refuse_wrappers(module, "revert")
     states: list[tuple[nn.Module, type[nn.Module], State]] = []
@@ -127,7 +200,7 @@ def revert(module: M) -> M:
     return module
 
 
-def _chosen_layers(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) -> dict[_BatchNorm, str]:
+def _chosen_layers(module: nn.Module, where: Where | None) -> dict[_BatchNorm, str]:
     layers = {}
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
@@ -138,17 +211,17 @@ def _chosen_layers(module: nn.Module, where: Callable[[str, nn.Module], bool] | 
 
 
 def _layer_class(kind: Any) -> type[SmallBatchNorm]:
-    for name, cls in _KINDS.items():
+    for name, cls in KINDS.items():
         if kind is cls or kind == name:
             return cls
-    raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))} or such a layer's class, got {kind!r}")
+    raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or such a layer's class, got {kind!r}")
 
 
 def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
     known = layer_options(cls)
-    names = ", ".join((*_COMMON, *known))
+    names = ", ".join(known)
     for name, value in options.items():
-        if name not in known and name not in _COMMON:
+        if name not in known:
             raise ValueError(f"{cls.__name__} has no option {name!r} (got {name}={value!r}); its options are {names}")
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in options:
@@ -158,8 +231,7 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
     if not (momentum is None or (isinstance(momentum, float | int) and 0 <= momentum <= 1)):
         raise ValueError(f"momentum must be a number from 0 to 1, or None for a cumulative average, got {momentum!r}")
-    # The layer's own checks of the values, before any layer of the model can be named as the culprit.
-    cls(num_features=1, device="meta", **options)
+    cls(num_features=1, device="meta", **options)  # a wrong value raises here, before an error could blame a layer
 
 
 @contextmanager
@@ -176,27 +248,24 @@ def _refuse_wrappers(module: nn.Module, verb: str) -> None:
     wrappers = [(getattr(sys.modules.get(path), name, None), advice) for path, name, advice in _WRAPPERS]
     for name, child in module.named_modules():
         found = next((advice for cls, advice in wrappers if cls is not None and isinstance(child, cls)), None)
-        # Module.compile() compiles in place and leaves the class as it is.
-        if found is None and vars(child).get("_compiled_call_impl") is not None:
+        if found is None and vars(child).get("_compiled_call_impl") is not None:  # compiled in place, class unchanged
             found = "syncbn.{verb}(model) first, then model.compile()"
         if found is not None:
             raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {found.format(verb=verb)}")
 
 
 def _check_layer(layer: _BatchNorm) -> None:
-    """Refuse a layer of which it is not certain that its class and its tensors say all that it does."""
+    """Refuse a layer that may do more than its class and tensors say."""
     cls = type(layer)
     if isinstance(layer, LazyModuleMixin):
         raise ValueError("it does not know its number of features yet; run one forward pass first")
     if parametrize.is_parametrized(layer):
         raise ValueError("it is parametrized; convert first and parametrize then, or remove the parametrizations")
     if "forward" in vars(layer):
-        raise ValueError(
-            "its forward was replaced on the instance, which the conversion would bypass; delete that first"
-        )
+        raise ValueError("its forward was replaced on the instance and would not be called; delete it first")
     if "_conversion" not in vars(layer) and not is_convertible(cls):
         raise ValueError(
-            f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what with "
+            f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what it does with "
             f"syncbn.register_batchnorm({cls.__name__}, after), or leave the layer out with where=..."
         )
     sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)

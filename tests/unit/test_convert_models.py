@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from convert_cases import snapshot
 from torch import Tensor, nn
 
-import syncbn
-from syncbn import SyncBatchNorm, convert, revert
+from syncbn import SyncBatchNorm, convert, convert_layer, revert
 from syncbn.compat import import_torchvision
 
 import_torchvision()  # timm needs it, and may fail to import it by itself
@@ -236,7 +235,7 @@ def test_timm_split_layer_is_not_known() -> None:
 
 
 def test_timm_is_not_imported_for_its_registration() -> None:
-    assert "timm" not in vars(syncbn.registry)
-    assert all(isinstance(name, str) for name in syncbn.registry._KNOWN_BY_NAME)
-    for name in syncbn.registry._KNOWN_BY_NAME:
+    assert "timm" not in vars(convert_layer)
+    assert all(isinstance(name, str) for name in convert_layer._KNOWN_BY_NAME)
+    for name in convert_layer._KNOWN_BY_NAME:
         assert hasattr(norm_act, name.rpartition(".")[2]), f"timm has no {name} any more"
