@@ -16,21 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn.convert_layer import (
-    KINDS,
-    State,
-    converted_state,
-    is_convertible,
-    layer_options,
-    reverted_state,
-    set_state,
-)
+from syncbn.convert_layer import KINDS, State, converted_state, is_convertible, layer_options, reverted_state, set_state
 from syncbn.functional.epilogue import ActivationName
 from syncbn.functional.running import RunningUpdate
 from syncbn.layers import BatchRenorm, GhostBatchNorm, Remainder, Save, SmallBatchNorm, SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
-Where = Callable[[str, nn.Module], bool]
+Where = Callable[[str, nn.Module], bool] | None
+Sync = Literal["sync"] | type[SyncBatchNorm]
+Ghost = Literal["ghost"] | type[GhostBatchNorm]
+Renorm = Literal["renorm"] | type[BatchRenorm]
 
 
 class _Options(TypedDict, total=False):
@@ -71,52 +66,34 @@ class RenormOptions(_Options, total=False):
     max_ghost_groups: int | None
 
 
-# Wrappers that hold the class, the parameters or the code of what they wrap, with the right order. They are looked up
-# where they are defined only if that module has been imported, because importing it is slow.
+# Wrappers that hold the class, the parameters or the code of what they wrap, with what to do instead. Their modules are
+# slow to import, and a module that is not imported has no instances.
 _WRAPPERS = (
-    ("torch.nn.parallel", "DistributedDataParallel", "syncbn.{verb}(model) first, then DistributedDataParallel(model)"),
+    ("torch.nn.parallel", "DistributedDataParallel", "{first}, then DistributedDataParallel(model)"),
     (
         "torch.nn.parallel",
         "DataParallel",
         "its threads are one process and cannot share statistics. Use DistributedDataParallel with a process for each "
-        "GPU: syncbn.{verb}(model) first, then DistributedDataParallel(model)",
+        "GPU: {first}, then DistributedDataParallel(model)",
     ),
-    ("torch.distributed.fsdp", "FullyShardedDataParallel", "syncbn.{verb}(model) first, then the FSDP wrapper"),
-    ("torch.distributed.fsdp", "FSDPModule", "syncbn.{verb}(model) first, then fully_shard(model)"),
-    ("torch._dynamo", "OptimizedModule", "syncbn.{verb}(model) first, then torch.compile(model)"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "{first}, then the FSDP wrapper"),
+    ("torch.distributed.fsdp", "FSDPModule", "{first}, then fully_shard(model)"),
+    ("torch._dynamo", "OptimizedModule", "{first}, then torch.compile(model)"),
     (
         "torch.jit",
         "ScriptModule",
-        "its code is fixed. Take the Python model that was scripted, and syncbn.{verb} that",
+        "its code is fixed. Take the Python model: {first}, then script it",
     ),
 )
 
 
 @overload
-def convert(
-    module: M,
-    kind: Literal["sync"] | type[SyncBatchNorm],
-    *,
-    where: Where | None = None,
-    **options: Unpack[SyncOptions],
-) -> M: ...
+def convert(module: M, kind: Sync, *, where: Where = None, **options: Unpack[SyncOptions]) -> M: ...
 @overload
-def convert(
-    module: M,
-    kind: Literal["ghost"] | type[GhostBatchNorm],
-    *,
-    where: Where | None = None,
-    **options: Unpack[GhostOptions],
-) -> M: ...
+def convert(module: M, kind: Ghost, *, where: Where = None, **options: Unpack[GhostOptions]) -> M: ...
 @overload
-def convert(
-    module: M,
-    kind: Literal["renorm"] | type[BatchRenorm],
-    *,
-    where: Where | None = None,
-    **options: Unpack[RenormOptions],
-) -> M: ...
-def convert(module: M, kind: Any, *, where: Where | None = None, **options: Any) -> M:
+def convert(module: M, kind: Renorm, *, where: Where = None, **options: Unpack[RenormOptions]) -> M: ...
+def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
     """Make every batch-normalization layer of ``module`` a layer of this package, in place.
 
     Layers, parameters and buffers stay the same objects. Optimizers, hooks, shared layers, ``requires_grad``, training
@@ -200,7 +177,7 @@ def revert(module: M) -> M:
     return module
 
 
-def _chosen_layers(module: nn.Module, where: Where | None) -> dict[_BatchNorm, str]:
+def _chosen_layers(module: nn.Module, where: Where) -> dict[_BatchNorm, str]:
     layers = {}
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
@@ -249,9 +226,10 @@ def _refuse_wrappers(module: nn.Module, verb: str) -> None:
     for name, child in module.named_modules():
         found = next((advice for cls, advice in wrappers if cls is not None and isinstance(child, cls)), None)
         if found is None and vars(child).get("_compiled_call_impl") is not None:  # compiled in place, class unchanged
-            found = "syncbn.{verb}(model) first, then model.compile()"
+            found = "{first}, then model.compile()"
         if found is not None:
-            raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {found.format(verb=verb)}")
+            advice = found.format(first=f"syncbn.{verb}(model) first")
+            raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {advice}")
 
 
 def _check_layer(layer: _BatchNorm) -> None:

@@ -190,8 +190,6 @@ def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | Non
     state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
     if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *layer_options(cls))):
         return None
-    for key in _CONTAINERS:
-        state[key] = copy.copy(before[key])
     _add_counter(layer, state)
     replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and state.get(k, _ABSENT) is not v}
     state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))

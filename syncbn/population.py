@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -232,13 +233,16 @@ def effective_count(kl: float) -> float | None:
 # -- a whole model -----------------------------------------------------------------------------------------------------
 
 
-def normalization_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch-normalization layers of a model that keep running statistics, by qualified name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+def _layers(model: nn.Module, where: Where | None = None) -> dict[str, _BatchNorm]:
+    """The batch-normalization layers that keep running statistics, by qualified name."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    return {name: layer for name, layer in norms.items() if where is None or where(name, layer)}
+
+
+def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 @contextmanager
@@ -261,15 +265,15 @@ def batch_statistics(
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         model.eval()
-        for name, layer in (normalization_layers(model) if layers is None else layers).items():
-            observer = _ignore if observe is None else observe(name)
+        for name, layer in (_layers(model) if layers is None else layers).items():
+            observer: Any = observe(name) if observe is not None else lambda *statistics: None
             layer.training = True
             if isinstance(layer, SmallBatchNorm):
                 stack.callback(setattr, layer, "observer", layer.observer)
-                layer.observer = lambda _, count, mean, var, observer=observer: observer(count, mean, var)
+                layer.observer = lambda _, *statistics, observer=observer: observer(*statistics)
             else:  # torch's own layers have no observer and update their buffers
                 stack.enter_context(_restored(layer.buffers(recurse=False)))
-                stack.callback(layer.register_forward_pre_hook(_show_input(observer)).remove)
+                stack.callback(layer.register_forward_pre_hook(_observing_input(observer)).remove)
         stack.enter_context(_eager())
         yield
 
@@ -295,15 +299,8 @@ def _eager() -> Iterator[None]:
         yield
 
 
-def _ignore(count: Tensor, mean: Tensor, var: Tensor) -> None:
-    pass
-
-
-def _show_input(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        observer(*moments(group_sums(inputs[0].detach())))
-
-    return hook
+def _observing_input(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _, inputs: observer(*moments(group_sums(inputs[0].detach())))
 
 
 class Population:
@@ -316,11 +313,11 @@ class Population:
 
     def __init__(self, model: nn.Module, where: Where | None = None) -> None:
         self.model = model
-        self.layers = {name: m for name, m in normalization_layers(model).items() if where is None or where(name, m)}
-        self._sums: dict[str, LayerStatistics] = {}
-        for name, layer in self.layers.items():
-            assert layer.running_mean is not None
-            self._sums[name] = LayerStatistics(layer.num_features, layer.eps, layer.running_mean.device)
+        self.layers = _layers(model, where)
+        self._sums = {
+            name: LayerStatistics(layer.num_features, layer.eps, _running(layer)[0].device)
+            for name, layer in self.layers.items()
+        }
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -329,14 +326,10 @@ class Population:
             yield
 
     def _observer(self, name: str) -> Observer:
-        layer, weight = self.layers[name], 1.0
-        if (
-            isinstance(layer, SmallBatchNorm)
-            and layer.scope is not None
-            and (group := resolve(layer.scope)) is not None
-        ):
-            weight = 1 / dist.get_world_size(group)  # each of its ranks adds the same batch
-        return lambda count, mean, var: self._sums[name].add(count, mean, var, weight)
+        scope = getattr(self.layers[name], "scope", None)
+        group = None if scope is None else resolve(scope)
+        weight = 1.0 if group is None else 1 / dist.get_world_size(group)  # each of its ranks adds the same batch
+        return partial(self._sums[name].add, weight=weight)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """The sums of each layer over all processes, in one collective. More batches may be added afterwards."""
@@ -351,32 +344,21 @@ class Population:
 
     def divergences(self) -> list[LayerDivergence]:
         """How far the batches and the running statistics are from the population, in the order of the model."""
-        found = []
-        for name, sums in self.statistics().items():
-            layer = self.layers[name]
-            running = None
-            if layer.running_mean is not None and layer.running_var is not None:
-                running = layer.running_mean, layer.running_var
-            found.append(sums.divergence(name, running))
-        return found
+        return [sums.divergence(name, _running(self.layers[name])) for name, sums in self.statistics().items()]
 
+    @torch.no_grad()
     def write(self, estimator: Estimator = "total") -> None:
         """Replace the running statistics by the population statistics."""
-        with torch.no_grad():
-            for name, sums in self.statistics().items():
-                layer = self.layers[name]
-                if float(sums.count) == 0:  # not used in evaluation, such as an auxiliary classifier
-                    continue
-                assert layer.running_mean is not None
-                assert layer.running_var is not None
-                layer.running_mean.copy_(sums.mean)
-                layer.running_var.copy_(sums.var(estimator))
+        for name, sums in self.statistics().items():
+            if float(sums.count) > 0:  # evaluation does not use every layer, such as those of an auxiliary classifier
+                mean, var = _running(self.layers[name])
+                mean.copy_(sums.mean)
+                var.copy_(sums.var(estimator))
 
     @contextmanager
     def used(self, estimator: Estimator = "total") -> Iterator[None]:
         """Replace the running statistics by the population statistics within this context."""
-        buffers = [b for m in self.layers.values() for b in (m.running_mean, m.running_var) if b is not None]
-        with _restored(buffers):
+        with _restored(buffer for layer in self.layers.values() for buffer in _running(layer)):
             self.write(estimator)
             yield
 
@@ -403,8 +385,8 @@ def update_population_statistics(
         The statistics of each layer over all processes, by qualified name.
 
     Raises:
-        ValueError: there is no batch with finite values, or the model has no batch normalization with running
-            statistics.
+        ValueError: there is no batch with finite values, the model has no batch normalization with running statistics,
+            or ``estimator`` is not known.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
@@ -412,6 +394,8 @@ def update_population_statistics(
         >>> int(found["1"].count)
         1024
     """
+    if estimator not in ("mean", "total"):
+        raise ValueError(f"estimator must be 'mean' or 'total', got {estimator!r}")
     population = Population(model, where)
     if not population.layers:
         raise ValueError("the model has no batch normalization with running statistics, so none can be recomputed")
