@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.buffers import RunningStatistics
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm
+from syncbn.population import RunningStatistics
 from syncbn.train.tasks.models import cifar_resnet, initialize
 
 ModelName = Literal["resnet20", "resnet50"]

@@ -22,7 +22,7 @@ from torch import nn
 import syncbn
 from syncbn import SyncBatchNorm, convert, revert
 from syncbn.collectives import Scope
-from syncbn.registry import drop_then_act
+from syncbn.convert_layer import drop_then_act
 
 # -- who shares statistics ---------------------------------------------------------------------------------------------
 
