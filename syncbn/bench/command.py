@@ -1,31 +1,30 @@
-"""``syncbn bench``: the options, the run, and what it ends with. Standard library and torch alone."""
+"""``syncbn bench``: its options, the run, and its exit code. It needs the standard library and torch alone."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from syncbn.bench.bandwidth import measure_bandwidth
-from syncbn.bench.parts import Parts, emulation_ratio, run_parts
-from syncbn.bench.peers import CONTENDERS, UnavailableError
-from syncbn.bench.plot import write_plot
-from syncbn.bench.problem import make_problem
-from syncbn.bench.processes import ProcessError
-from syncbn.bench.report import as_json, csv_rows, summary, write_csv, write_json
-from syncbn.bench.rows import ROWS, Results, Verdict, judge, table
+from syncbn.bench.growth import GrowthRow, growth_lines, growth_rows
+from syncbn.bench.peers import CONTENDERS, Contender, UnavailableError
+from syncbn.bench.problem import Problem, make_problem
+from syncbn.bench.processes import ProcessError, progress
+from syncbn.bench.report import summary, write_files
+from syncbn.bench.rows import ROWS, BenchResults, JudgedRow, judge, table
 from syncbn.bench.shapes import DEFAULT_FAMILIES, DTYPES, FAMILIES, SHORT_DTYPES, Shape
+from syncbn.bench.steps import StepResults, emulation_ratio, measure_emulation, run_steps, step_lines
 from syncbn.bench.suites import (
     GROUPS,
     Selection,
     WrongError,
     large_mean_errors,
-    progress,
     run_suite,
     suites_of,
     world_of_one,
@@ -34,12 +33,12 @@ from syncbn.bench.suites import (
 ROUNDS = {"cpu": 7, "cuda": 15}
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 
-DESCRIPTION = """Time the layers beside their peers, in turns, after their results were checked against float64; ratios
-are printed first. With --check the table of what must hold, with what was measured here."""
+DESCRIPTION = """Compare the speed of the layers with that of other implementations. All are checked against float64
+before they are timed. With --check, measure only what the table of limits needs."""
 
 
 class MistakeError(Exception):
-    """What a user got wrong, in one line."""
+    """A mistake of the user; the message is one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +47,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_bench(words: Sequence[str]) -> int:
-    """Run the command; the exit code: 0 done, 1 a row falls short or a result is wrong, 2 the user's mistake."""
+    """Run the command.
+
+    Args:
+        words: the command line after ``bench``.
+
+    Returns:
+        The exit code: 0 done, 1 a row falls short or a result is wrong, 2 a mistake of the user, 130 interrupted.
+    """
     try:
         options = _parser().parse_args(list(words))
         selection = _selection(options)
@@ -79,10 +85,10 @@ def _fail(message: str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="syncbn bench", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--device", default="cpu", help="cpu (one thread a process) or cuda (default: cpu)")
-    parser.add_argument("--out", metavar="DIR", help="write bench.json, bench.csv and bench.svg there")
+    parser.add_argument("--device", default="cpu", help="cpu (one thread per process) or cuda (default: cpu)")
+    parser.add_argument("--out", metavar="DIR", help="write bench.json and CSV files there")
     parser.add_argument(
-        "--check", action="store_true", help="measure what the table needs alone, and exit 1 if a row falls short"
+        "--check", action="store_true", help="measure only what the table needs; exit with 1 if a row falls short"
     )
     parser.add_argument(
         "--dtype", help="float32, bfloat16, float16 or several (default: float32; on cuda float32,bfloat16)"
@@ -91,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", default=",".join(DEFAULT_FAMILIES), help=f"any of {','.join(FAMILIES)} (default: %(default)s)"
     )
     parser.add_argument("--rounds", help="samples of each contender (default: 7; on cuda 15)")
-    parser.add_argument("--list", action="store_true", help="say what would be timed on which shapes, and stop")
+    parser.add_argument("--list", action="store_true", help="print the contenders and the shapes, and stop")
     return parser
 
 
@@ -100,10 +106,10 @@ def _selection(options: Any) -> Selection:
     if device not in ROUNDS:
         raise MistakeError(f"device: got {device!r}, expected one of cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise MistakeError("device: got 'cuda', and torch finds no CUDA device here")
+        raise MistakeError("device: got 'cuda', but torch finds no CUDA device")
     dtypes = DEFAULT_DTYPES[device]
     if options.dtype is not None:
-        dtypes = _several("dtype", options.dtype, tuple(DTYPES), SHORT_DTYPES)
+        dtypes = _several("dtype", options.dtype, DTYPES, SHORT_DTYPES)
     rounds = ROUNDS[device]
     if options.rounds is not None:
         if not (options.rounds.isdigit() and int(options.rounds) > 0):
@@ -112,8 +118,8 @@ def _selection(options: Any) -> Selection:
     return Selection(device, dtypes, _several("shapes", options.shapes, FAMILIES, {}), rounds, options.check)
 
 
-def _several(name: str, text: str, known: Sequence[str], short: dict[str, str]) -> tuple[str, ...]:
-    """The words of a list separated by commas, each one of ``known``, without repeats."""
+def _several(name: str, text: str, known: Iterable[str], short: dict[str, str]) -> tuple[str, ...]:
+    """The words of a comma-separated list, each one of ``known``, without repeats."""
     words = [short.get(word.strip(), word.strip()) for word in text.split(",")]
     for word in words:
         if word not in known:
@@ -128,12 +134,7 @@ def _print_list(selection: Selection) -> None:
     with world_of_one(device):
         problems = [make_problem(shape, torch.float32, device, groups=GROUPS) for shape in samples]
         for name, contender in CONTENDERS.items():
-            reasons = []
-            for problem in problems:
-                try:
-                    contender.make(problem)
-                except UnavailableError as error:
-                    reasons.append(str(error))
+            reasons = list(filter(None, (_unavailable(contender, problem) for problem in problems)))
             note = f": not here: {'; '.join(dict.fromkeys(reasons))}" if len(reasons) == len(problems) else ""
             print(f"  {name}{' (ours)' if contender.ours else ''}{note}")
     for suite in suites_of(selection):
@@ -145,51 +146,70 @@ def _print_list(selection: Selection) -> None:
                 print(f"    {shape.label}")
 
 
+def _unavailable(contender: Contender, problem: Problem) -> str:
+    """Why a contender cannot run; empty if it can."""
+    try:
+        contender.make(problem)
+    except UnavailableError as error:
+        return str(error)
+    return ""
+
+
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
 def _run(selection: Selection, out: Path | None) -> int:
     start = time.monotonic()
-    device = torch.device(selection.device)
-    results = Results(selection.device)
     threads = torch.get_num_threads()
-    parts = Parts()
     try:
-        if device.type == "cpu":  # as each of several processes has; and steadier
+        if selection.device == "cpu":  # as each of several processes has, and steadier
             torch.set_num_threads(1)
-        with world_of_one(device):
-            progress("copy bandwidth")
-            results.bandwidth = measure_bandwidth(device)
-            progress("errors at a large mean")
-            results.measurements.append(large_mean_errors(selection))
-            for suite in suites_of(selection):
-                results.measurements += run_suite(suite, selection)
-        if "resnet50" in selection.families:
-            if not selection.check:
-                parts = run_parts(selection, progress)
-            if device.type == "cpu":
-                results.emulation = emulation_ratio(selection, parts, progress)
-        verdicts = judge(ROWS, results)
+        results = _measure_layers(selection)
+        steps, growth = _measure_steps(selection, results)
     finally:
         torch.set_num_threads(threads)
-    print("\n".join([*summary(results), "", *parts.lines]))
+    judged = judge(ROWS, results)
+    lines = summary(results)
+    if growth:
+        lines += ["", *step_lines(selection.device, steps), "", *growth_lines(growth)]
+    print("\n".join(lines))
     if out is not None:
-        _write(out, selection, results, verdicts, parts)
-    return _conclude(selection, verdicts, time.monotonic() - start)
+        write_files(out, selection, results, judged, steps, growth)
+        print(f"all files are in {out}")
+    return _conclude(selection, judged, time.monotonic() - start)
 
 
-def _write(out: Path, selection: Selection, results: Results, verdicts: Sequence[Verdict], parts: Parts) -> None:
-    write_json(out / "bench.json", as_json(selection, results, verdicts, parts.plain))
-    for name, rows in {"bench": csv_rows(results), **parts.tables}.items():
-        write_csv(out / f"{name}.csv", rows)
-    print(write_plot(out / "bench.svg", results.measurements, results.bandwidth))
-    print(f"everything is in {out}")
+def _measure_layers(selection: Selection) -> BenchResults:
+    device = torch.device(selection.device)
+    results = BenchResults(selection.device)
+    with world_of_one(device):
+        progress("copy bandwidth")
+        results.bandwidth = measure_bandwidth(device)
+        progress("errors at a large mean")
+        results.measurements.append(large_mean_errors(selection))
+        for suite in suites_of(selection):
+            results.measurements += run_suite(suite, selection)
+    return results
 
 
-def _conclude(selection: Selection, verdicts: Sequence[Verdict], seconds: float) -> int:
-    """Print the table last, where it is seen; the exit code."""
-    print("\n".join(["", *table(verdicts)]))
+def _measure_steps(selection: Selection, results: BenchResults) -> tuple[StepResults, list[GrowthRow]]:
+    """Whole training steps and the growth table, both about ResNets. With --check only the emulation is needed."""
+    steps, growth = StepResults(), []
+    if "resnet50" in selection.families:
+        if not selection.check:
+            steps, growth = run_steps(torch.device(selection.device), selection.rounds), growth_rows()
+        if selection.device == "cpu":
+            emulated = measure_emulation(selection.rounds)
+            results.emulation = emulation_ratio(emulated.times)
+            steps.times += emulated.times
+            steps.checks |= emulated.checks
+    return steps, growth
+
+
+def _conclude(selection: Selection, judged: Sequence[JudgedRow], seconds: float) -> int:
+    """Print the table last, where it is seen, and return the exit code."""
+    print("\n".join(["", *table(judged)]))
     if set(selection.families) != set(DEFAULT_FAMILIES):
-        print(f"measured on {', '.join(selection.families)} alone: the limits are for all shapes")
+        print(f"measured on {', '.join(selection.families)} alone: the limits are for the default shapes")
     print(f"{seconds:.0f} s")
-    return 1 if selection.check and any(verdict.falls_short for verdict in verdicts) else 0
+    return 1 if selection.check and any(found.falls_short for found in judged) else 0

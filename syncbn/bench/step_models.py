@@ -1,4 +1,4 @@
-"""The training steps that are timed: a model, its normalization, a batch, and one step of SGD."""
+"""One training step of a whole model: its normalization, its batch, SGD, and the checks in float64."""
 
 from __future__ import annotations
 
@@ -19,26 +19,24 @@ from syncbn.convert import convert
 from syncbn.layers import BatchRenorm
 from syncbn.train.tasks.models import cifar_resnet, initialize
 
-ModelName = Literal["resnet20", "resnet50"]
-Precision = Literal["fp32", "bf16"]
-Step = Callable[[], Tensor]
+TrainingStep = Callable[[], Tensor]
+Options = Mapping[str, Any] | None
+"""Arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm."""
 
-VARIANTS = ("local", "sync", "ghost", "renorm")
-"""torch's BatchNorm, left as it is, and this package's layers."""
 LEARNING_RATE = 1e-3
-"""Small, so that the loss of a batch of two images falls from the first steps on, as is checked."""
+"""Small enough that the loss of a batch of two images falls from the first steps on, which is checked."""
 TOLERANCE = 1e-9
-"""Largest relative difference in float64 of what is equal: rounding, through twenty layers."""
+"""Largest relative difference in float64 between equal steps: rounding errors of twenty layers."""
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepConfig:
     """What a step works on."""
 
-    model: ModelName
+    model: Literal["resnet20", "resnet50"]
     batch: int
-    """Images of each process."""
+    """Images per process."""
     image_size: int
     """Side of the square images in pixels."""
     ghost_batch_size: int
@@ -48,190 +46,160 @@ class Shape:
     def classes(self) -> int:
         return 10 if self.model == "resnet20" else 1000
 
-
-CPU_SHAPES = (
-    Shape("resnet20", 8, 32, 4),
-    # 64 pixels rather than ImageNet's 224: a step in a second, not ten, with the same layers, weights and collectives.
-    # That is small maps: what a layer costs beside the memory it moves weighs more than it does in a real training.
-    Shape("resnet50", 4, 64, 2),
-)
-CUDA_SHAPES = (
-    Shape("resnet20", 128, 32, 32, channels_last=True),
-    Shape("resnet50", 2, 224, 1, channels_last=True),
-    Shape("resnet50", 8, 224, 4, channels_last=True),
-    Shape("resnet50", 32, 224, 8, channels_last=True),
-)
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def missing(model: ModelName) -> str | None:
-    """Why a model cannot be built here; None where it can."""
-    if model == "resnet50":
-        try:
-            import_torchvision()
-        except ImportError as error:
-            return f"resnet50: {error}"
-    return None
+def variants(config: StepConfig) -> dict[str, Options]:
+    """The normalizations to time: torch's BatchNorm and this package's layers.
 
-
-def variant_options(shape: Shape) -> dict[str, Mapping[str, Any]]:
-    """For each of :data:`VARIANTS` but ``local`` the kind and the options that it is converted with.
-
-    Renorm is within its warm-up, where its corrections are computed and then limited to none: the cost is that of any
-    step, and its loss is local BatchNorm's.
+    BatchRenorm is in its warm-up, in which r and d are computed and then clipped to 1 and 0. A step costs the same as
+    later on, and its loss is that of local BatchNorm.
     """
     return {
+        "local": None,
         "sync": {"kind": "sync"},
-        "ghost": {"kind": "ghost", "ghost_batch_size": shape.ghost_batch_size},
+        "ghost": {"kind": "ghost", "ghost_batch_size": config.ghost_batch_size},
         "renorm": {"kind": "renorm"},
     }
 
 
-def build(shape: Shape, options: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The shape's model in training mode, with the same weights whatever the normalization.
+def build(config: StepConfig, options: Options, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model in training mode; its weights do not depend on the normalization.
 
-    Args:
-        shape: which model.
-        options: arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm.
-        device: where it is.
-        dtype: of its parameters.
+    Raises:
+        ImportError: the model is torchvision's, which is not installed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        if shape.model == "resnet20":
-            model = cifar_resnet(20, 3, shape.classes, 16, nn.BatchNorm2d)
+        if config.model == "resnet20":
+            model = cifar_resnet(20, 3, config.classes, 16, nn.BatchNorm2d)
             initialize(model)
         else:
-            model = import_torchvision("models").resnet50(weights=None, num_classes=shape.classes)
+            model = import_torchvision("models").resnet50(weights=None, num_classes=config.classes)
     if options is not None:
         convert(model, **options)
-    memory_format = torch.channels_last if shape.channels_last else torch.contiguous_format
-    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
+    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=config.memory_format)  # type: ignore[call-overload]
     return moved
 
 
 def make_batch(
-    shape: Shape, device: torch.device, dtype: torch.dtype, rank: int = 0, processes: int = 1
+    config: StepConfig, device: torch.device, dtype: torch.dtype, rank: int = 0, processes: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """This process's consecutive share of a global batch of ``processes * shape.batch`` images, and their classes.
+    """This process's consecutive part of a global batch of ``processes * config.batch`` images, and their classes.
 
-    The same images for the same total, however it is shared out.
+    The global batch depends on its size alone, so that one process can have the same images as several.
     """
-    total = shape.batch * processes
+    total = config.batch * processes
     generator = torch.Generator().manual_seed(total)
-    x = torch.randn(total, 3, shape.image_size, shape.image_size, generator=generator, dtype=torch.float64)
-    y = torch.randint(shape.classes, (total,), generator=generator)
-    share = slice(rank * shape.batch, (rank + 1) * shape.batch)
-    memory_format = torch.channels_last if shape.channels_last else torch.contiguous_format
-    return x[share].to(device, dtype).contiguous(memory_format=memory_format), y[share].to(device)
+    x = torch.randn(total, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64)
+    y = torch.randint(config.classes, (total,), generator=generator)
+    part = slice(rank * config.batch, (rank + 1) * config.batch)
+    return x[part].to(device, dtype).contiguous(memory_format=config.memory_format), y[part].to(device)
 
 
 def wrap(model: nn.Module) -> DistributedDataParallel:
-    """The model under DistributedDataParallel, its buffers left to its layers, as in the trainer."""
+    """The model under DistributedDataParallel, which leaves buffers to the layers, as in training."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
     return DistributedDataParallel(model, **options)
 
 
-def backward(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1, precision: Precision = "fp32") -> Tensor:
-    """Forward, loss and backward; returns this process's share of the global batch's mean loss, ()."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(x)
-        loss = F.cross_entropy(logits, y, reduction="sum") / (len(y) * processes)
+def backward(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tensor:
+    """Forward, loss and backward; returns this process's part of the global batch's mean loss, ()."""
+    loss = F.cross_entropy(model(x), y, reduction="sum") / (len(y) * processes)
+    # BatchRenorm needs the averages over the ranks in its next forward; other layers have nothing to average here.
     shared = RunningStatistics(model, BatchRenorm) if processes > 1 else None
-    if shared is not None:  # renorm's, which its next forward uses; nothing else has any to share
+    if shared is not None:
         shared.start()
-    (loss * processes).backward()  # the gradients are averaged over the processes
+    (loss * processes).backward()  # DistributedDataParallel averages the gradients over the processes
     if shared is not None:
         shared.finish()
     return loss.detach()
 
 
-def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1, precision: Precision = "fp32") -> Step:
-    """A function that takes one step of SGD with momentum on the same batch each time, and returns :func:`backward`."""
+def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> TrainingStep:
+    """A step of SGD with momentum, always on the same batch; it returns the loss as :func:`backward` does."""
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = backward(model, x, y, processes, precision)
+        loss = backward(model, x, y, processes)
         optimizer.step()
         return loss
 
     return step
 
 
-def whole(shape: Shape, processes: int) -> Shape:
-    """The shape of the same global batch on one process."""
-    return replace(shape, batch=shape.batch * processes)
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def gradient_difference(a: nn.Module, b: nn.Module) -> float:
-    """The largest difference of two models' gradients, relative to the largest value of each parameter's."""
-    largest = 0.0
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+def check_alone(config: StepConfig) -> dict[str, float]:
+    """Compare steps that must be equal, on one process in float64.
+
+    Returns:
+        For each pair the largest relative difference of loss and gradients.
+
+    Raises:
+        RuntimeError: a difference exceeds :data:`TOLERANCE`.
+    """
+    x, y = make_batch(config, CPU, torch.float64)
+    local = build(config, None, CPU, torch.float64)
+    loss = backward(local, x, y)
+    chunked = build(config, None, CPU, torch.float64)
+    groups = len(y) // config.ghost_batch_size
+    losses = [backward(chunked, a, b) for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)]
+    for parameter in chunked.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= groups
+    whole_batch = {"kind": "ghost", "ghost_batch_size": config.batch}
+    options = variants(config)
+    found = {}
+    for what, here, truth, expected in (
+        ("sync alone = local", options["sync"], local, loss),
+        ("one ghost group = local", whole_batch, local, loss),
+        ("renorm in its warm-up = local", options["renorm"], local, loss),
+        ("ghost groups = local on each chunk", options["ghost"], chunked, torch.stack(losses).mean()),
+    ):
+        model = build(config, here, CPU, torch.float64)
+        found[what] = _difference(model, backward(model, x, y), truth, expected)
+    return checked(found)
+
+
+def check_together(config: StepConfig) -> dict[str, float]:
+    """As :func:`check_alone`, on all processes of a world, against one process with the whole batch."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    x, y = make_batch(config, CPU, torch.float64, rank, processes)
+    all_x, all_y = make_batch(replace(config, batch=config.batch * processes), CPU, torch.float64)
+    found = {}
+    for what, here, there in (
+        ("sync = local on the whole batch", {"kind": "sync"}, None),
+        ("local = a ghost group for each process", None, {"kind": "ghost", "ghost_batch_size": config.batch}),
+    ):
+        model = wrap(build(config, here, CPU, torch.float64))
+        loss = backward(model, x, y, processes)
+        dist.all_reduce(loss)
+        truth = build(config, there, CPU, torch.float64)
+        expected = backward(truth, all_x, all_y)
+        found[f"{processes} processes: {what}"] = _difference(model.module, loss, truth, expected)
+    return checked(found)
+
+
+def checked(differences: dict[str, float]) -> dict[str, float]:
+    """Return ``differences``, or raise RuntimeError if one exceeds :data:`TOLERANCE`."""
+    for what, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
+    return differences
+
+
+def _difference(model: nn.Module, loss: Tensor, truth: nn.Module, expected: Tensor) -> float:
+    """The largest difference of the losses and of the gradients, relative to the largest gradient of each parameter."""
+    largest = abs(float(loss / expected) - 1)
+    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
         assert p.grad is not None
         assert q.grad is not None
         largest = max(largest, float((p.grad - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)))
     return largest
-
-
-# ---- checks
-
-
-def check_alone(shape: Shape) -> dict[str, float]:
-    """On one process, in float64: the largest relative difference of loss and gradients, for each pair that is equal.
-
-    Raises:
-        RuntimeError: a difference beyond :data:`TOLERANCE`.
-    """
-    x, y = make_batch(shape, CPU, torch.float64)
-    local = build(shape, None, CPU, torch.float64)
-    loss = backward(local, x, y)
-    equal: dict[str, Mapping[str, Any]] = {
-        "sync alone = local": {"kind": "sync"},
-        "one ghost group = local": {"kind": "ghost", "ghost_batch_size": shape.batch},
-        "renorm in its warm-up = local": {"kind": "renorm"},
-    }
-    found = {name: _against(shape, options, x, y, local, loss) for name, options in equal.items()}
-    groups = len(y) // shape.ghost_batch_size
-    chunked = build(shape, None, CPU, torch.float64)
-    losses = [backward(chunked, a, b, 1) for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)]
-    for parameter in chunked.parameters():
-        assert parameter.grad is not None
-        parameter.grad /= groups
-    ghost = {"kind": "ghost", "ghost_batch_size": shape.ghost_batch_size}
-    found["ghost groups = local on each chunk"] = _against(shape, ghost, x, y, chunked, sum(losses) / groups)
-    return checked(found)
-
-
-def _against(shape: Shape, options: Mapping[str, Any], x: Tensor, y: Tensor, truth: nn.Module, loss: Any) -> float:
-    model = build(shape, options, CPU, torch.float64)
-    difference = abs(float(backward(model, x, y) / loss) - 1)
-    return max(difference, gradient_difference(model, truth))
-
-
-def checked(differences: dict[str, float]) -> dict[str, float]:
-    """``differences``, all within :data:`TOLERANCE`; RuntimeError else."""
-    for what, difference in differences.items():
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"{what} does not hold: they differ by {difference:.1e}, expected {TOLERANCE:.0e}")
-    return differences
-
-
-def check_together(shape: Shape) -> dict[str, float]:
-    """On the processes of a world, in float64: as :func:`check_alone`, against one process with the whole batch."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    x, y = make_batch(shape, CPU, torch.float64, rank, processes)
-    all_x, all_y = make_batch(whole(shape, processes), CPU, torch.float64)
-    found = {}
-    for what, here, there in (
-        ("sync = local on the whole batch", {"kind": "sync"}, None),
-        ("local = a ghost group for each process", None, {"kind": "ghost", "ghost_batch_size": shape.batch}),
-    ):
-        model = wrap(build(shape, here, CPU, torch.float64))
-        loss = backward(model, x, y, processes)
-        dist.all_reduce(loss)
-        truth = build(shape, there, CPU, torch.float64)
-        difference = abs(float(loss / backward(truth, all_x, all_y)) - 1)
-        found[f"{processes} processes: {what}"] = max(difference, gradient_difference(model.module, truth))
-    return checked(found)

@@ -53,10 +53,8 @@ def test_the_command_writes_what_it_measures(one_suite, tmp_path, capfd):
     local = [line for line in lines if line["contender"] == "nn.BatchNorm"]
     assert local
     assert all(float(line["ratio"]) == 1 for line in local)
-    if (tmp_path / "bench.svg").exists():
-        assert "memory limit" in (tmp_path / "bench.svg").read_text()
-    else:
-        assert "no plot: matplotlib is not installed" in out
+    assert "memory limit" in out
+    assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(("limit", "code"), [(1e9, 0), (1e-9, 1)])
