@@ -60,37 +60,34 @@ def measure_costs(
         compiled: the step is compiled, so that a dispatch mode does not see its operations.
         profiled: count the GPU's kernels too; the profiler takes a good part of a second.
     """
-    found: dict[str, Any] = {}
+    instruments: dict[str, Callable[[], dict[str, Any]]] = {
+        "saved": lambda: saved(step, known, channels_and_groups),
+        "peak memory": lambda: {"peak_bytes": peak_bytes(step, device)},
+    }
     missing: list[str] = []
-
-    def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        try:
-            found.update(measure())
-        except Exception as error:  # the profiler and other instruments are not in every build of torch
-            missing.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
-
-    def saved() -> dict[str, Any]:
-        amount = saved_bytes(step, known)
-        return {"saved_bytes": amount, "saved_numbers": amount / torch.float32.itemsize / max(1, channels_and_groups)}
-
-    def dispatched() -> dict[str, Any]:
-        with OperationCounter() as counter:
-            step()
-        return {name: getattr(counter, name) for name in ("operations", "collectives", "wire_bytes")}
-
-    attempt("saved", saved)
-    attempt("peak memory", lambda: {"peak_bytes": peak_bytes(step, device)})
     if compiled:
         missing.append("operations, collectives: compiled code does not dispatch operations one by one")
     else:
-        attempt("operations", dispatched)
+        instruments["operations"] = lambda: dispatched(step)
     if device.type == "cuda":
-        attempt("host synchronizations", lambda: {"host_synchronizations": host_synchronizations(step)})
+        instruments["host synchronizations"] = lambda: {"host_synchronizations": host_synchronizations(step)}
         if profiled:
-            attempt("kernels", lambda: dict(zip(("kernels", "kernel_seconds"), kernels(step), strict=True)))
+            instruments["kernels"] = lambda: kernels(step)
     else:
         missing.append("kernels, host synchronizations: CUDA only")
+    found: dict[str, Any] = {}
+    for name, measure in instruments.items():
+        try:
+            found |= measure()
+        except Exception as error:  # the profiler and other instruments are not in every build of torch
+            missing.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
     return Costs(**found, missing="; ".join(missing))
+
+
+def dispatched(step: Call) -> dict[str, Any]:
+    with OperationCounter() as counter:
+        step()
+    return {name: getattr(counter, name) for name in ("operations", "collectives", "wire_bytes")}
 
 
 class OperationCounter(TorchDispatchMode):
@@ -121,8 +118,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
 
 
-def saved_bytes(step: Call, known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps in a step. Each storage counts once, those of ``known`` tensors do not."""
+def saved(step: Call, known: Iterable[Tensor], channels_and_groups: int) -> dict[str, Any]:
+    """What autograd keeps in a step. Each storage counts once, those of ``known`` tensors do not."""
     ignored = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, Tensor] = {}  # by address; holding the tensor keeps its address from being used again
 
@@ -134,7 +131,8 @@ def saved_bytes(step: Call, known: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    amount = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return {"saved_bytes": amount, "saved_numbers": amount / torch.float32.itemsize / channels_and_groups}
 
 
 def peak_bytes(step: Call, device: torch.device) -> int:
@@ -185,8 +183,7 @@ def host_synchronizations(step: Call) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def kernels(step: Call) -> tuple[int, float]:
-    """Number of kernels, copies and fills that the GPU runs in a step, and their seconds."""
+def kernels(step: Call) -> dict[str, Any]:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with _quiet(), torch.profiler.profile(activities=activities) as profile:
@@ -194,4 +191,5 @@ def kernels(step: Call) -> tuple[int, float]:
         torch.cuda.synchronize()
     events: Any = profile.events()
     on_device = [event for event in events if event.device_type.name == "CUDA"]
-    return len(on_device), sum(event.time_range.elapsed_us() for event in on_device) / 1e6
+    seconds = sum(event.time_range.elapsed_us() for event in on_device) / 1e6
+    return {"kernels": len(on_device), "kernel_seconds": seconds}

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import multiprocessing as mp
 import pickle
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from syncbn.bench.timing import MIN_SAMPLE_SECONDS, Call, Timing, interleaved
 
 GRACE_SECONDS = 5.0
-"""After a first failure, to collect those of the others: the error of one rank leaves the rest in a collective."""
+"""How long processes may take to end by themselves after one has failed."""
 
 
 class ProcessError(RuntimeError):
@@ -49,28 +46,41 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
     Raises:
         ProcessError: a process raised, ended, or did not finish in time. No process is left then.
     """
-    context = mp.get_context("spawn")
-    workers: list[tuple[Any, Connection]] = []
+    deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
-        world = {"init_method": f"file://{Path(folder, 'rendezvous')}", "world_size": world_size}
-        world["timeout"] = datetime.timedelta(seconds=timeout)
+        context = spawn(_work, (world_size, folder, timeout, function, args), world_size, join=False, daemon=True)
         try:
-            for rank in range(world_size):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_work, args=(theirs, world | {"rank": rank}, function, args), daemon=True
-                )
-                process.start()
-                theirs.close()
-                workers.append((process, ours))
-            return _collect(workers, timeout)
+            while not context.join(max(0.0, deadline - time.monotonic()), GRACE_SECONDS):
+                if time.monotonic() >= deadline:
+                    late = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                    raise ProcessError(f"ranks {late} of {world_size} gave no answer within {timeout:g} s")
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            raise ProcessError(f"rank {error.error_index}: {error.msg.strip()}") from None
         finally:
-            for process, pipe in workers:
-                process.join(GRACE_SECONDS if process.exitcode == 0 else 0.1)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-                pipe.close()
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(_answer(folder, rank).read_bytes()) for rank in range(world_size)]
+
+
+def _answer(folder: str, rank: int) -> Path:
+    return Path(folder, f"answer-{rank}")
+
+
+def _work(
+    rank: int, world_size: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{Path(folder, 'rendezvous')}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    dist.barrier()  # a process that ended before another has connected to it would break that one
+    _answer(folder, rank).write_bytes(pickle.dumps(function(*args)))
+    dist.destroy_process_group()
 
 
 def interleaved_together(
@@ -98,42 +108,3 @@ def _largest(values: Any) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [float(value) for value in tensor]
-
-
-def _work(pipe: Connection, world: dict[str, Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", **world)
-        dist.barrier()  # a process that ended before another has connected to it would break that one
-        answer = (True, function(*args))
-    except Exception:
-        answer = (False, traceback.format_exc())
-    with contextlib.suppress(BrokenPipeError):  # the parent has ended
-        pipe.send_bytes(pickle.dumps(answer))  # by value: torch's own pickler sends handles that end with this process
-    if answer[0]:
-        dist.destroy_process_group()
-
-
-def _collect(workers: list[tuple[Any, Connection]], timeout: float) -> list[Any]:
-    deadline = time.monotonic() + timeout
-    waiting = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
-    while waiting and (left := deadline - time.monotonic()) > 0:
-        for pipe in wait(list(waiting), timeout=left):
-            assert isinstance(pipe, Connection)
-            rank = waiting.pop(pipe)
-            try:
-                done, answer = pickle.loads(pipe.recv_bytes())
-            except (EOFError, ConnectionResetError):
-                process = workers[rank][0]
-                process.join(GRACE_SECONDS)
-                done, answer = False, f"the process ended with exit code {process.exitcode}"
-            (results if done else failures)[rank] = answer
-        if failures:
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-    if failures:
-        raise ProcessError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
-    if waiting:
-        raise ProcessError(f"ranks {sorted(waiting.values())} of {len(workers)} gave no answer within {timeout:g} s")
-    return [results[rank] for rank in range(len(workers))]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import platform
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,9 @@ from syncbn.bench.bandwidth import Bandwidth
 from syncbn.bench.correctness import NAMES, tolerances
 from syncbn.bench.costs import Costs
 from syncbn.bench.growth import LINKS, GrowthRow
-from syncbn.bench.peers import CONTENDERS
 from syncbn.bench.rows import BenchResults, JudgedRow
 from syncbn.bench.shapes import DTYPES
-from syncbn.bench.steps import StepResults, StepTime
+from syncbn.bench.steps import StepResults
 from syncbn.bench.suites import LARGE_MEAN, SUITES, Measurement, Selection, Suite
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios
 
@@ -140,91 +142,58 @@ def write_files(
     """Write bench.json with everything, and bench.csv, steps.csv and growth.csv with a row per time."""
     content = {
         "machine": machine(),
-        "selection": asdict(selection),
-        "copy_bandwidth": None if results.bandwidth is None else _plain_bandwidth(results.bandwidth),
-        "table": [_plain_row(found) for found in judged],
-        "measurements": [_plain_measurement(m, results.bandwidth) for m in results.measurements],
+        "selection": selection,
+        "copy_bandwidth": results.bandwidth,
+        "table": [
+            {"row": j.row.name, "bound": j.row.bound, "measured": j.measured, "verdict": j.word, "note": j.note}
+            for j in judged
+        ],
+        "measurements": [_plain(m) | {"label": m.shape.label, "wrong": m.wrong} for m in results.measurements],
+        "steps": steps,
+        "growth": {"links": LINKS, "rows": growth},
     }
-    step_rows = [_step_row(time) for time in steps.times]
-    growth_rows = [row._asdict() for row in growth]
-    if step_rows:
-        content["steps"] = {"times": step_rows, "checks": steps.checks, "skipped": steps.skipped}
-    if growth_rows:
-        content["growth"] = {"links": [link._asdict() for link in LINKS], "rows": growth_rows}
-    (out / "bench.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
-    for name, rows in (("bench", csv_rows(results)), ("steps", step_rows), ("growth", growth_rows)):
-        if rows:
-            with (out / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+    (out / "bench.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
+    _write_csv(out / "bench.csv", csv_rows(results))
+    _write_csv(out / "steps.csv", [_columns(time._asdict()) for time in steps.times])
+    _write_csv(out / "growth.csv", [row._asdict() for row in growth])
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and named tuples as dicts, and other tuples as lists, for JSON."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def machine() -> dict[str, Any]:
     """What the measurements depend on: versions, processor, GPU."""
-    found: dict[str, Any] = {
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), None)
+    return {
         "syncbn": syncbn.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    try:
-        found["triton"] = __import__("triton").__version__
-    except ImportError:
-        found["triton"] = None
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _plain_bandwidth(bandwidth: Bandwidth) -> dict[str, Any]:
-    return {"bytes_per_second": bandwidth.bytes_per_second._asdict(), "tensor_bytes": bandwidth.tensor_bytes}
-
-
-def _plain_row(judged: JudgedRow) -> dict[str, Any]:
-    return {
-        "row": judged.row.name,
-        "limit": judged.row.limit,
-        "at_least": judged.row.at_least,
-        "measured": None if judged.measured is None else judged.measured.value._asdict(),
-        "verdict": judged.word,
-        "note": judged.note,
-    }
-
-
-def _plain_measurement(measurement: Measurement, bandwidth: Bandwidth | None) -> dict[str, Any]:
-    contenders: dict[str, Any] = {}
-    for name, errors in measurement.errors.items():
-        timing, costs = measurement.timings.get(name), measurement.costs.get(name)
-        contenders[name] = {
-            "ours": CONTENDERS[name].ours,
-            "errors": errors,
-            "within_tolerance": name not in measurement.wrong,
-            "seconds": None if timing is None else timing.spread._asdict(),
-            "samples": [] if timing is None else list(timing.samples),
-            "calls": None if timing is None else timing.calls,
-            "costs": None if costs is None else asdict(costs),
-        }
-    return {
-        "suite": measurement.suite,
-        "shape": {**asdict(measurement.shape), "label": measurement.shape.label},
-        "dtype": measurement.dtype,
-        "memory_limit_seconds": None if bandwidth is None else _memory_limit(measurement, bandwidth),
-        "contenders": contenders,
-        "unavailable": measurement.unavailable,
+        "gpu": gpu and gpu.name,
+        "gpu_bytes": gpu and gpu.total_memory,
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
     }
 
 
@@ -232,37 +201,33 @@ def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
     """A row for each shape, dtype and contender."""
     baselines = {suite.name: suite.baseline for suite in SUITES}
     rows = []
-    for measurement in results.measurements:
-        baseline, shape = baselines.get(measurement.suite, ""), measurement.shape
-        for name, timing in measurement.timings.items():
-            ratio = measurement.ratio(name, baseline) if baseline in measurement.timings else None
-            limit = None if results.bandwidth is None else _memory_limit(measurement, results.bandwidth)
-            rows.append(
-                {
-                    "suite": measurement.suite,
-                    "family": shape.family,
-                    "size": "x".join(map(str, shape.size)),
-                    "layers": shape.layers,
-                    "channels_last": shape.channels_last,
-                    "dtype": measurement.dtype,
-                    "contender": name,
-                    "baseline": baseline,
-                    **_columns("ratio", ratio),
-                    **_columns("seconds", timing.spread),
-                    "of_copy_bandwidth": None if limit is None else limit / timing.median,
-                    "largest_error": max(measurement.errors[name].values()),
-                    **asdict(measurement.costs.get(name, Costs())),
-                }
-            )
+    for m in results.measurements:
+        baseline = baselines.get(m.suite, "")
+        for name, timing in m.timings.items():
+            row = {
+                "suite": m.suite,
+                "family": m.shape.family,
+                "size": "x".join(map(str, m.shape.size)),
+                "layers": m.shape.layers,
+                "channels_last": m.shape.channels_last,
+                "dtype": m.dtype,
+                "contender": name,
+                "baseline": baseline,
+                "ratio": m.ratio(name, baseline) if baseline in m.timings else Spread(math.nan, math.nan, math.nan),
+                "seconds": timing.spread,
+                "of_copy_bandwidth": results.bandwidth and _memory_limit(m, results.bandwidth) / timing.median,
+                "largest_error": max(m.errors[name].values()),
+            }
+            rows.append(_columns(row | asdict(m.costs.get(name, Costs()))))
     return rows
 
 
-def _step_row(time: StepTime) -> dict[str, Any]:
-    row = time._asdict()
-    ratio, seconds = row.pop("ratio"), row.pop("seconds")
-    return row | _columns("ratio", ratio) | _columns("ms", Spread(*(1e3 * value for value in seconds)))
-
-
-def _columns(name: str, spread: Spread | None) -> dict[str, float | None]:
-    median, low, high = (None, None, None) if spread is None else spread
-    return {name: median, f"{name}_low": low, f"{name}_high": high}
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with three columns for each Spread: ``name``, ``name_low`` and ``name_high``."""
+    columns = {}
+    for name, value in row.items():
+        if isinstance(value, Spread):
+            columns |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
+        else:
+            columns[name] = value
+    return columns

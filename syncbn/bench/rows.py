@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from syncbn.bench.bandwidth import Bandwidth
 from syncbn.bench.peers import CONTENDERS
@@ -28,8 +29,7 @@ class BenchResults:
     """Time of a step of 8 emulated GPUs on one process over that on 4 processes."""
 
 
-@dataclass(frozen=True)
-class RowValue:
+class RowValue(NamedTuple):
     value: Spread
     detail: str = ""
 
@@ -49,8 +49,7 @@ class Row:
         return f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
 
 
-@dataclass(frozen=True)
-class JudgedRow:
+class JudgedRow(NamedTuple):
     row: Row
     measured: RowValue | None
     note: str
@@ -118,9 +117,10 @@ def _measured(
     return found
 
 
-def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: int) -> RowValue:
-    """The geometric mean of a ratio over shapes."""
-    detail = f"{len(found)} shapes, worst {ratios[worst].median:.2f} ({found[worst].shape.label})"
+def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> RowValue:
+    """The geometric mean of a ratio over shapes, and the ``worst`` one: ``max`` or ``min``."""
+    ratio, measurement = worst(zip(ratios, found, strict=True), key=lambda pair: pair[0].median)
+    detail = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
     return RowValue(geometric_mean_of_ratios(ratios), detail)
 
 
@@ -138,7 +138,7 @@ def quotient(
     def measure(results: BenchResults) -> RowValue:
         found = _measured(results, suite, (numerator, denominator), dtypes, family)
         ratios = [measurement.ratio(numerator, denominator) for measurement in found]
-        return _over_shapes(found, ratios, max(range(len(found)), key=lambda index: ratios[index].median))
+        return _over_shapes(found, ratios, max)
 
     return measure
 
@@ -167,7 +167,7 @@ def bandwidth(results: BenchResults) -> RowValue:
     for measurement in found:
         limit = results.bandwidth.seconds(measurement.shape, DTYPES[measurement.dtype])
         ratios.append(spread(limit / seconds for seconds in measurement.timings["SyncBatchNorm"].samples))
-    return _over_shapes(found, ratios, min(range(len(found)), key=lambda index: ratios[index].median))
+    return _over_shapes(found, ratios, min)
 
 
 def emulation(results: BenchResults) -> RowValue:
@@ -177,50 +177,29 @@ def emulation(results: BenchResults) -> RowValue:
 
 
 _BOTH = ("float32", "bfloat16")
-_ONE_GROUP = "GhostBatchNorm of 1 group"
+_SYNC, _LOCAL, _RENORM, _TORCH = "SyncBatchNorm", "nn.BatchNorm", "BatchRenorm", "torch's SyncBatchNorm function"
+_GHOST, _ONE_GROUP, _LOOP = "GhostBatchNorm", "GhostBatchNorm of 1 group", "loop over chunks"
+_FUSED, _OPS = "SyncBatchNorm + add + ReLU", "nn.BatchNorm, add, ReLU"
 
 ROWS = (
+    Row("CPU: SyncBatchNorm in a group of one / nn.BatchNorm", 0.85, quotient("alone", _SYNC, _LOCAL), "cpu"),
+    Row("CPU, 2 processes: SyncBatchNorm / textbook all-reduce", 0.45, quotient("pair", _SYNC, "textbook"), "cpu"),
     Row(
-        "CPU: SyncBatchNorm in a group of one / nn.BatchNorm",
-        0.85,
-        quotient("alone", "SyncBatchNorm", "nn.BatchNorm"),
-        "cpu",
+        "CPU, 2 processes: SyncBatchNorm / textbook compiled", 1.0, quotient("pair", _SYNC, "textbook compiled"), "cpu"
     ),
-    Row(
-        "CPU, 2 processes: SyncBatchNorm / textbook all-reduce",
-        0.45,
-        quotient("pair", "SyncBatchNorm", "textbook"),
-        "cpu",
-    ),
-    Row(
-        "CPU, 2 processes: SyncBatchNorm / textbook compiled",
-        1.0,
-        quotient("pair", "SyncBatchNorm", "textbook compiled"),
-        "cpu",
-    ),
-    Row("CPU: 32 ghost groups / 1 group", 1.4, quotient("ghost", "GhostBatchNorm", _ONE_GROUP), "cpu"),
-    Row("CPU: 32 ghost groups / loop over chunks", 0.6, quotient("ghost", "GhostBatchNorm", "loop over chunks"), "cpu"),
-    Row("CPU: BatchRenorm / nn.BatchNorm", 1.1, quotient("alone", "BatchRenorm", "nn.BatchNorm"), "cpu"),
+    Row("CPU: 32 ghost groups / 1 group", 1.4, quotient("ghost", _GHOST, _ONE_GROUP), "cpu"),
+    Row("CPU: 32 ghost groups / loop over chunks", 0.6, quotient("ghost", _GHOST, _LOOP), "cpu"),
+    Row("CPU: BatchRenorm / nn.BatchNorm", 1.1, quotient("alone", _RENORM, _LOCAL), "cpu"),
     Row("saved for backward beyond the input, numbers per channel and group", 8, saved),
     Row("CPU: 8 emulated GPUs in one process / the step on 4 real processes", 0.5, emulation, "cpu"),
     Row(
         "CUDA: SyncBatchNorm alone in its group / torch's SyncBatchNorm function",
         0.7,
-        quotient("alone", "SyncBatchNorm", "torch's SyncBatchNorm function", _BOTH, "resnet50"),
+        quotient("alone", _SYNC, _TORCH, _BOTH, "resnet50"),
         "cuda",
     ),
     Row("CUDA: achieved bandwidth over 100 MB / copy bandwidth", 0.85, bandwidth, "cuda", at_least=True),
-    Row(
-        "CUDA: fused BN+add+ReLU / torch's three ops",
-        0.6,
-        quotient("fused", "SyncBatchNorm + add + ReLU", "nn.BatchNorm, add, ReLU", _BOTH),
-        "cuda",
-    ),
-    Row("CUDA: 32 ghost groups / 1 group", 1.15, quotient("ghost", "GhostBatchNorm", _ONE_GROUP, _BOTH), "cuda"),
-    Row(
-        "CUDA: 32 ghost groups / loop over chunks",
-        0.2,
-        quotient("ghost", "GhostBatchNorm", "loop over chunks", _BOTH),
-        "cuda",
-    ),
+    Row("CUDA: fused BN+add+ReLU / torch's three ops", 0.6, quotient("fused", _FUSED, _OPS, _BOTH), "cuda"),
+    Row("CUDA: 32 ghost groups / 1 group", 1.15, quotient("ghost", _GHOST, _ONE_GROUP, _BOTH), "cuda"),
+    Row("CUDA: 32 ghost groups / loop over chunks", 0.2, quotient("ghost", _GHOST, _LOOP, _BOTH), "cuda"),
 )

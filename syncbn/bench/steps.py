@@ -70,7 +70,7 @@ class StepTime(NamedTuple):
     """The normalization; in the emulation one of :data:`ARMS`."""
     ratio: Spread
     """Time over that of local BatchNorm; in the emulation that of one process over that of 4."""
-    seconds: Spread
+    ms: Spread
     """In the emulation those of the one process."""
 
 
@@ -81,6 +81,11 @@ class StepResults:
     """Largest relative difference between steps that must be equal, in float64."""
     skipped: list[str] = field(default_factory=list)
     """What was not measured, and why."""
+
+    def add(self, part: str, config: StepConfig, ranks: int, variant: str, timing: Timing, baseline: Timing) -> None:
+        ms = Spread(*(1e3 * seconds for seconds in timing.spread))
+        where = (part, config.model, config.batch, config.image_size, ranks)
+        self.times.append(StepTime(*where, variant, ratio(timing, baseline), ms))
 
 
 def run_steps(
@@ -102,77 +107,59 @@ def run_steps(
     for config in configs or CONFIGS[device.type]:
         slow = config.model == "resnet50" and device.type == "cpu"
         own_rounds = max(3, rounds // 2) if slow else rounds
+        progress(f"steps: {config.model}, {config.batch} images on one process")
         try:
-            timings = alone(config, own_rounds, device)
+            timings = time_steps(config, own_rounds, device)
         except ImportError as error:
-            if f"{config.model}: {error}" not in results.skipped:
-                results.skipped.append(f"{config.model}: {error}")
+            results.skipped.append(f"{config.model}, {config.batch} images: {error}")
             continue
         chosen.append((config, own_rounds))
-        results.times += _step_times("one process", config, 1, timings)
-        progress(f"steps: {config.model}, {config.batch} images on one process")
+        for name, timing in timings.items():
+            results.add("one process", config, 1, name, timing, timings["local"])
     if device.type == "cuda":
         results.skipped.append("steps on several processes and the emulation: measured with --device cpu")
         return results
     for world in worlds:
+        progress(f"steps: {', '.join(config.model for config, _ in chosen)} on {world} processes")
         differences, found = run_processes(together_job, world, CHECKED, chosen)[0]
         results.checks |= differences
         for (config, _), timings in zip(chosen, found, strict=True):
-            results.times += _step_times("processes", config, world, timings)
-        progress(f"steps: {', '.join(config.model for config, _ in chosen)} on {world} processes")
+            for name, timing in timings.items():
+                results.add("processes", config, world, name, timing, timings["local"])
     return results
 
 
-def _step_times(part: str, config: StepConfig, ranks: int, timings: Mapping[str, Timing]) -> Iterable[StepTime]:
-    where = (part, config.model, config.batch, config.image_size, ranks)
-    for name, timing in timings.items():
-        yield StepTime(*where, name, ratio(timing, timings["local"]), timing.spread)
-
-
-def alone(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Time a step of each normalization on this process, in turns."""
-    steps = _steps(config, device, 0, 1)
-    first = {name: float(step()) for name, step in steps.items()}
-    timings = interleaved(steps, rounds=rounds, device=device)
-    _check_losses(first, {name: float(step()) for name, step in steps.items()})
+def time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Time a step of each normalization, in turns, on this process or together with the others of its world."""
+    together = dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    x, y = make_batch(config, device, torch.float32, rank, processes)
+    steps = {}
+    for name, options in variants(config).items():
+        model = build(config, options, device, torch.float32)
+        steps[name] = make_step(wrap(model) if together else model, x, y, processes)
+    first = {name: _total(step) for name, step in steps.items()}
+    if together:
+        timings = interleaved_together(steps, rounds=rounds, warmup=1)
+    else:
+        timings = interleaved(steps, rounds=rounds, device=device)
+    _check_losses(first, {name: _total(step) for name, step in steps.items()})
     return timings
 
 
 def together_job(
     small: StepConfig, configs: Sequence[tuple[StepConfig, int]]
 ) -> tuple[dict[str, float], list[dict[str, Timing]]]:
-    """Check and time the normalizations; called on each process of a world.
-
-    Args:
-        small: for :func:`~syncbn.bench.step_models.check_together`.
-        configs: what to time, each with its rounds.
-
-    Returns:
-        The checks' differences, and the timings for each of ``configs``.
-    """
-    differences = check_together(small)
-    found = []
-    for config, rounds in configs:
-        steps = _steps(config, CPU, dist.get_rank(), dist.get_world_size())
-        first = {name: _total(step) for name, step in steps.items()}
-        found.append(interleaved_together(steps, rounds=rounds, warmup=1))
-        _check_losses(first, {name: _total(step) for name, step in steps.items()})
-    return differences, found
-
-
-def _steps(config: StepConfig, device: torch.device, rank: int, processes: int) -> dict[str, TrainingStep]:
-    x, y = make_batch(config, device, torch.float32, rank, processes)
-    steps = {}
-    for name, options in variants(config).items():
-        model = build(config, options, device, torch.float32)
-        steps[name] = make_step(model if processes == 1 else wrap(model), x, y, processes)
-    return steps
+    """Called on each process of a world: :func:`check_together` on ``small``, and the timings for each of ``configs``,
+    which come with their rounds."""
+    return check_together(small), [time_steps(config, rounds, CPU) for config, rounds in configs]
 
 
 def _total(step: TrainingStep) -> float:
     """Take a step; its loss over all processes."""
     loss = step()
-    dist.all_reduce(loss)
+    if dist.is_initialized():
+        dist.all_reduce(loss)
     return float(loss)
 
 
@@ -201,13 +188,12 @@ def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> StepResults
     Raises:
         RuntimeError: the two sides differ in float64.
     """
-    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, config, ARMS)[0]
-    where = ("emulation", config.model, config.batch, config.image_size, REAL_PROCESSES)
-    times = [
-        StepTime(*where, arm, ratio(found["one"], found["four"]), found["one"].spread) for arm, found in timings.items()
-    ]
     progress(f"steps: {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
-    return StepResults(times, checked(differences))
+    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, config, ARMS)[0]
+    results = StepResults(checks=checked(differences))
+    for arm, found in timings.items():
+        results.add("emulation", config, REAL_PROCESSES, arm, found["one"], found["four"])
+    return results
 
 
 def emulation_ratio(times: Iterable[StepTime]) -> Spread:
@@ -258,25 +244,17 @@ def _losses_differ(one: TrainingStep, four: TrainingStep) -> float:
 def step_lines(device: str, results: StepResults) -> list[str]:
     """The results as text."""
     text = [f"Training steps ({device}): forward, loss, backward, SGD; median (quartiles)"]
-    text.append(f"{'model':<9} {'batch':>5} {'pixels':>6} {'processes':>9}  {'norm':<7} {'time / local':<21} ms")
-    text += [f"{_where(t)} {t.ranks:>9}  {_spreads(t)}" for t in results.times if t.part != "emulation"]
-    emulated = [time for time in results.times if time.part == "emulation"]
-    if emulated:
+    text += _table([time for time in results.times if time.part != "emulation"], "time / local")
+    if emulated := [time for time in results.times if time.part == "emulation"]:
         text += ["", f"{LOGICAL_GPUS} logical GPUs on one process, against the same step on {REAL_PROCESSES} processes"]
-        text.append(f"{'model':<9} {'batch':>5} {'pixels':>6} {'':>9}  {'norm':<7} {'one / four':<21} ms of the one")
-        text += [f"{_where(time)} {'':>9}  {_spreads(time)}" for time in emulated]
-        text.append(f"geometric mean {emulation_ratio(emulated)}")
+        text += [*_table(emulated, "one / several"), f"geometric mean {emulation_ratio(emulated)}"]
     text += ["", "Checked in float64, largest relative difference of loss and gradients:"]
     text += [f"  {what}: {difference:.1e}" for what, difference in results.checks.items()]
     return text + ["Not measured:", *(f"  {line}" for line in results.skipped)] * bool(results.skipped)
 
 
-def _where(time: StepTime) -> str:
-    return f"{time.model:<9} {time.batch:>5} {time.image_size:>6}"
-
-
-def _spreads(time: StepTime) -> str:
-    low, high = time.ratio.low, time.ratio.high
-    ms = [1e3 * seconds for seconds in time.seconds]
-    ratios = f"{time.ratio.median:.2f} ({low:.2f}-{high:.2f})"
-    return f"{time.variant:<7} {ratios:<21} {ms[0]:.1f} ({ms[1]:.1f}-{ms[2]:.1f})"
+def _table(times: Iterable[StepTime], ratios: str) -> Iterable[str]:
+    yield f"{'model':<9} {'batch':>5} {'pixels':>6} {'processes':>9}  {'norm':<7} {ratios:<21} ms"
+    for time in times:
+        where = f"{time.model:<9} {time.batch:>5} {time.image_size:>6} {time.ranks:>9}"
+        yield f"{where}  {time.variant:<7} {time.ratio!s:<21} {time.ms}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +21,10 @@ from syncbn.bench.timing import Spread, Timing, interleaved, ratio
 
 GROUPS = 32
 COMPILED_BATCH = 8
-"""Compiled contenders that no row needs are timed at this batch size alone: each compilation takes seconds."""
-
 PROFILED_CHANNELS = 256
 """Layers with this many channels have their GPU kernels counted. Every family has some, and the profiler is slow."""
-
 LARGE_MEAN = 1e3
 """The mean at which the errors of all contenders are shown; the standard deviation is 1."""
-
 WORLD_TIMEOUT_SECONDS = 1800.0
 
 
@@ -184,11 +179,7 @@ class Measurement:
 
 
 def run_suite(suite: Suite, selection: Selection) -> list[Measurement]:
-    """Check, time and measure a suite's contenders on all its shapes.
-
-    Raises:
-        WrongError: a layer of ours is wrong; no contender is timed on that shape.
-    """
+    """Check, time and measure a suite's contenders on all its shapes; WrongError if a layer of ours is wrong."""
     if suite.world_size == 1:
         return _run(suite, selection, None)
     answers = run_processes(_run_in_world, suite.world_size, suite.name, selection, timeout=WORLD_TIMEOUT_SECONDS)
@@ -283,15 +274,14 @@ def _checked_steps(
 
 def _share_errors(found: Measurement, group: dist.ProcessGroup) -> None:
     """Take each error's maximum over the processes, so that all time the same contenders and raise together."""
-    everyone: list[dict[str, dict[str, float]]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(everyone, found.errors, group=group)
-    for name, own in list(found.errors.items()):
-        if not all(name in other for other in everyone):
-            del found.errors[name]
-            found.unavailable[name] = "it failed on another process"
-            continue
-        for tensor in own:
-            own[tensor] = max(other[name][tensor] for other in everyone)
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, (found.errors, found.unavailable), group=group)
+    for _, unavailable in everyone:
+        found.unavailable |= unavailable
+    for name in found.unavailable:
+        found.errors.pop(name, None)
+    for name, own in found.errors.items():
+        found.errors[name] = {tensor: max(errors[name][tensor] for errors, _ in everyone) for tensor in own}
 
 
 def _require_right(found: Measurement) -> None:
@@ -319,10 +309,8 @@ def world_of_one(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "nccl" if dist.is_nccl_available() else "gloo"
-    with tempfile.TemporaryDirectory() as folder:
-        where = f"file://{Path(folder, 'rendezvous')}"
-        dist.init_process_group(backend, init_method=where, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

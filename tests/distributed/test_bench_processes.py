@@ -95,7 +95,8 @@ def test_a_sample_is_the_slowest_process_on_all_of_them():
 
 
 @pytest.mark.parametrize(
-    ("function", "message"), [(raises, "rank 1: Traceback.*this rank has had enough"), (ends, "rank 1: .*exit code 3")]
+    ("function", "message"),
+    [(raises, "rank 1: .*Traceback.*this rank has had enough"), (ends, "rank 1: .*exit code 3")],
 )
 def test_a_failing_process_is_an_error_with_its_reason(function, message):
     start = time.monotonic()

@@ -43,9 +43,10 @@ def test_the_command_writes_what_it_measures(one_suite, tmp_path, capfd):
     assert content["selection"]["dtypes"] == ["float32", "bfloat16"]
     assert [line["row"] for line in content["table"]] == [row.name for row in ROWS]
     first = next(m for m in content["measurements"] if m["suite"] == "alone")
-    ours = first["contenders"]["SyncBatchNorm"]
-    assert len(ours["samples"]) == 3
-    assert ours["within_tolerance"]
+    assert len(first["timings"]["SyncBatchNorm"]["samples"]) == 3
+    assert first["costs"]["SyncBatchNorm"]["collectives"] == 0
+    assert "SyncBatchNorm" in first["errors"]
+    assert "SyncBatchNorm" not in first["wrong"]
     assert first["unavailable"]["textbook compiled"] == "left out of this test"
     with (tmp_path / "bench.csv").open() as file:
         lines = list(csv.DictReader(file))
