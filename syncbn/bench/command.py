@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import torch
 
 from syncbn.bench.bandwidth import measure_bandwidth
-from syncbn.bench.growth import GrowthRow, growth_lines, growth_rows
+from syncbn.bench.growth import growth_lines, growth_rows
 from syncbn.bench.peers import CONTENDERS, Contender, UnavailableError
 from syncbn.bench.problem import Problem, make_problem
 from syncbn.bench.processes import ProcessError, progress
 from syncbn.bench.report import summary, write_files
 from syncbn.bench.rows import ROWS, BenchResults, JudgedRow, judge, table
 from syncbn.bench.shapes import DEFAULT_FAMILIES, DTYPES, FAMILIES, SHORT_DTYPES, Shape
-from syncbn.bench.steps import StepResults, emulation_ratio, measure_emulation, run_steps, step_lines
+from syncbn.bench.steps import measure_emulation, run_steps
 from syncbn.bench.suites import (
     GROUPS,
     Selection,
@@ -165,16 +165,15 @@ def _run(selection: Selection, out: Path | None) -> int:
         if selection.device == "cpu":  # as each of several processes has, and steadier
             torch.set_num_threads(1)
         results = _measure_layers(selection)
-        steps, growth = _measure_steps(selection, results)
+        if "resnet50" in selection.families:
+            _measure_steps(selection, results)
     finally:
         torch.set_num_threads(threads)
     judged = judge(ROWS, results)
-    lines = summary(results)
-    if growth:
-        lines += ["", *step_lines(selection.device, steps), "", *growth_lines(growth)]
-    print("\n".join(lines))
+    growth = growth_rows() if "resnet50" in selection.families and not selection.check else []
+    print("\n".join([*summary(results), "", *growth_lines(growth)]))
     if out is not None:
-        write_files(out, selection, results, judged, steps, growth)
+        write_files(out, selection, results, judged, growth)
         print(f"all files are in {out}")
     return _conclude(selection, judged, time.monotonic() - start)
 
@@ -192,18 +191,16 @@ def _measure_layers(selection: Selection) -> BenchResults:
     return results
 
 
-def _measure_steps(selection: Selection, results: BenchResults) -> tuple[StepResults, list[GrowthRow]]:
-    """Whole training steps and the growth table, both about ResNets. With --check only the emulation is needed."""
-    steps, growth = StepResults(), []
-    if "resnet50" in selection.families:
-        if not selection.check:
-            steps, growth = run_steps(torch.device(selection.device), selection.rounds), growth_rows()
-        if selection.device == "cpu":
-            emulated = measure_emulation(selection.rounds)
-            results.emulation = emulation_ratio(emulated.times)
-            steps.times += emulated.times
-            steps.checks |= emulated.checks
-    return steps, growth
+def _measure_steps(selection: Selection, results: BenchResults) -> None:
+    """Whole training steps, which are ResNets'. With --check only the emulation, which is a row."""
+    found = []
+    if not selection.check:
+        found.append(run_steps(torch.device(selection.device), selection.rounds))
+    if selection.device == "cpu":
+        found.append(measure_emulation(selection.rounds))
+    for measurements, checks in found:
+        results.measurements += measurements
+        results.step_checks |= checks
 
 
 def _conclude(selection: Selection, judged: Sequence[JudgedRow], seconds: float) -> int:

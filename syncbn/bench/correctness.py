@@ -32,27 +32,24 @@ def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, .
     """
     if kind == "local":
         parts, rank = [parts[rank]], 0
-    own = parts[rank]
-    xs = [part.x.detach().double().requires_grad_() for part in parts]
-    weight, bias = (t.double().requires_grad_() for t in (own.weight, own.bias))
-    residual = own.residual.double().requires_grad_()
-    normalized = _normalize(torch.cat(xs), own.groups if kind == "ghost" else 1)
+    # Each process has its own row of x (R, N, C, *) and of the parameters (R, C), and so its own gradients.
+    x, weight, bias, residual = (
+        torch.stack([getattr(part, name) for part in parts]).double().requires_grad_()
+        for name in ("x", "weight", "bias", "residual")
+    )
+    normalized = _normalize(x, parts[0].groups if kind == "ghost" else 1)
     if kind == "renorm":
-        normalized = _renormalize(normalized, torch.cat(xs), own)
-    view = _view(own)
-    outputs = []
-    for index, (piece, part) in enumerate(zip(normalized.split([len(x) for x in xs]), parts, strict=True)):
-        # All processes have equal parameters. Only this process's part may add to the gradients of its own.
-        here = index == rank
-        scale, shift = (weight, bias) if here else (part.weight.double(), part.bias.double())
-        y = piece * scale.view(view) + shift.view(view)
-        if kind == "add_relu":
-            y = y + (residual if here else part.residual.double())
-        outputs.append(F.relu(y) if kind in ("relu", "add_relu") else y)
-    total = sum((y * part.grad_output.double()).sum() for y, part in zip(outputs, parts, strict=True))
-    assert isinstance(total, Tensor)
-    wanted = (xs[rank], weight, bias, *((residual,) if kind == "add_relu" else ()))
-    return outputs[rank].detach(), *torch.autograd.grad(total, wanted)
+        r, d = _corrections(x, parts[0])
+        normalized = normalized * r + d
+    view = (*weight.shape[:1], 1, -1, *(1,) * (x.dim() - 3))
+    y = normalized * weight.view(view) + bias.view(view)
+    if kind == "add_relu":
+        y = y + residual
+    if kind in ("relu", "add_relu"):
+        y = F.relu(y)
+    leaves = (x, weight, bias, *((residual,) if kind == "add_relu" else ()))
+    grad_output = torch.stack([part.grad_output for part in parts]).double()
+    return tuple(tensor[rank] for tensor in (y.detach(), *torch.autograd.grad(y, leaves, grad_output)))
 
 
 def references(parts: Sequence[Problem], rank: int) -> Callable[[str], tuple[Tensor, ...]]:
@@ -61,24 +58,21 @@ def references(parts: Sequence[Problem], rank: int) -> Callable[[str], tuple[Ten
     return lambda kind: cached("batch" if kind == "local" and len(parts) == 1 else kind)
 
 
-def _normalize(x: Tensor, groups: int) -> Tensor:
-    chunks = [F.batch_norm(chunk, None, None, training=True, eps=EPS) for chunk in x.chunk(groups)]
-    return torch.cat(chunks)
+def _normalize(x: Tensor, groups: int = 1) -> Tensor:
+    """x (R, N, C, *), normalized by the statistics of each of ``groups`` parts of the whole batch."""
+    chunks = x.flatten(0, 1).chunk(groups)
+    return torch.cat([F.batch_norm(chunk, None, None, training=True, eps=EPS) for chunk in chunks]).view_as(x)
 
 
-def _renormalize(normalized: Tensor, x: Tensor, own: Problem) -> Tensor:
+def _corrections(x: Tensor, part: Problem) -> tuple[Tensor, Tensor]:
     """r and d (Ioffe 2017, algorithm 1), constants for the gradient, from the running statistics before the step."""
     with torch.no_grad():
-        var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
-        sigma = torch.sqrt(own.running_var.double() + EPS)
+        view = (-1, *(1,) * (x.dim() - 3))
+        var, mean = torch.var_mean(x, (0, 1, *range(3, x.dim())), correction=0)
+        sigma = torch.sqrt(part.running_var.double() + EPS)
         r = (torch.sqrt(var + EPS) / sigma).clamp(1 / R_MAX, R_MAX)
-        d = ((mean - own.running_mean.double()) / sigma).clamp(-D_MAX, D_MAX)
-    return normalized * r.view(_view(own)) + d.view(_view(own))
-
-
-def _view(problem: Problem) -> tuple[int, ...]:
-    """The shape in which a tensor (C,) broadcasts over x."""
-    return 1, -1, *(1,) * (problem.x.dim() - 2)
+        d = ((mean - part.running_mean.double()) / sigma).clamp(-D_MAX, D_MAX)
+        return r.view(view), d.view(view)
 
 
 def avoid_kinks(parts: Sequence[Problem]) -> None:
@@ -87,11 +81,11 @@ def avoid_kinks(parts: Sequence[Problem]) -> None:
     There rounding decides whether the gradient passes, so contenders that differ by one rounding would differ by the
     whole gradient.
     """
-    view = _view(parts[0])
+    view = (-1, *(1,) * (parts[0].x.dim() - 2))
     weight, bias = (t.double().view(view) for t in (parts[0].weight, parts[0].bias))
     margin = 16 * torch.finfo(parts[0].x.dtype).eps
-    normalized = _normalize(torch.cat([part.x.double() for part in parts]), 1)
-    for part, piece in zip(parts, normalized.split([len(part.x) for part in parts]), strict=True):
+    normalized = _normalize(torch.stack([part.x for part in parts]).double())
+    for part, piece in zip(parts, normalized, strict=True):
         z = piece * weight + bias
         near = (z.abs() < margin) | ((z + part.residual.double()).abs() < margin)
         part.grad_output.masked_fill_(near, 0.0)

@@ -120,6 +120,8 @@ def growth_rows() -> list[GrowthRow]:
 
 def growth_lines(rows: Sequence[GrowthRow]) -> list[str]:
     """The table as text."""
+    if not rows:
+        return []
     text = [
         f"Modelled cost of synchronization: {2 * len(RESNET50_CHANNELS)} all-reduces per ResNet-50 step, in ms",
         f"(nodes of {RANKS_PER_NODE} GPUs; nothing overlaps; the network is idle otherwise; all ranks arrive together)",

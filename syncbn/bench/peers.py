@@ -165,7 +165,7 @@ def _textbook(problem: Problem, reduce: str, compiled: bool = False) -> LayerSte
     return _formula_step(lambda x, layer: textbook.batch_norm(x, layer, count, average), problem, compiled)
 
 
-def _averages(problem: Problem, reduce: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _averages(problem: Problem, reduce: str) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     """A differentiable function of two tensors to their averages over the processes.
 
     Args:
@@ -182,12 +182,7 @@ def _averages(problem: Problem, reduce: str) -> Callable[[Tensor, Tensor], tuple
     functional = importlib.import_module("torch.distributed._functional_collectives").all_reduce
     if reduce == "apart":
         return lambda mean, square: (functional(mean, "sum", group) / size, functional(square, "sum", group) / size)
-
-    def together(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        both = functional(torch.stack((mean, square)), "sum", group) / size
-        return both[0], both[1]
-
-    return together
+    return lambda mean, square: (functional(torch.stack((mean, square)), "sum", group) / size).unbind()
 
 
 def _ghost_loop(problem: Problem) -> LayerStep:

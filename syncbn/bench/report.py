@@ -24,11 +24,12 @@ from syncbn.bench.costs import Costs
 from syncbn.bench.growth import LINKS, GrowthRow
 from syncbn.bench.rows import BenchResults, JudgedRow
 from syncbn.bench.shapes import DTYPES
-from syncbn.bench.steps import StepResults
+from syncbn.bench.steps import STEP_SUITES
 from syncbn.bench.suites import LARGE_MEAN, SUITES, Measurement, Selection, Suite
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios
 
 WIDTH = 100
+ALL_SUITES = (*SUITES, *STEP_SUITES)
 
 # -- text --------------------------------------------------------------------------------------------------------------
 
@@ -36,14 +37,17 @@ WIDTH = 100
 def summary(results: BenchResults) -> list[str]:
     """Lines of text: for each suite and dtype the contenders' ratios and costs; then errors and bandwidth."""
     lines: list[str] = []
-    for suite in SUITES:
+    for suite in ALL_SUITES:
         for dtype in DTYPES:
             found = [m for m in results.measurements if m.suite == suite.name and m.dtype == dtype]
-            if found:
-                lines += [*_suite_lines(suite, dtype, found, results.bandwidth), ""]
+            for together in [[m] for m in found] if suite.separate else [found] if found else []:
+                lines += [*_suite_lines(suite, dtype, together, results.bandwidth), ""]
     for measurement in results.measurements:
         if measurement.suite == "large mean":
             lines += [*_large_mean_lines(measurement), ""]
+    if results.step_checks:
+        lines.append("training steps that must be equal, in float64: largest difference of loss and gradients")
+        lines += [*(f"  {what}: {difference:.1e}" for what, difference in results.step_checks.items()), ""]
     if results.bandwidth is not None:
         spread = Spread(*(value / 1e9 for value in results.bandwidth.bytes_per_second))
         lines.append(f"copy bandwidth of this machine, bytes read plus bytes written: {spread} GB/s")
@@ -51,8 +55,9 @@ def summary(results: BenchResults) -> list[str]:
 
 
 def _suite_lines(suite: Suite, dtype: str, found: Sequence[Measurement], bandwidth: Bandwidth | None) -> Iterable[str]:
-    yield f"{suite.title}, {dtype}, {len(found)} shapes"
-    yield f"  time / {suite.baseline}: geometric mean (quartiles), lowest to highest median"
+    yield f"{suite.title}: {found[0].shape.label if suite.separate else f'{len(found)} shapes'}, {dtype}"
+    mean = "median (quartiles), time" if suite.separate else "geometric mean (quartiles), lowest to highest median"
+    yield f"  time / {suite.baseline}: {mean}"
     for name in (*suite.needed, *suite.more):
         timed = [m for m in found if name in m.timings and suite.baseline in m.timings]
         if timed:
@@ -72,6 +77,8 @@ def _contender_lines(name: str, baseline: str, timed: Sequence[Measurement], sha
     medians = [ratio.median for ratio in ratios]
     few = f", {len(timed)} of the shapes" if len(timed) < shapes else ""
     between = f"{min(medians):.2f} to {max(medians):.2f}{few}"
+    if shapes == 1:
+        between = f"{1e3 * timed[0].timings[name].median:.3g} ms"
     yield f"  {name:<33} {geometric_mean_of_ratios(ratios)!s:<20} {between}"
     yield from _wrapped(_costs([m.costs[name] for m in timed if name in m.costs]), 6)
     if sums := _resnet50_sums(name, timed):
@@ -111,7 +118,7 @@ def _costs(found: Sequence[Costs]) -> str:
         if values:
             ends = dict.fromkeys(f"{value:.4g}" for value in (min(values), max(values)))
             parts.append(f"{' to '.join(ends)} {word}")
-    return ", ".join(parts) or "costs not measured"
+    return ", ".join(parts)
 
 
 def _large_mean_lines(measurement: Measurement) -> Iterable[str]:
@@ -136,10 +143,9 @@ def write_files(
     selection: Selection,
     results: BenchResults,
     judged: Sequence[JudgedRow],
-    steps: StepResults,
     growth: Sequence[GrowthRow],
 ) -> None:
-    """Write bench.json with everything, and bench.csv, steps.csv and growth.csv with a row per time."""
+    """Write bench.json with everything, bench.csv with a row per time, and growth.csv."""
     content = {
         "machine": machine(),
         "selection": selection,
@@ -149,12 +155,11 @@ def write_files(
             for j in judged
         ],
         "measurements": [_plain(m) | {"label": m.shape.label, "wrong": m.wrong} for m in results.measurements],
-        "steps": steps,
+        "step_checks": results.step_checks,
         "growth": {"links": LINKS, "rows": growth},
     }
     (out / "bench.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
     _write_csv(out / "bench.csv", csv_rows(results))
-    _write_csv(out / "steps.csv", [_columns(time._asdict()) for time in steps.times])
     _write_csv(out / "growth.csv", [row._asdict() for row in growth])
 
 
@@ -199,10 +204,11 @@ def machine() -> dict[str, Any]:
 
 def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
     """A row for each shape, dtype and contender."""
-    baselines = {suite.name: suite.baseline for suite in SUITES}
+    baselines = {suite.name: suite.baseline for suite in ALL_SUITES}
     rows = []
     for m in results.measurements:
         baseline = baselines.get(m.suite, "")
+        limit = _memory_limit(m, results.bandwidth) if results.bandwidth is not None and m.costs else None
         for name, timing in m.timings.items():
             row = {
                 "suite": m.suite,
@@ -215,8 +221,8 @@ def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
                 "baseline": baseline,
                 "ratio": m.ratio(name, baseline) if baseline in m.timings else Spread(math.nan, math.nan, math.nan),
                 "seconds": timing.spread,
-                "of_copy_bandwidth": results.bandwidth and _memory_limit(m, results.bandwidth) / timing.median,
-                "largest_error": max(m.errors[name].values()),
+                "of_copy_bandwidth": limit and limit / timing.median,
+                "largest_error": max(m.errors[name].values()) if m.errors else None,
             }
             rows.append(_columns(row | asdict(m.costs.get(name, Costs()))))
     return rows
@@ -224,7 +230,7 @@ def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
     """``row`` with three columns for each Spread: ``name``, ``name_low`` and ``name_high``."""
-    columns = {}
+    columns: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Spread):
             columns |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from syncbn.bench.processes import interleaved_together, progress, run_processes
+from syncbn.bench.shapes import Shape
 from syncbn.bench.step_models import (
     CPU,
     StepConfig,
@@ -29,7 +30,8 @@ from syncbn.bench.step_models import (
     variants,
     wrap,
 )
-from syncbn.bench.timing import Spread, Timing, geometric_mean_of_ratios, interleaved, ratio
+from syncbn.bench.suites import Measurement, Suite
+from syncbn.bench.timing import Timing, interleaved
 
 CONFIGS = {
     "cpu": (
@@ -55,82 +57,84 @@ With more images convolutions dominate, and four processes have more cores for t
 ARMS = ("local", "groups", "sync")
 """Statistics of each logical GPU, of groups of 4, of all 8."""
 
-
-class StepTime(NamedTuple):
-    """One normalization's step."""
-
-    part: str
-    """``"one process"``, ``"processes"`` or ``"emulation"``."""
-    model: str
-    batch: int
-    """Images per process; per logical GPU in the emulation."""
-    image_size: int
-    ranks: int
-    variant: str
-    """The normalization; in the emulation one of :data:`ARMS`."""
-    ratio: Spread
-    """Time over that of local BatchNorm; in the emulation that of one process over that of 4."""
-    ms: Spread
-    """In the emulation those of the one process."""
-
-
-@dataclass
-class StepResults:
-    times: list[StepTime] = field(default_factory=list)
-    checks: dict[str, float] = field(default_factory=dict)
-    """Largest relative difference between steps that must be equal, in float64."""
-    skipped: list[str] = field(default_factory=list)
-    """What was not measured, and why."""
-
-    def add(self, part: str, config: StepConfig, ranks: int, variant: str, timing: Timing, baseline: Timing) -> None:
-        ms = Spread(*(1e3 * seconds for seconds in timing.spread))
-        where = (part, config.model, config.batch, config.image_size, ranks)
-        self.times.append(StepTime(*where, variant, ratio(timing, baseline), ms))
+WORLDS = (1, 2, 4)
+STEP_SUITES = (
+    *(
+        Suite(f"step on {n}", f"training step on {n} processes", "local", tuple(variants(EMULATED)), separate=True)
+        for n in WORLDS
+    ),
+    Suite(
+        "emulation",
+        f"training step of {LOGICAL_GPUS} logical GPUs, emulated on one process or on {REAL_PROCESSES} real ones",
+        baseline="real",
+        needed=("emulated", "real"),
+        rows_on=("cpu",),
+    ),
+)
 
 
 def run_steps(
-    device: torch.device, rounds: int, worlds: Sequence[int] = (2, 4), configs: Sequence[StepConfig] | None = None
-) -> StepResults:
+    device: torch.device, rounds: int, worlds: Sequence[int] = WORLDS, configs: Sequence[StepConfig] | None = None
+) -> tuple[list[Measurement], dict[str, float]]:
     """Check and time the steps on one process and, on the CPU, on several.
 
     Args:
         device: of the steps on one process.
         rounds: samples of each. ResNet-50 on the CPU has half as many, at least three: its step takes a second.
-        worlds: numbers of gloo processes.
+        worlds: numbers of processes.
         configs: default :data:`CONFIGS` for the device.
+
+    Returns:
+        The timings, and the largest relative difference between steps that must be equal.
 
     Raises:
         RuntimeError: two steps that must be equal are not, or a loss has not fallen.
     """
-    results = StepResults(checks=check_alone(CHECKED))
-    chosen: list[tuple[StepConfig, int]] = []
+    measurements: list[Measurement] = []
+    checks: dict[str, float] = {}
+    jobs = []
     for config in configs or CONFIGS[device.type]:
-        slow = config.model == "resnet50" and device.type == "cpu"
-        own_rounds = max(3, rounds // 2) if slow else rounds
-        progress(f"steps: {config.model}, {config.batch} images on one process")
         try:
-            timings = time_steps(config, own_rounds, device)
+            build(config, None, device, torch.float32)
         except ImportError as error:
-            results.skipped.append(f"{config.model}, {config.batch} images: {error}")
+            measurements.append(_measurement(1, config, {}))
+            measurements[-1].unavailable = dict.fromkeys(variants(config), str(error))
             continue
-        chosen.append((config, own_rounds))
-        for name, timing in timings.items():
-            results.add("one process", config, 1, name, timing, timings["local"])
-    if device.type == "cuda":
-        results.skipped.append("steps on several processes and the emulation: measured with --device cpu")
-        return results
-    for world in worlds:
-        progress(f"steps: {', '.join(config.model for config, _ in chosen)} on {world} processes")
-        differences, found = run_processes(together_job, world, CHECKED, chosen)[0]
-        results.checks |= differences
-        for (config, _), timings in zip(chosen, found, strict=True):
-            for name, timing in timings.items():
-                results.add("processes", config, world, name, timing, timings["local"])
-    return results
+        slow = config.model == "resnet50" and device.type == "cpu"
+        jobs.append((config, max(3, rounds // 2) if slow else rounds, device))
+    for world in worlds if device.type == "cpu" else (1,):
+        progress(f"training steps on {world} processes")
+        differences, timings = steps_job(jobs) if world == 1 else run_processes(steps_job, world, jobs)[0]
+        checks |= differences
+        measurements += [_measurement(world, job[0], found) for job, found in zip(jobs, timings, strict=True)]
+    return measurements, checks
 
 
-def time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Time a step of each normalization, in turns, on this process or together with the others of its world."""
+def _measurement(world: int, config: StepConfig, timings: dict[str, Timing]) -> Measurement:
+    return Measurement(f"step on {world}", _shape(config, config.model), "float32", timings)
+
+
+def _shape(config: StepConfig, name: str) -> Shape:
+    return Shape(name, (config.batch, 3, config.image_size, config.image_size), channels_last=config.channels_last)
+
+
+def steps_job(
+    jobs: Iterable[tuple[StepConfig, int, torch.device]], small: StepConfig = CHECKED
+) -> tuple[dict[str, float], list[dict[str, Timing]]]:
+    """Check and time steps, on one process alone or called on each process of a world.
+
+    Args:
+        jobs: what to time, with its rounds and device.
+        small: what the checks are made on.
+
+    Returns:
+        The checks' differences, and the timings of each job.
+    """
+    differences = check_together(small) if dist.is_initialized() else check_alone(small)
+    return differences, [_time_steps(*job) for job in jobs]
+
+
+def _time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
     together = dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     x, y = make_batch(config, device, torch.float32, rank, processes)
@@ -145,14 +149,6 @@ def time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[st
         timings = interleaved(steps, rounds=rounds, device=device)
     _check_losses(first, {name: _total(step) for name, step in steps.items()})
     return timings
-
-
-def together_job(
-    small: StepConfig, configs: Sequence[tuple[StepConfig, int]]
-) -> tuple[dict[str, float], list[dict[str, Timing]]]:
-    """Called on each process of a world: :func:`check_together` on ``small``, and the timings for each of ``configs``,
-    which come with their rounds."""
-    return check_together(small), [time_steps(config, rounds, CPU) for config, rounds in configs]
 
 
 def _total(step: TrainingStep) -> float:
@@ -173,7 +169,7 @@ def _check_losses(first: Mapping[str, float], last: Mapping[str, float]) -> None
 # -- emulation ---------------------------------------------------------------------------------------------------------
 
 
-def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> StepResults:
+def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> tuple[list[Measurement], dict[str, float]]:
     """Time a step of 8 logical GPUs on one process against the same step on 4 processes that host two each.
 
     Both sides have one thread per process, the same global batch, weights and statistics, and they take turns: while
@@ -185,32 +181,28 @@ def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> StepResults
         rounds: samples of each.
         config: of a logical GPU.
 
+    Returns:
+        A measurement for each arm, and the largest relative differences between the two sides in float64.
+
     Raises:
         RuntimeError: the two sides differ in float64.
     """
-    progress(f"steps: {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
+    progress(f"training step of {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
     timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, config, ARMS)[0]
-    results = StepResults(checks=checked(differences))
-    for arm, found in timings.items():
-        results.add("emulation", config, REAL_PROCESSES, arm, found["one"], found["four"])
-    return results
-
-
-def emulation_ratio(times: Iterable[StepTime]) -> Spread:
-    """The time of one process over that of 4; geometric mean over the arms."""
-    return geometric_mean_of_ratios(time.ratio for time in times if time.part == "emulation")
+    found = [Measurement("emulation", _shape(config, f"{config.model} {arm}"), "float32", timings[arm]) for arm in ARMS]
+    return found, checked(differences)
 
 
 def emulation_job(
     rounds: int, config: StepConfig, arms: Sequence[str]
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
-    """Called on each of 4 processes; for each arm the timings of ``one`` process and of ``four``, and the checks."""
+    """Called on each of 4 processes; for each arm the timings ``emulated`` and ``real``, and the checks."""
     timings, differences = {}, {}
     for arm in arms:
         differences[f"emulated {arm} = real {arm}"] = _losses_differ(*_sides(arm, config, torch.float64))
-        one, four = _sides(arm, config, torch.float32)
+        emulated, real = _sides(arm, config, torch.float32)
         # One call per sample: processes that idle would otherwise ask for many.
-        timings[arm] = interleaved_together({"one": one, "four": four}, rounds=rounds, min_sample=0.0)
+        timings[arm] = interleaved_together({"emulated": emulated, "real": real}, rounds=rounds, min_sample=0.0)
     return timings, differences
 
 
@@ -219,42 +211,20 @@ def _sides(arm: str, config: StepConfig, dtype: torch.dtype) -> tuple[TrainingSt
     rank, processes = dist.get_rank(), dist.get_world_size()
     hosted = LOGICAL_GPUS // processes
     shared = {"local": 1, "groups": LOGICAL_GPUS // 2, "sync": LOGICAL_GPUS}[arm]
-    emulated = {"kind": "ghost", "ghost_batch_size": shared * config.batch}
-    real: dict[str, Any] = emulated if shared <= hosted else {"kind": "sync", "sync_group_size": shared // hosted}
+    one: dict[str, Any] = {"kind": "ghost", "ghost_batch_size": shared * config.batch}
+    several = one if shared <= hosted else {"kind": "sync", "sync_group_size": shared // hosted}
     x, y = make_batch(replace(config, batch=config.batch * hosted), CPU, dtype, rank, processes)
-    four = make_step(wrap(build(config, real, CPU, dtype)), x, y, processes)
+    real = make_step(wrap(build(config, several, CPU, dtype)), x, y, processes)
     if rank != 0:
-        return lambda: torch.zeros((), dtype=dtype), four
+        return lambda: torch.zeros((), dtype=dtype), real
     x, y = make_batch(replace(config, batch=config.batch * LOGICAL_GPUS), CPU, dtype)
-    return make_step(build(config, emulated, CPU, dtype), x, y), four
+    return make_step(build(config, one, CPU, dtype), x, y), real
 
 
-def _losses_differ(one: TrainingStep, four: TrainingStep) -> float:
+def _losses_differ(one: TrainingStep, other: TrainingStep) -> float:
     """The largest relative difference of the losses of three steps, of which two depend on updates of the weights."""
     differences = []
     for _ in range(3):
         expected = _total(one)
-        differences.append(abs(_total(four) / expected - 1))
+        differences.append(abs(_total(other) / expected - 1))
     return max(differences)
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
-
-
-def step_lines(device: str, results: StepResults) -> list[str]:
-    """The results as text."""
-    text = [f"Training steps ({device}): forward, loss, backward, SGD; median (quartiles)"]
-    text += _table([time for time in results.times if time.part != "emulation"], "time / local")
-    if emulated := [time for time in results.times if time.part == "emulation"]:
-        text += ["", f"{LOGICAL_GPUS} logical GPUs on one process, against the same step on {REAL_PROCESSES} processes"]
-        text += [*_table(emulated, "one / several"), f"geometric mean {emulation_ratio(emulated)}"]
-    text += ["", "Checked in float64, largest relative difference of loss and gradients:"]
-    text += [f"  {what}: {difference:.1e}" for what, difference in results.checks.items()]
-    return text + ["Not measured:", *(f"  {line}" for line in results.skipped)] * bool(results.skipped)
-
-
-def _table(times: Iterable[StepTime], ratios: str) -> Iterable[str]:
-    yield f"{'model':<9} {'batch':>5} {'pixels':>6} {'processes':>9}  {'norm':<7} {ratios:<21} ms"
-    for time in times:
-        where = f"{time.model:<9} {time.batch:>5} {time.image_size:>6} {time.ranks:>9}"
-        yield f"{where}  {time.variant:<7} {time.ratio!s:<21} {time.ms}"

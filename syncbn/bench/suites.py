@@ -64,6 +64,8 @@ class Suite:
     """Devices for which there are rows about this suite."""
     runs_on: tuple[str, ...] = ("cpu", "cuda")
     world_size: int = 1
+    separate: bool = False
+    """Report each shape by itself, not their geometric mean."""
 
     def shapes(self, selection: Selection, dtype: torch.dtype) -> list[Shape]:
         families = [family for family in selection.families if family in self.families]

@@ -25,7 +25,7 @@ class LayerTensors(NamedTuple):
 
 
 def batch_norm(
-    x: Tensor, layer: LayerTensors, count: int, average: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    x: Tensor, layer: LayerTensors, count: int, average: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 ) -> Tensor:
     """Batch normalization by the means of x and of its square, averaged over the processes.
 

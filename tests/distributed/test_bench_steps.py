@@ -10,6 +10,8 @@ import torch
 from pool import Pool
 
 from syncbn.bench import steps
+from syncbn.bench.report import summary
+from syncbn.bench.rows import BenchResults
 from syncbn.bench.step_models import (
     CPU,
     TOLERANCE,
@@ -54,19 +56,20 @@ def test_shares_make_up_the_global_batch() -> None:
 
 
 def test_steps_on_one_process(capsys: pytest.CaptureFixture[str]) -> None:
-    result = steps.run_steps(CPU, 2, worlds=(), configs=[TINY])
-    assert [time.variant for time in result.times] == ["local", "sync", "ghost", "renorm"]
-    assert result.times[0].ratio.median == 1
-    assert all(time.ms.median > 0 for time in result.times)
-    assert len(result.checks) == 4
+    (found,), checks = steps.run_steps(CPU, 2, worlds=(1,), configs=[TINY])
+    assert list(found.timings) == ["local", "sync", "ghost", "renorm"]
+    assert found.ratio("local", "local").median == 1
+    assert all(timing.median > 0 for timing in found.timings.values())
+    assert len(checks) == 4
     assert capsys.readouterr().err.count("\n") == 1
-    text = steps.step_lines("cpu", result)
-    assert "renorm" in "\n".join(text)
+    text = summary(BenchResults("cpu", [found], step_checks=checks))
+    assert "training step on 1 processes: resnet20 N=4 3x8x8, float32" in text
+    assert any("renorm" in line and "ms" in line for line in text)
     assert max(map(len, text)) <= 100
 
 
 def test_steps_on_two_processes(pools: Callable[[int], Pool]) -> None:
-    differences, times = pools(2).run(steps.together_job, TINY, [(TINY, 2)])[0]
+    differences, times = pools(2).run(steps.steps_job, [(TINY, 2, CPU)], TINY)[0]
     assert len(differences) == 2
     samples = {name: len(timing.samples) for name, timing in times[0].items()}
     assert samples == {"local": 2, "sync": 2, "ghost": 2, "renorm": 2}
@@ -77,7 +80,7 @@ def test_emulation_is_the_same_step(pools: Callable[[int], Pool]) -> None:
     for timings, difference in results:
         assert max(difference.values()) < TOLERANCE
         assert set(timings) == {"local", "groups"}
-        assert all(timing[side].samples[0] > 0 for timing in timings.values() for side in ("one", "four"))
+        assert all(timing[side].samples[0] > 0 for timing in timings.values() for side in ("emulated", "real"))
     assert results[0] == results[1]  # the slowest rank's, on all
 
 
