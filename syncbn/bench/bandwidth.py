@@ -19,8 +19,7 @@ COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 @dataclass(frozen=True)
 class Bandwidth:
-    bytes_per_second: Spread
-    """Bytes read plus bytes written of ``out.copy_(x)``."""
+    bytes_per_second: Spread  # bytes read plus bytes written of ``out.copy_(x)``
     tensor_bytes: int
 
     def seconds(self, shape: Shape, dtype: torch.dtype) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -20,15 +20,7 @@ from syncbn.bench.report import summary, write_files
 from syncbn.bench.rows import ROWS, BenchResults, JudgedRow, judge, table
 from syncbn.bench.shapes import DEFAULT_FAMILIES, DTYPES, FAMILIES, SHORT_DTYPES, Shape
 from syncbn.bench.steps import measure_emulation, run_steps
-from syncbn.bench.suites import (
-    GROUPS,
-    Selection,
-    WrongError,
-    large_mean_errors,
-    run_suite,
-    suites_of,
-    world_of_one,
-)
+from syncbn.bench.suites import GROUPS, Selection, WrongError, large_mean_errors, run_suite, suites_of, world_of_one
 
 ROUNDS = {"cpu": 7, "cuda": 15}
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
@@ -43,7 +35,7 @@ class MistakeError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise MistakeError(f"bench: {message} (see --help)")
+        raise MistakeError(f"{message.removeprefix('argument --')} (see --help)")
 
 
 def run_bench(words: Sequence[str]) -> int:
@@ -61,10 +53,9 @@ def run_bench(words: Sequence[str]) -> int:
         if options.list:
             _print_list(selection)
             return 0
-        out = None if options.out is None else Path(options.out)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-        return _run(selection, out)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+        return _run(selection, options.out)
     except MistakeError as error:
         return _fail(str(error), 2)
     except OSError as error:
@@ -80,51 +71,56 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-# -- options -----------------------------------------------------------------------------------------------------------
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="syncbn bench", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--device", default="cpu", help="cpu (one thread per process) or cuda (default: cpu)")
-    parser.add_argument("--out", metavar="DIR", help="write bench.json and CSV files there")
-    parser.add_argument(
-        "--check", action="store_true", help="measure only what the table needs; exit with 1 if a row falls short"
+    add = parser.add_argument
+    add("--device", type=_device, default="cpu", help="cpu (one thread per process) or cuda (default: cpu)")
+    add("--out", metavar="DIR", type=Path, help="write bench.json, bench.csv and growth.csv there")
+    add("--check", action="store_true", help="measure only what the table needs; exit with 1 if a row falls short")
+    add("--dtype", type=_several(DTYPES), help="of float32,bfloat16,float16 (default: float32; on cuda also bfloat16)")
+    add(
+        "--shapes",
+        type=_several(FAMILIES),
+        default=DEFAULT_FAMILIES,
+        help=f"of {','.join(FAMILIES)} (default: no tiny)",
     )
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16, float16 or several (default: float32; on cuda float32,bfloat16)"
-    )
-    parser.add_argument(
-        "--shapes", default=",".join(DEFAULT_FAMILIES), help=f"any of {','.join(FAMILIES)} (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", help="samples of each contender (default: 7; on cuda 15)")
-    parser.add_argument("--list", action="store_true", help="print the contenders and the shapes, and stop")
+    add("--rounds", type=_positive, help="samples of each contender (default: 7; on cuda 15)")
+    add("--list", action="store_true", help="print the contenders and the shapes, and stop")
     return parser
 
 
-def _selection(options: Any) -> Selection:
-    device = options.device
-    if device not in ROUNDS:
-        raise MistakeError(f"device: got {device!r}, expected one of cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MistakeError("device: got 'cuda', but torch finds no CUDA device")
-    dtypes = DEFAULT_DTYPES[device]
-    if options.dtype is not None:
-        dtypes = _several("dtype", options.dtype, DTYPES, SHORT_DTYPES)
-    rounds = ROUNDS[device]
-    if options.rounds is not None:
-        if not (options.rounds.isdigit() and int(options.rounds) > 0):
-            raise MistakeError(f"rounds: got {options.rounds!r}, expected a positive integer")
-        rounds = int(options.rounds)
-    return Selection(device, dtypes, _several("shapes", options.shapes, FAMILIES, {}), rounds, options.check)
+def _device(text: str) -> str:
+    if text not in ROUNDS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of cpu, cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("got 'cuda', but torch finds no CUDA device")
+    return text
 
 
-def _several(name: str, text: str, known: Iterable[str], short: dict[str, str]) -> tuple[str, ...]:
-    """The words of a comma-separated list, each one of ``known``, without repeats."""
-    words = [short.get(word.strip(), word.strip()) for word in text.split(",")]
-    for word in words:
-        if word not in known:
-            raise MistakeError(f"{name}: got {word!r}, expected any of {', '.join(known)}, separated by commas")
-    return tuple(dict.fromkeys(words))
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)
+
+
+def _several(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A function that reads a comma-separated list of words, each one of ``known``, and drops repeats."""
+
+    def read(text: str) -> tuple[str, ...]:
+        words = [SHORT_DTYPES.get(word.strip(), word.strip()) for word in text.split(",")]
+        for word in words:
+            if word not in known:
+                raise argparse.ArgumentTypeError(
+                    f"got {word!r}, expected any of {', '.join(known)}, separated by commas"
+                )
+        return tuple(dict.fromkeys(words))
+
+    return read
+
+
+def _selection(options: argparse.Namespace) -> Selection:
+    dtypes, rounds = options.dtype or DEFAULT_DTYPES[options.device], options.rounds or ROUNDS[options.device]
+    return Selection(options.device, dtypes, options.shapes, rounds, options.check)
 
 
 def _print_list(selection: Selection) -> None:
@@ -133,29 +129,26 @@ def _print_list(selection: Selection) -> None:
     print("contenders:")
     with world_of_one(device):
         problems = [make_problem(shape, torch.float32, device, groups=GROUPS) for shape in samples]
-        for name, contender in CONTENDERS.items():
-            reasons = list(filter(None, (_unavailable(contender, problem) for problem in problems)))
-            note = f": not here: {'; '.join(dict.fromkeys(reasons))}" if len(reasons) == len(problems) else ""
-            print(f"  {name}{' (ours)' if contender.ours else ''}{note}")
+        for contender in CONTENDERS.values():
+            print(f"  {contender.name}{' (ours)' if contender.ours else ''}{_unavailable(contender, problems)}")
     for suite in suites_of(selection):
         print(f"{suite.name}: {suite.title}")
         for dtype in selection.dtypes:
             shapes = suite.shapes(selection, DTYPES[dtype])
-            print(f"  {dtype}, {len(shapes)} shapes:")
-            for shape in shapes:
-                print(f"    {shape.label}")
+            print("\n".join([f"  {dtype}, {len(shapes)} shapes:", *(f"    {shape.label}" for shape in shapes)]))
 
 
-def _unavailable(contender: Contender, problem: Problem) -> str:
-    """Why a contender cannot run; empty if it can."""
-    try:
-        contender.make(problem)
-    except UnavailableError as error:
-        return str(error)
-    return ""
-
-
-# -- the run -----------------------------------------------------------------------------------------------------------
+def _unavailable(contender: Contender, problems: Iterable[Problem]) -> str:
+    """Why a contender can run none of the problems; empty if it can run one."""
+    reasons: dict[str, None] = {}
+    for problem in problems:
+        try:
+            contender.make(problem)
+        except UnavailableError as error:
+            reasons[str(error)] = None
+        else:
+            return ""
+    return f": not here: {'; '.join(reasons)}"
 
 
 def _run(selection: Selection, out: Path | None) -> int:

@@ -21,23 +21,15 @@ from syncbn.bench.timing import Call
 class Costs:
     """Of one step, forward and backward. What could not be measured is None, and ``missing`` says why."""
 
-    saved_bytes: int | None = None
-    """Kept for backward, beyond the input, the residual, the parameters and the buffers."""
-    saved_numbers: float | None = None
-    """The same in float32 numbers per channel and group."""
-    peak_bytes: int | None = None
-    """Most memory allocated at once during the step, beyond what was allocated before."""
+    saved_bytes: int | None = None  # kept for backward, beyond the input, the residual, the parameters and the buffers
+    saved_numbers: float | None = None  # the same in float32 numbers per channel and group
+    peak_bytes: int | None = None  # most memory allocated at once during the step, beyond what was allocated before
     collectives: int | None = None
-    wire_bytes: int | None = None
-    """Bytes that this process hands to collectives."""
-    operations: int | None = None
-    """Operations dispatched: the closest figure to kernel launches on the CPU."""
-    kernels: int | None = None
-    """Kernels, copies and fills on the GPU."""
-    kernel_seconds: float | None = None
-    """Their time, without the gaps between them."""
-    host_synchronizations: int | None = None
-    """Waits of the host for the GPU."""
+    wire_bytes: int | None = None  # bytes that this process hands to collectives
+    operations: int | None = None  # operations dispatched: the closest figure to kernel launches on the CPU
+    kernels: int | None = None  # kernels, copies and fills on the GPU
+    kernel_seconds: float | None = None  # their time, without the gaps between them
+    host_synchronizations: int | None = None  # waits of the host for the GPU
     missing: str = ""
 
 

@@ -39,12 +39,9 @@ class Link(NamedTuple):
     """What connects GPUs. Latencies are in microseconds, bandwidths in GB/s for small messages."""
 
     name: str
-    base: float
-    """Of any all-reduce."""
-    alpha_node: float
-    """Of a message within a node."""
-    alpha_between: float
-    """Of a message between nodes."""
+    base: float  # of any all-reduce
+    alpha_node: float  # of a message within a node
+    alpha_between: float  # of a message between nodes
     bandwidth_node: float
     bandwidth_between: float
     source: str
@@ -66,12 +63,9 @@ class GrowthRow(NamedTuple):
     link: str
     ranks: int
     nodes: int
-    small_us: float
-    """One all-reduce of 4 KB over all ranks."""
-    step_ms: float
-    """All all-reduces of a ResNet-50 step over all ranks, one after another."""
-    group_step_ms: float
-    """The same with ``sync_group_size=8``: over 8 consecutive ranks."""
+    small_us: float  # one all-reduce of 4 KB over all ranks
+    step_ms: float  # all all-reduces of a ResNet-50 step over all ranks, one after another
+    group_step_ms: float  # the same with ``sync_group_size=8``: over 8 consecutive ranks
 
 
 def collective_bytes(channels: Sequence[int]) -> list[int]:

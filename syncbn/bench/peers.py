@@ -26,11 +26,9 @@ class LayerStep:
     """Forward and backward of one layer. A call returns the output and the gradients of ``known``."""
 
     function: Callable[[Tensor], Tensor]
-    known: tuple[Tensor, ...]
-    """Input, weight, bias and, if there is one, the residual."""
+    known: tuple[Tensor, ...]  # input, weight, bias and, if there is one, the residual
     grad_output: Tensor
-    buffers: tuple[Tensor, ...] = ()
-    """Running statistics, which do not count as saved for backward."""
+    buffers: tuple[Tensor, ...] = ()  # running statistics, which do not count as saved for backward
 
     def __call__(self) -> Sequence[Tensor]:
         y = self.function(self.known[0])
@@ -44,13 +42,10 @@ class UnavailableError(Exception):
 @dataclass(frozen=True)
 class Contender:
     name: str
-    kind: str
-    """What it computes, as for :func:`syncbn.bench.correctness.reference`."""
-    make: Callable[[Problem], LayerStep]
-    """Raises UnavailableError if it cannot run here."""
+    kind: str  # what it computes, as for :func:`syncbn.bench.correctness.reference`
+    make: Callable[[Problem], LayerStep]  # raises UnavailableError if it cannot run here
     ours: bool = False
-    compiled: bool = False
-    """Compiles for seconds for each new shape."""
+    compiled: bool = False  # compiles for seconds for each new shape
 
 
 def _layer_step(
@@ -78,9 +73,6 @@ def _layer_step(
     return LayerStep(lambda x: call(x, residual), (*known, residual), problem.grad_output, buffers)
 
 
-# -- ours --------------------------------------------------------------------------------------------------------------
-
-
 def _sync(problem: Problem, activation: Any = None, with_residual: bool = False) -> LayerStep:
     layer = syncbn.SyncBatchNorm(problem.num_features, EPS, MOMENTUM, activation=activation)
     return _layer_step(layer, problem, with_residual=with_residual)
@@ -95,9 +87,6 @@ def _renorm(problem: Problem) -> LayerStep:
     no_ramp: dict[str, Any] = {"warmup_steps": 0, "r_ramp_end": 0, "d_ramp_end": 0}
     layer = syncbn.BatchRenorm(problem.num_features, EPS, MOMENTUM, r_max=R_MAX, d_max=D_MAX, **no_ramp)
     return _layer_step(layer, problem)
-
-
-# -- torch's -----------------------------------------------------------------------------------------------------------
 
 
 def _batchnorm(problem: Problem) -> nn.Module:
@@ -135,9 +124,6 @@ def _torch_sync(problem: Problem) -> LayerStep:
         return function.apply(x, *layer, EPS, MOMENTUM, group, problem.world_size)  # type: ignore[no-any-return]
 
     return _formula_step(normalize, problem)
-
-
-# -- textbook formulas, eager and compiled -----------------------------------------------------------------------------
 
 
 def _formula_step(
@@ -188,9 +174,6 @@ def _averages(problem: Problem, reduce: str) -> Callable[[Tensor, Tensor], tuple
 def _ghost_loop(problem: Problem) -> LayerStep:
     layer = _batchnorm(problem)
     return _layer_step(layer, problem, lambda x: textbook.ghost_loop(x, layer, problem.groups))
-
-
-# -- other packages' ---------------------------------------------------------------------------------------------------
 
 
 def _torchrl_renorm(problem: Problem) -> LayerStep:

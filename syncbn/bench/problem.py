@@ -20,8 +20,7 @@ class Problem:
     """One process's part of a layer's step."""
 
     shape: Shape
-    x: Tensor
-    """Of ``shape.size``, in the shape's memory format; it does not require a gradient."""
+    x: Tensor  # of ``shape.size``, in the shape's memory format; it does not require a gradient
     grad_output: Tensor
     residual: Tensor
     weight: Tensor
@@ -30,10 +29,8 @@ class Problem:
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
-    groups: int
-    """Number of ghost groups, for the contenders that have them."""
-    group: dist.ProcessGroup | None
-    """The processes that share statistics; None for one process alone."""
+    groups: int  # number of ghost groups, for the contenders that have them
+    group: dist.ProcessGroup | None  # the processes that share statistics; None for one process alone
 
     @property
     def device(self) -> torch.device:

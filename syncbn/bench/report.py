@@ -31,8 +31,6 @@ from syncbn.bench.timing import Spread, geometric_mean_of_ratios
 WIDTH = 100
 ALL_SUITES = (*SUITES, *STEP_SUITES)
 
-# -- text --------------------------------------------------------------------------------------------------------------
-
 
 def summary(results: BenchResults) -> list[str]:
     """Lines of text: for each suite and dtype the contenders' ratios and costs; then errors and bandwidth."""
@@ -135,9 +133,6 @@ def _memory_limit(measurement: Measurement, bandwidth: Bandwidth) -> float:
     return bandwidth.seconds(measurement.shape, DTYPES[measurement.dtype])
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 def write_files(
     out: Path,
     selection: Selection,
@@ -151,7 +146,7 @@ def write_files(
         "selection": selection,
         "copy_bandwidth": results.bandwidth,
         "table": [
-            {"row": j.row.name, "bound": j.row.bound, "measured": j.measured, "verdict": j.word, "note": j.note}
+            {"row": j.row.name, "bound": j.row.bound, "measured": j.value, "verdict": j.word, "note": j.note}
             for j in judged
         ],
         "measurements": [_plain(m) | {"label": m.shape.label, "wrong": m.wrong} for m in results.measurements],

@@ -13,6 +13,9 @@ from syncbn.bench.shapes import DTYPES
 from syncbn.bench.suites import Measurement
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios, spread
 
+Value = tuple[Spread, str]
+"""What a row measures, and what a reader should know about it."""
+
 
 class NotMeasuredError(Exception):
     """This run or this machine cannot measure a row; the message says why."""
@@ -29,19 +32,12 @@ class BenchResults:
     """Largest relative differences between training steps that must be equal, in float64."""
 
 
-class RowValue(NamedTuple):
-    value: Spread
-    detail: str = ""
-
-
 @dataclass(frozen=True)
 class Row:
     name: str
     limit: float
-    measure: Callable[[BenchResults], RowValue]
-    """Raises NotMeasuredError."""
-    device: str | None = None
-    """The device that it is measured on; None means any."""
+    measure: Callable[[BenchResults], Value]  # raises NotMeasuredError
+    device: str | None = None  # the device that it is measured on; None means any
     at_least: bool = False
 
     @property
@@ -51,21 +47,20 @@ class Row:
 
 class JudgedRow(NamedTuple):
     row: Row
-    measured: RowValue | None
-    note: str
-    """What a reader should know about the value, or why there is none."""
+    value: Spread | None
+    note: str  # what a reader should know about the value, or why there is none
 
     @property
     def falls_short(self) -> bool:
         """Whether the limit is missed. NaN misses it."""
-        if self.measured is None:
+        if self.value is None:
             return False
-        median, limit = self.measured.value.median, self.row.limit
+        median, limit = self.value.median, self.row.limit
         return not (median >= limit if self.row.at_least else median <= limit)
 
     @property
     def word(self) -> str:
-        if self.measured is None:
+        if self.value is None:
             return "not measured"
         return "falls short" if self.falls_short else "ok"
 
@@ -77,8 +72,7 @@ def judge(rows: Sequence[Row], results: BenchResults) -> list[JudgedRow]:
         try:
             if row.device not in (None, results.device):
                 raise NotMeasuredError(f"needs --device {row.device}")
-            measured = row.measure(results)
-            judged.append(JudgedRow(row, measured, measured.detail))
+            judged.append(JudgedRow(row, *row.measure(results)))
         except NotMeasuredError as error:
             judged.append(JudgedRow(row, None, str(error)))
     return judged
@@ -88,15 +82,12 @@ def table(judged: Sequence[JudgedRow]) -> list[str]:
     """Lines of text for each row: its name; below it the value with quartiles, the limit, the verdict and the note."""
     lines = []
     for found in judged:
-        value = "-" if found.measured is None else str(found.measured.value)
+        value = "-" if found.value is None else str(found.value)
         note = f": {found.note}" if found.note else ""
         lines.append(found.row.name)
         text = f"{value:<20} {found.row.bound:<13} {found.word}{note}"
         lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent=" " * 8)
     return lines
-
-
-# -- how the rows are measured -----------------------------------------------------------------------------------------
 
 
 def _measured(
@@ -117,16 +108,16 @@ def _measured(
     return found
 
 
-def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> RowValue:
+def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> Value:
     """The geometric mean of a ratio over shapes, and the ``worst`` one: ``max`` or ``min``."""
     ratio, measurement = worst(zip(ratios, found, strict=True), key=lambda pair: pair[0].median)
     detail = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
-    return RowValue(geometric_mean_of_ratios(ratios), detail)
+    return geometric_mean_of_ratios(ratios), detail
 
 
 def quotient(
     suite: str, numerator: str, denominator: str, dtypes: Sequence[str] = ("float32",), family: str | None = None
-) -> Callable[[BenchResults], RowValue]:
+) -> Callable[[BenchResults], Value]:
     """Geometric mean over a suite's shapes of the median ratio of two contenders' times.
 
     Args:
@@ -135,7 +126,7 @@ def quotient(
         family: measure on these shapes alone; None means all.
     """
 
-    def measure(results: BenchResults) -> RowValue:
+    def measure(results: BenchResults) -> Value:
         found = _measured(results, suite, (numerator, denominator), dtypes, family)
         ratios = [measurement.ratio(numerator, denominator) for measurement in found]
         return _over_shapes(found, ratios, max)
@@ -143,7 +134,7 @@ def quotient(
     return measure
 
 
-def saved(results: BenchResults) -> RowValue:
+def saved(results: BenchResults) -> Value:
     """Most float32 numbers per channel and group that one of our layers saves for backward, over all shapes."""
     found = [
         (costs.saved_numbers, name, measurement.shape.label)
@@ -155,10 +146,10 @@ def saved(results: BenchResults) -> RowValue:
         raise NotMeasuredError("saved memory was not measured for any of our layers")
     most, name, label = max(found, key=lambda item: item[0])
     least = min(number for number, _, _ in found)
-    return RowValue(Spread(most, most, most), f"from {least:.4g}; most by {name} on {label}")
+    return Spread(most, most, most), f"from {least:.4g}; most by {name} on {label}"
 
 
-def bandwidth(results: BenchResults) -> RowValue:
+def bandwidth(results: BenchResults) -> Value:
     """The memory limit's time over that of a step; geometric mean over large inputs."""
     found = _measured(results, "large", ("SyncBatchNorm",), _BOTH)
     if results.bandwidth is None:

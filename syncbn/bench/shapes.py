@@ -36,10 +36,8 @@ class Shape:
     """The input of a layer on one process."""
 
     family: str
-    size: tuple[int, ...]
-    """(N, C, *)."""
-    layers: int = 1
-    """Number of layers with this input in the network."""
+    size: tuple[int, ...]  # (N, C, *)
+    layers: int = 1  # number of layers with this input in the network
     channels_last: bool = False
 
     @property

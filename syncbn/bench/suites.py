@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
 from syncbn.bench.costs import Costs, measure_costs
@@ -40,32 +41,24 @@ class Selection:
     dtypes: tuple[str, ...]
     families: tuple[str, ...]
     rounds: int
-    check: bool = False
-    """Measure only what the rows need."""
+    check: bool = False  # measure only what the rows need
 
 
 @dataclass(frozen=True)
 class Suite:
     name: str
     title: str
-    baseline: str
-    """The contender that the times of the others are divided by."""
-    needed: tuple[str, ...]
-    """Contenders that a row is about."""
+    baseline: str  # the contender that the times of the others are divided by
+    needed: tuple[str, ...]  # contenders that a row is about
     more: tuple[str, ...] = ()
     families: tuple[str, ...] = tuple(FAMILIES)
-    batches: tuple[int, ...] = (2, 8, 32)
-    """Samples per process of ResNet-50's shapes."""
-    cpu_elements: int = 1 << 23
-    """Largest input on the CPU, where a pass over 64 MiB takes tens of milliseconds."""
-    keep: Callable[[Shape, torch.dtype], bool] = lambda shape, dtype: True
-    """Which of the families' shapes are measured."""
-    rows_on: tuple[str, ...] = ("cpu", "cuda")
-    """Devices for which there are rows about this suite."""
+    batches: tuple[int, ...] = (2, 8, 32)  # samples per process of ResNet-50's shapes
+    cpu_elements: int = 1 << 23  # largest input on the CPU, where a pass over 64 MiB takes tens of milliseconds
+    keep: Callable[[Shape, torch.dtype], bool] = lambda shape, dtype: True  # which of the families' shapes are measured
+    rows_on: tuple[str, ...] = ("cpu", "cuda")  # devices for which there are rows about this suite
     runs_on: tuple[str, ...] = ("cpu", "cuda")
     world_size: int = 1
-    separate: bool = False
-    """Report each shape by itself, not their geometric mean."""
+    separate: bool = False  # report each shape by itself, not their geometric mean
 
     def shapes(self, selection: Selection, dtype: torch.dtype) -> list[Shape]:
         families = [family for family in selection.families if family in self.families]
@@ -156,8 +149,7 @@ class Measurement:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     """By contender and tensor, relative to the tensor's largest element."""
     costs: dict[str, Costs] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    """Contenders that were not timed, and why."""
+    unavailable: dict[str, str] = field(default_factory=dict)  # contenders that were not timed, and why
 
     @property
     def wrong(self) -> list[str]:
@@ -175,9 +167,6 @@ class Measurement:
 
     def ratio(self, numerator: str, denominator: str) -> Spread:
         return ratio(self.timings[numerator], self.timings[denominator])
-
-
-# -- running them ------------------------------------------------------------------------------------------------------
 
 
 def run_suite(suite: Suite, selection: Selection) -> list[Measurement]:
@@ -311,7 +300,7 @@ def world_of_one(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

@@ -39,10 +39,8 @@ class Spread(NamedTuple):
 class Timing(NamedTuple):
     """The times of one contender."""
 
-    samples: tuple[float, ...]
-    """Seconds per call, one sample for each round."""
-    calls: int = 1
-    """Number of calls in a sample."""
+    samples: tuple[float, ...]  # seconds per call, one sample for each round
+    calls: int = 1  # number of calls in a sample
 
     @property
     def spread(self) -> Spread:

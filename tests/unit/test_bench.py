@@ -16,7 +16,7 @@ from syncbn.bench.costs import OperationCounter, measure_costs
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import make_problem
 from syncbn.bench.report import ALL_SUITES
-from syncbn.bench.rows import ROWS, BenchResults, NotMeasuredError, Row, RowValue, judge
+from syncbn.bench.rows import ROWS, BenchResults, NotMeasuredError, Row, judge
 from syncbn.bench.shapes import DEFAULT_FAMILIES, DTYPES, Shape, layer_shapes, resnet50
 from syncbn.bench.suites import GROUPS, SUITES, Measurement, Selection, WrongError
 from syncbn.bench.timing import Spread, Timing, geometric_mean_of_ratios, interleaved, ratio, spread
@@ -271,10 +271,10 @@ def fake(suite: str, times: dict[str, Sequence[float]], dtype: str = "float32") 
 
 
 def test_verdicts():
-    def give(value: float) -> Callable[[BenchResults], RowValue]:
-        return lambda results: RowValue(Spread(value, value, value))
+    def give(value: float) -> Callable[[BenchResults], tuple[Spread, str]]:
+        return lambda results: (Spread(value, value, value), "")
 
-    def none(results: BenchResults) -> RowValue:
+    def none(results: BenchResults) -> tuple[Spread, str]:
         raise NotMeasuredError("nothing there")
 
     table = (
@@ -298,7 +298,7 @@ def test_a_ratio_row_is_the_geometric_mean_over_the_shapes():
     ours, local = "SyncBatchNorm", "nn.BatchNorm"
     measurements = [fake("alone", {ours: [0.5], local: [1.0]}), fake("alone", {ours: [2.0], local: [1.0]})]
     verdict = judge(ROWS[:1], BenchResults("cpu", measurements))[0]
-    assert verdict.measured.value.median == pytest.approx(1.0)
+    assert verdict.value.median == pytest.approx(1.0)
     assert verdict.word == "falls short"
     other = [fake("alone", {ours: [0.5], local: [1.0]}, "bfloat16")]
     assert judge(ROWS[:1], BenchResults("cpu", other))[0].word == "not measured"
@@ -317,11 +317,11 @@ def test_every_row_names_contenders_that_its_suite_has():
             measurement.shape = resnet50(32)[0]
         results = BenchResults(device, measurements, Bandwidth(Spread(1e9, 1e9, 1e9), 0))
         own = [row for row in ROWS if row.device == device]
-        assert [verdict.measured is not None for verdict in judge(own, results)] == [True] * len(own)
+        assert [verdict.value is not None for verdict in judge(own, results)] == [True] * len(own)
 
 
 def test_the_row_of_saved_numbers_takes_the_worst_of_ours():
     selection = Selection("cpu", ("float32",), ("tiny",), 1, check=True)
     found = suites.measure(SUITES[0], selection, SMALL, "float32", None)
     most = max(found.costs[name].saved_numbers for name in ("SyncBatchNorm", "BatchRenorm"))
-    assert rows.saved(BenchResults("cpu", [found])).value.median == most
+    assert rows.saved(BenchResults("cpu", [found]))[0].median == most

@@ -74,8 +74,8 @@ MISTAKES = [
     ("--rounds 0", "rounds: got '0', expected a positive integer"),
     ("--dtype int8", "dtype: got 'int8', expected any of float32, bfloat16, float16"),
     ("--shapes resnet50,foo", "shapes: got 'foo', expected any of resnet50"),
-    ("--nonsense", "bench: unrecognized arguments: --nonsense (see --help)"),
-    ("--out", "bench: argument --out: expected one argument"),
+    ("--nonsense", "unrecognized arguments: --nonsense (see --help)"),
+    ("--out", "out: expected one argument"),
 ]
 
 
