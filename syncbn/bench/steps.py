@@ -23,10 +23,10 @@ from syncbn.bench.processes import interleaved_together, progress, run_processes
 from syncbn.bench.shapes import Shape
 from syncbn.bench.suites import Measurement, Suite
 from syncbn.bench.timing import Timing, interleaved
-from syncbn.buffers import RunningStatistics
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm
+from syncbn.population import RunningStatistics
 from syncbn.train.tasks.models import cifar_resnet, initialize
 
 TrainingStep = Callable[[], Tensor]
