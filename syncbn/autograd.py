@@ -10,12 +10,12 @@ from torch import Tensor
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue, activation_grad, invert
-from syncbn.functional.finish import Statistics
+from syncbn.functional.finish import LocalStatistics, Statistics
 from syncbn.functional.normalize import Affine, normalize, scale_and_shift
 from syncbn.functional.running import Running
-from syncbn.functional.statistics import Groups, compute_dtype, group_sums, moments
-from syncbn.kernels.dispatch import pick
-from syncbn.torch_internals import is_transformed, runs_at_once
+from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
+from syncbn.kernels.dispatch import Gradients, LocalForward, pick
+from syncbn.torch_internals import is_transformed
 
 
 class Rule(NamedTuple):
@@ -48,17 +48,26 @@ def batch_norm(
     Returns:
         The shape, dtype and memory format of ``x``.
     """
-    if is_transformed():
-        return _composed(x, weight, bias, running, epilogue, rule)
-    residual, activation = epilogue.residual, epilogue._replace(residual=None)
+    residual = epilogue.residual
+    activation = epilogue if residual is None else epilogue._replace(residual=None)
     y: Tensor
-    if rule.group_name is None and runs_at_once(x):
-        y = LocalNorm.apply(x, weight, bias, residual, running, activation, rule)  # type: ignore[no-untyped-call]
+    local_forward = pick(x, differentiable=False).local_forward
+    if local_forward is not None and not _is_interrupted(rule):
+        y = LocalNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, residual, running, activation, rule, local_forward
+        )
+    elif is_transformed():
+        y = _composed(x, weight, bias, running, epilogue, rule)
     else:
         with torch.no_grad():
             statistics = batch_statistics(x, running, rule)
         y = SyncedNorm.apply(x, weight, bias, residual, statistics, activation, rule)  # type: ignore[no-untyped-call]
     return y
+
+
+def _is_interrupted(rule: Rule) -> bool:
+    """Whether something happens between the sums and the elementwise step."""
+    return rule.group_name is not None or rule.check_count is not None or rule.observer is not None
 
 
 def batch_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
@@ -108,7 +117,7 @@ class SyncedNorm(torch.autograd.Function):
     another rank's may. The products with ``scale`` are summed, so that the gradient is right even if the processes'
     scales differ. The gradients of weight and bias are computed while the collective runs.
 
-    Saved: x (not a copy), the parameters, mean, invstd, count, r, d, and the residual if there is an activation. With
+    Saved: x (not a copy), the parameters, the statistics, and the residual if there is an activation. With
     ``rule.save_output`` the output is saved instead of x.
 
     ``mean`` and ``invstd`` are constants here; the second and third term of grad_x are their part of the gradient. A
@@ -132,55 +141,25 @@ class SyncedNorm(torch.autograd.Function):
         affine = Affine(statistics.mean, statistics.invstd, scale, shift)
         epilogue = activation._replace(residual=residual)
         y = pick(x, differentiable=False).normalize(x, affine, rule.groups, epilogue)
-        ctx.activation = activation
-        _save(ctx, y if rule.save_output else x, weight, bias, residual, statistics, rule)
+        count, mean, invstd, r, d, _ = statistics
+        if r is not None and d is not None:  # saved as wide as the arithmetic that they enter
+            r, d = r.to(compute_dtype(x)), d.to(compute_dtype(x))
+        ctx.activation, ctx.rule = activation, rule
+        saved, kept = y if rule.save_output else x, residual if activation.activation is not None else None
+        ctx.save_for_backward(saved, weight, bias, kept, count, mean, invstd, r, d)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight, bias, residual, mean, invstd, count, r, d, index = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        rule, groups = ctx.rule, Groups(index, ctx.rule.groups.number)
-        # A compiled backward pass is not recorded again, whatever the grad mode while it is traced.
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if recorded:
-            if rule.save_output:
-                raise RuntimeError("a second derivative needs the layer's input, which save='output' does not keep")
-            _, mean, var = moments(all_reduce_sum(group_sums(saved, groups), rule.group_name))
-            invstd = torch.rsqrt(var + rule.eps)
-        scale, shift = scale_and_shift(weight, bias, r, d, groups.number)
-        kernels = pick(saved, differentiable=recorded)
-        affine = Affine(mean, invstd, scale, shift)
-        if rule.save_output:
-            z, dz, affine_of_z = _from_output(saved, grad_output, affine, ctx.activation)
-            dz, rest, sums = kernels.backward_sums(dz, z, affine_of_z, groups, NO_EPILOGUE)
-        else:
-            epilogue = ctx.activation._replace(residual=residual)
-            dz, rest, sums = kernels.backward_sums(grad_output, saved, affine, groups, epilogue)
-        pending = grad_x = grad_weight = grad_bias = None
-        if needs_x or rule.group_name is not None:
-            pending = start_all_reduce_sum(sums if scale is None else sums * scale.unsqueeze(1), rule.group_name)
-        if needs_weight:
-            per_group = sums[:, 1] if r is None else r * sums[:, 1] + d * sums[:, 0]
-            grad_weight = _over_groups(per_group).to(weight.dtype)
-        if needs_bias:
-            grad_bias = _over_groups(sums[:, 0]).to(bias.dtype)
-        if pending is not None:
-            means = pending.wait() / count.clamp(min=1).unsqueeze(1)
-            if needs_x and rule.save_output:
-                # The kernel's factor is 1/scale, the standard deviation of z; the gradient's is invstd.
-                slope = invstd if scale is None else invstd * scale
-                factors = affine_of_z._replace(scale=slope if scale is None else slope * scale)
-                grad_x = kernels.grad_input(dz, z, factors, means * slope.unsqueeze(1), groups, rest)
-            elif needs_x:
-                grad_x = kernels.grad_input(dz, saved, affine, means, groups, rest)
-        return grad_x, grad_weight, grad_bias, dz if needs_residual else None, None, None, None
+        saved, weight, bias, residual, *statistics = ctx.saved_tensors
+        return *_gradients(ctx, grad_output, (saved, weight, bias, residual), Statistics(*statistics)), None, None, None
 
 
 class LocalNorm(torch.autograd.Function):
-    """:class:`SyncedNorm` for groups that are all on this process: each pass is one call where a kernel has it.
+    """:class:`SyncedNorm` for groups that are all on this process: each pass is one call.
 
-    Statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`.
+    The statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`,
+    without the count, which follows from the shapes.
     """
 
     @staticmethod
@@ -193,58 +172,75 @@ class LocalNorm(torch.autograd.Function):
         running: Running | None,
         activation: Epilogue,
         rule: Rule,
+        local_forward: LocalForward,
     ) -> Tensor:
-        kernels = pick(x, differentiable=False)
-        done = None
-        if kernels.local_forward is not None and rule.check_count is None and rule.observer is None:
-            epilogue = activation if residual is None else activation._replace(residual=residual)
-            done = kernels.local_forward(x, weight, bias, rule.eps, running, rule.groups, epilogue)
-        if done is None:
-            return SyncedNorm.forward(
-                ctx, x, weight, bias, residual, batch_statistics(x, running, rule), activation, rule
-            )
-        y, statistics = done
-        ctx.activation = activation
-        _save(ctx, y if rule.save_output else x, weight, bias, residual, statistics, rule)
+        epilogue = activation if residual is None else activation._replace(residual=residual)
+        y, moments, corrections = local_forward(x, weight, bias, rule.eps, running, rule.groups, epilogue)
+        ctx.activation, ctx.rule = activation, rule
+        saved, kept = y if rule.save_output else x, residual if activation.activation is not None else None
+        ctx.save_for_backward(saved, weight, bias, kept, moments, corrections)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mean, invstd, count, r, d, index = ctx.saved_tensors
-        kernels = pick(x, differentiable=torch.is_grad_enabled())
-        if kernels.local_backward is not None and not ctx.rule.save_output:
-            statistics = Statistics(count, mean, invstd, r, d)
+        x, weight, bias, residual, moments, corrections = ctx.saved_tensors
+        rule, done = ctx.rule, None
+        backward = pick(x, differentiable=torch.is_grad_enabled()).local_backward
+        if backward is not None and not rule.save_output:
             epilogue = ctx.activation if residual is None else ctx.activation._replace(residual=residual)
-            groups = Groups(index, ctx.rule.groups.number)
-            gradients = kernels.local_backward(
-                grad_output, x, weight, bias, statistics, groups, epilogue, ctx.needs_input_grad
-            )
-            if gradients is not None:
-                return *gradients, None, None, None
-        return SyncedNorm.backward(ctx, grad_output)
+            local = LocalStatistics(moments, corrections)
+            done = backward(grad_output, x, (weight, bias), local, rule.groups, epilogue, ctx.needs_input_grad)
+        if done is None:
+            r, d = (None, None) if corrections is None else corrections
+            statistics = Statistics(group_counts(x, rule.groups), moments[0], moments[1], r, d)
+            done = _gradients(ctx, grad_output, (x, weight, bias, residual), statistics)
+        return *done, None, None, None, None
 
 
-def _save(
-    ctx: Any,
-    saved: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    statistics: Statistics,
-    rule: Rule,
-) -> None:
-    """Keep for the backward pass what both functions read there."""
-    count, mean, invstd, r, d, _ = statistics
-    if r is not None and d is not None:  # as wide as the arithmetic that they enter
-        r, d = r.to(compute_dtype(saved)), d.to(compute_dtype(saved))
-    if ctx.activation.activation is None:
-        residual = None
-    index = rule.groups.index
-    if index is not None or rule.check_count is not None or rule.observer is not None:
-        # Tensors belong to the saved ones, and what the two functions hold on to is needed no longer.
-        rule = rule._replace(groups=Groups(None, rule.groups.number), check_count=None, observer=None)
-    ctx.rule = rule
-    ctx.save_for_backward(saved, weight, bias, residual, mean, invstd, count, r, d, index)
+def _gradients(
+    ctx: Any, grad_output: Tensor, saved: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], given: Statistics
+) -> Gradients:
+    """The backward pass of :class:`SyncedNorm`, from its saved tensors and the statistics of the forward pass."""
+    x_or_y, weight, bias, residual = saved
+    count, mean, invstd, r, d, _ = given
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    rule, groups = ctx.rule, ctx.rule.groups
+    # A compiled backward pass is not recorded again, whatever the grad mode while it is traced.
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if recorded:
+        if rule.save_output:
+            raise RuntimeError("a second derivative needs the layer's input, which save='output' does not keep")
+        _, mean, var = moments(all_reduce_sum(group_sums(x_or_y, groups), rule.group_name))
+        invstd = torch.rsqrt(var + rule.eps)
+    scale, shift = scale_and_shift(weight, bias, r, d, groups.number)
+    kernels = pick(x_or_y, differentiable=recorded)
+    affine = Affine(mean, invstd, scale, shift)
+    if rule.save_output:
+        z, dz, affine_of_z = _from_output(x_or_y, grad_output, affine, ctx.activation)
+        dz, rest, sums = kernels.backward_sums(dz, z, affine_of_z, groups, NO_EPILOGUE)
+    else:
+        epilogue = ctx.activation._replace(residual=residual)
+        dz, rest, sums = kernels.backward_sums(grad_output, x_or_y, affine, groups, epilogue)
+    pending = grad_x = grad_weight = grad_bias = None
+    if needs_x or rule.group_name is not None:
+        pending = start_all_reduce_sum(sums if scale is None else sums * scale.unsqueeze(1), rule.group_name)
+    if needs_weight:
+        assert weight is not None
+        per_group = sums[:, 1] if r is None or d is None else r * sums[:, 1] + d * sums[:, 0]
+        grad_weight = _over_groups(per_group).to(weight.dtype)
+    if needs_bias:
+        assert bias is not None
+        grad_bias = _over_groups(sums[:, 0]).to(bias.dtype)
+    if pending is not None:
+        means = pending.wait() / count.clamp(min=1).unsqueeze(1)
+        if needs_x and rule.save_output:
+            # The kernel's factor is 1/scale, the inverse standard deviation of z; the gradient's is invstd.
+            slope = invstd if scale is None else invstd * scale
+            factors = affine_of_z._replace(scale=slope if scale is None else slope * scale)
+            grad_x = kernels.grad_input(dz, z, factors, means * slope.unsqueeze(1), groups, rest)
+        elif needs_x:
+            grad_x = kernels.grad_input(dz, x_or_y, affine, means, groups, rest)
+    return grad_x, grad_weight, grad_bias, dz if needs_residual else None
 
 
 def _from_output(y: Tensor, grad_output: Tensor, affine: Affine, activation: Epilogue) -> tuple[Tensor, Tensor, Affine]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +17,25 @@ from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks
 from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
-from syncbn.functional.statistics import Groups, compute_dtype
+from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
 from syncbn.torch_internals import assert_async
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches")
 
 MIN_WEIGHT = 2.0**-7
 """With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
 input from the output loses up to (1 + |bias|) / |weight| in relative precision, which this keeps below about 2^8."""
 
 
-@dataclass(frozen=True, eq=False)
-class SampleGroups:
+class SampleGroups(NamedTuple):
     """Which samples of a batch share statistics.
 
     Set as :attr:`SmallBatchNorm.sample_groups`, it replaces ``ghost_batch_size`` in training until it is set again.
     """
 
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     """Group of each sample, (N,) int64 on the input's device. None puts all samples in group 0."""
     number: int
     """Number of groups, including those without a sample on this rank. The same on all ranks that share statistics."""
@@ -222,12 +221,13 @@ class SmallBatchNorm(_BatchNorm):
         # Evaluation without running statistics uses those of the batch on this process, and never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         samples = self._groups(x, group_name)
-        weight, bias = self.weight, self.bias  # read once: a parametrization may return other values the second time
+        # Read once: a parametrization may return other values the second time.
+        weight, bias = self._tensors(self._parameters, ("weight", "bias"))
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
         rule = Rule(
             self.eps,
-            Groups(samples.index, samples.number),
+            ONE_GROUP if samples.index is None else Groups(samples.index, samples.number),
             group_name,
             self.save == "output",
             None if self._has_variance(x, samples) else functools.partial(self._check_count, x),
@@ -237,22 +237,22 @@ class SmallBatchNorm(_BatchNorm):
         return batch_norm(x, weight, bias, self._running(samples.divisor), epilogue, rule)
 
     def _running(self, divisor: float | None) -> Running | None:
-        mean, var, tracked = map(self._buffer, ("running_mean", "running_var", "num_batches_tracked"))
+        mean, var, tracked, nonfinite = self._tensors(self._buffers, _BUFFERS)
         if mean is None or var is None:
             return None
         if tracked is None:
             raise ValueError(
                 f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
             )
-        nonfinite = self._buffer("num_nonfinite_batches")
         assert nonfinite is not None, "registered with the others"
         update = self.training and self.track_running_stats and self.observer is None
         limits = self._limits() if self.training else None
         return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
 
-    def _buffer(self, name: str) -> Tensor | None:
-        # Attribute access looks here last, and costs ten times as much. A parametrization makes a buffer an attribute.
-        return self._buffers[name] if name in self._buffers else getattr(self, name)
+    def _tensors(self, where: dict[str, Any], names: tuple[str, ...]) -> list[Tensor | None]:
+        # Attribute access looks into these dictionaries last, which takes ten times as long. A parametrization makes a
+        # parameter or buffer an attribute.
+        return [where[name] if name in where else getattr(self, name, None) for name in names]
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections in training, or None for a layer without corrections."""

@@ -86,6 +86,12 @@ def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
     return merge_samples(torch.cat((count, sums, squares), 1), groups)
 
 
+def group_counts(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
+    """The count of :func:`group_sums` alone, (G, 1) float64."""
+    size = math.prod(x.shape[2:])
+    return merge_samples(torch.full((x.shape[0], 1), size, dtype=WIRE_DTYPE, device=x.device), groups)
+
+
 def moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and biased variance from (reduced) :func:`group_sums`.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncbn.functional import finish, normalize, statistics
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.finish import Statistics
+from syncbn.functional.finish import LocalStatistics, Statistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups
@@ -23,10 +23,12 @@ logger = logging.getLogger("syncbn")
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of x, weight, bias and residual."""
 LocalForward = Callable[
-    [Tensor, Tensor | None, Tensor | None, float, Running | None, Groups, Epilogue], tuple[Tensor, Statistics] | None
+    [Tensor, Tensor | None, Tensor | None, float, Running | None, Groups, Epilogue],
+    tuple[Tensor, Tensor, Tensor | None],
 ]
 LocalBackward = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor | None, Statistics, Groups, Epilogue, Sequence[bool]], Gradients | None
+    [Tensor, Tensor, tuple[Tensor | None, Tensor | None], LocalStatistics, Groups, Epilogue, Sequence[bool]],
+    Gradients | None,
 ]
 
 
@@ -45,12 +47,13 @@ class Kernels(NamedTuple):
     grad_input: Callable[[Tensor, Tensor, Affine, Tensor, Groups, Epilogue], Tensor]
     """:func:`syncbn.functional.normalize.grad_input`; reads dy and x, and writes dx."""
     local_forward: LocalForward | None = None
-    """(x, weight, bias, eps, running, groups, epilogue): the output and the statistics, if no group extends to another
-    process. ``group_sums``, ``finish`` and ``normalize`` in one call. It returns None for tensors that it cannot read.
-    None if this implementation has no such function."""
+    """(x, weight, bias, eps, running, groups, epilogue): the output and the :class:`LocalStatistics`. ``group_sums``,
+    ``finish`` and ``normalize`` in one call, for groups that are all on this process. None if this implementation has
+    no such function."""
     local_backward: LocalBackward | None = None
-    """(grad_output, x, weight, bias, statistics, groups, epilogue, needs): the backward pass in one call, likewise.
-    ``needs`` says which of the gradients are wanted; the others are None."""
+    """(grad_output, x, (weight, bias), statistics, groups, epilogue, needs): the backward pass in one call, likewise.
+    ``needs`` says which of the gradients are wanted; the others are None. It returns None for tensors that it cannot
+    read."""
 
 
 REFERENCE = Kernels(

@@ -12,6 +12,7 @@ from cpu_cases import EPILOGUES, compiled, each_dtype, groupings, passes, sample
 
 from syncbn.functional import finish as reference_finish
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
+from syncbn.functional.finish import LocalStatistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running
@@ -35,15 +36,15 @@ def test_at_once(name, dtype, activation):
             continue
         weight, bias = (t[0] for t in scale_and_shift(groups.number, x.shape[1]))
         bias = bias.float().double()
-        y, found = cpu.local_forward(x, weight, bias, 1e-5, None, groups, epilogue)
+        y, moments, _ = cpu.local_forward(x, weight, bias, 1e-5, None, groups, epilogue)
         expected = cpu.finish(cpu.group_sums(x, groups), 1e-5, None)
-        for field in ("count", "mean", "invstd"):
-            assert torch.equal(getattr(found, field), getattr(expected, field)), (label, field)
-        affine = Affine(found.mean, found.invstd, *(t.expand(groups.number, -1) for t in (weight, bias)))
-        single = passes(cpu, x, dy, groups, epilogue, affine, found.count)
+        assert torch.equal(moments, torch.stack((expected.mean, expected.invstd))), label
+        affine = Affine(*moments, *(t.expand(groups.number, -1) for t in (weight, bias)))
+        single = passes(cpu, x, dy, groups, epilogue, affine, expected.count)
+        found = LocalStatistics(moments, None)
         narrow = bias.float()  # the same values; the gradients have the dtypes of their parameters
         grad, grad_weight, grad_bias, dz = cpu.local_backward(
-            dy, x, weight, narrow, found, groups, epilogue, [True] * 4
+            dy, x, (weight, narrow), found, groups, epilogue, [True] * 4
         )
         assert torch.equal(y, single[0]), label
         torch.testing.assert_close(grad_weight, single[2][:, 1].sum(0), rtol=1e-13, atol=1e-13)
@@ -78,11 +79,12 @@ def test_the_number_of_threads_shows_in_no_bit():
                 for threads in (1, 3):
                     torch.set_num_threads(threads)
                     try:
-                        y, found = cpu.local_forward(x, None, None, 1e-5, None, groups, NO_EPILOGUE)
-                        _, _, sums = cpu.backward_sums(dy, x, Affine(found.mean, found.invstd), groups, NO_EPILOGUE)
+                        y, moments, _ = cpu.local_forward(x, None, None, 1e-5, None, groups, NO_EPILOGUE)
+                        _, _, sums = cpu.backward_sums(dy, x, Affine(*moments), groups, NO_EPILOGUE)
+                        found = LocalStatistics(moments, None)
                         needs = [True, False, False, False]
-                        grad, *_ = cpu.local_backward(dy, x, None, None, found, groups, NO_EPILOGUE, needs)
-                        results.append((y, found.mean, found.invstd, sums, grad))
+                        grad, *_ = cpu.local_backward(dy, x, (None, None), found, groups, NO_EPILOGUE, needs)
+                        results.append((y, moments, sums, grad))
                     finally:
                         torch.set_num_threads(before)
                 assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
@@ -144,11 +146,11 @@ from syncbn.functional.epilogue import NO_EPILOGUE
 from syncbn.functional.statistics import Groups
 from syncbn.kernels import dispatch
 from syncbn.kernels.cpu.library import load
-x, y, mean, invstd = torch.load(sys.argv[1])
+x, y, moments = torch.load(sys.argv[1])
 assert sys.argv[2] in load()._name, load()._name
 found = dispatch.cpu().local_forward(x, None, None, 1e-5, None, Groups(), NO_EPILOGUE)
 torch.testing.assert_close(found[0], y, rtol=1e-6, atol=1e-6)
-torch.testing.assert_close((found[1].mean, found[1].invstd), (mean, invstd), rtol=1e-6, atol=1e-6)
+torch.testing.assert_close(found[1], moments, rtol=1e-6, atol=1e-6)
 """
 
 
@@ -157,8 +159,8 @@ torch.testing.assert_close((found[1].mean, found[1].invstd), (mean, invstd), rto
 def test_fewer_vector_instructions(capability, tmp_path):
     """Another library is taken where torch is told to use less, and gives the same."""
     x, _ = tensors("many blocks", torch.float32)
-    y, found = cpu.local_forward(x, None, None, 1e-5, None, Groups(), NO_EPILOGUE)
-    torch.save((x, y, found.mean, found.invstd), tmp_path / "expected.pt")
+    y, moments, _ = cpu.local_forward(x, None, None, 1e-5, None, Groups(), NO_EPILOGUE)
+    torch.save((x, y, moments), tmp_path / "expected.pt")
     command = [sys.executable, "-c", OTHER_LIBRARY, str(tmp_path / "expected.pt"), capability]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)

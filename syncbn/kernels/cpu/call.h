@@ -77,7 +77,7 @@ struct Call {
   void *dz, *out;  // the gradient of z, or null if it is not wanted; the result
   const int64_t* groups;  // (N,), or null for one group
   double* sums;  // forward (G, 2C + 1), backward (G, 2, C)
-  double *count, *mean, *var, *invstd, *r, *d;  // (G,), then (G, C) each; r and d may be null, var in a whole pass
+  double *count, *mean, *var, *invstd, *r, *d;  // (G,), then (G, C) each; r and d may be null, count and var in a whole pass
   const double* means;  // (G, 2, C), or null
   void *grad_weight, *grad_bias;  // (C,) each, or null
   int64_t grad_weight_type, grad_bias_type;

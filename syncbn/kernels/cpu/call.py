@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running
@@ -205,36 +204,27 @@ def wide(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=WIRE_DTYPE, device="cpu")
 
 
-def put_finish(call: Call, running: Running | None, *, with_var: bool) -> Statistics:
-    """Put the arguments of :func:`finish` into the call; returns its results, not yet computed.
+def put_running(call: Call, running: Running | None) -> Tensor | None:
+    """Put the running statistics and their update into the call.
 
-    Without ``with_var`` the variance is not returned.
+    Returns:
+        renorm's r and d, (2, G, C) float64, not yet computed; None if the layer has none.
     """
-    g, c = call.num_groups, call.channels
-    # One tensor each: a tensor saved for the backward pass must not keep the others alive.
-    count, mean, invstd, r, d, var = wide(g, 1), wide(g, c), wide(g, c), None, None, None
-    call.count, call.mean, call.invstd = count.data_ptr(), mean.data_ptr(), invstd.data_ptr()
-    if with_var:
-        var = wide(g, c)
-        call.var = var.data_ptr()
-    if running is not None:
-        momentum, divisor = running.momentum, running.divisor
-        call.running = _Running(
-            running.mean.data_ptr(),
-            running.var.data_ptr(),
-            running.num_batches_tracked.data_ptr(),
-            running.num_nonfinite_batches.data_ptr(),
-            TYPES[running.mean.dtype],
-            running.update,
-            momentum is None,
-            divisor is not None,
-            momentum or 0,
-            divisor or 0,
-        )
-        if running.update:  # autograd must notice that they change
-            torch.autograd.graph.increment_version(running[:4])
-        if running.limits is not None:
-            r, d = wide(g, c), wide(g, c)
-            call.limits = _Limits(True, *running.limits)
-            call.r, call.d = r.data_ptr(), d.data_ptr()
-    return Statistics(count, mean, invstd, r, d, var)
+    if running is None:
+        return None
+    mean, var, tracked, nonfinite, momentum, _, divisor, limits, update = running
+    target = call.running
+    target.mean, target.var, target.type = mean.data_ptr(), var.data_ptr(), TYPES[mean.dtype]
+    target.num_batches_tracked, target.num_nonfinite_batches = tracked.data_ptr(), nonfinite.data_ptr()
+    target.update, target.cumulative, target.momentum = update, momentum is None, momentum or 0
+    if divisor is not None:
+        target.has_divisor, target.divisor = True, divisor
+    if update:  # autograd must notice that they change
+        torch.autograd.graph.increment_version((mean, var, tracked, nonfinite))
+    if limits is None:
+        return None
+    corrections = wide(2, call.num_groups, call.channels)
+    call.limits = _Limits(True, *limits)
+    call.r = corrections.data_ptr()
+    call.d = call.r + corrections.nbytes // 2
+    return corrections

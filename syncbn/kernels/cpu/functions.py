@@ -16,10 +16,10 @@ from syncbn.functional import finish as finish_twin
 from syncbn.functional import normalize as twin
 from syncbn.functional import statistics as statistics_twin
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
-from syncbn.functional.finish import Statistics
+from syncbn.functional.finish import LocalStatistics, Statistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.running import Running
-from syncbn.functional.statistics import ONE_GROUP, WIRE_DTYPE, Groups
+from syncbn.functional.statistics import ONE_GROUP, WIRE_DTYPE, Groups, compute_dtype
 from syncbn.kernels.cpu.call import (
     TYPES,
     Call,
@@ -29,8 +29,8 @@ from syncbn.kernels.cpu.call import (
     is_readable,
     library,
     make_call,
-    put_finish,
     put_moments,
+    put_running,
     wide,
 )
 
@@ -54,9 +54,13 @@ def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statisti
     if not (is_like(sums, WIRE_DTYPE, g, 2 * c + 1) and is_readable(running, c)):
         return finish_twin.finish(sums, eps, running)
     call = Call(sums=sums.data_ptr(), channels=c, num_groups=g, eps=eps)
-    statistics = put_finish(call, running, with_var=True)
+    # One tensor each: a tensor saved for the backward pass must not keep the others alive.
+    count, mean, invstd, var = wide(g, 1), wide(g, c), wide(g, c), wide(g, c)
+    call.count, call.mean, call.invstd, call.var = (t.data_ptr() for t in (count, mean, invstd, var))
+    corrections = put_running(call, running)
     library.syncbn_finish(call)
-    return statistics
+    r, d = (None, None) if corrections is None else corrections
+    return Statistics(count, mean, invstd, r, d, var)
 
 
 def normalize(x: Tensor, affine: Affine, groups: Groups = ONE_GROUP, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
@@ -78,18 +82,38 @@ def local_forward(
     running: Running | None,
     groups: Groups,
     epilogue: Epilogue,
-) -> tuple[Tensor, Statistics] | None:
-    """:func:`group_sums`, :func:`finish` and :func:`normalize` in one call, or None if a tensor cannot be read."""
-    if not is_readable(running, x.shape[1]):
-        return None
-    call = make_call(x, weight, bias, groups, epilogue)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`group_sums`, :func:`finish` and :func:`normalize` in one call.
+
+    Returns:
+        the output, and the moments and corrections of :class:`~syncbn.functional.finish.LocalStatistics`.
+    """
+    call = make_call(x, weight, bias, groups, epilogue) if is_readable(running, x.shape[1]) else None
     if call is None:
-        return None
+        return _local_forward_by_steps(x, weight, bias, eps, running, groups, epilogue)
     y = torch.empty_like(x)
-    call.out, call.eps = y.data_ptr(), eps
-    statistics = put_finish(call, running, with_var=False)
+    moments = torch.empty(2, groups.number, x.shape[1], dtype=WIRE_DTYPE, device="cpu")
+    call.out, call.eps, call.mean = y.data_ptr(), eps, moments.data_ptr()
+    call.invstd = call.mean + moments.nbytes // 2
+    corrections = put_running(call, running)
     library.syncbn_forward(call)
-    return y, statistics
+    return y, moments, None if corrections is None else corrections.to(compute_dtype(x))
+
+
+def _local_forward_by_steps(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running | None,
+    groups: Groups,
+    epilogue: Epilogue,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`local_forward` for tensors that some of the kernels cannot read."""
+    _, mean, invstd, r, d, _ = finish(group_sums(x, groups), eps, running)
+    y = normalize(x, Affine(mean, invstd, *twin.scale_and_shift(weight, bias, r, d, groups.number)), groups, epilogue)
+    corrections = None if r is None or d is None else torch.stack((r, d)).to(compute_dtype(x))
+    return y, torch.stack((mean, invstd)), corrections
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
@@ -151,9 +175,8 @@ def grad_input(
 def local_backward(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Statistics,
+    parameters: tuple[Tensor | None, Tensor | None],
+    statistics: LocalStatistics,
     groups: Groups,
     epilogue: Epilogue,
     needs: Sequence[bool],
@@ -162,27 +185,25 @@ def local_backward(
 
     Args:
         grad_output, x: (N, C, *).
-        weight, bias: (C,) or None.
-        statistics: those of the forward pass.
-        groups, epilogue: those of the forward pass.
+        parameters: weight and bias, (C,) or None.
+        statistics, groups, epilogue: those of the forward pass.
         needs: which gradients are wanted, of x, weight, bias and residual. The others are None.
     """
-    count, mean, invstd, r, d, _ = statistics
-    if r is not None and d is not None:
-        r, d = r.to(WIRE_DTYPE), d.to(WIRE_DTYPE)
+    weight, bias = parameters
+    moments, corrections = statistics
     call = make_call(x, weight, bias, groups, epilogue)
-    if call is None or not (
-        put_moments(call, Affine(mean, invstd))
-        and fits(grad_output, x)
-        and is_like(r, WIRE_DTYPE, *mean.shape)
-        and is_like(d, WIRE_DTYPE, *mean.shape)
-        and is_like(count, WIRE_DTYPE, groups.number, 1)
-    ):
+    shape = (2, groups.number, x.shape[1])
+    if call is None or not (is_like(moments, WIRE_DTYPE, *shape) and fits(grad_output, x)):
         return None
+    call.mean = moments.data_ptr()
+    call.invstd = call.mean + moments.nbytes // 2
+    if corrections is not None:
+        wide_corrections = corrections.to(WIRE_DTYPE)
+        if not is_like(wide_corrections, WIRE_DTYPE, *shape):
+            return None
+        call.r = call.keep(wide_corrections)
+        call.d = call.r + wide_corrections.nbytes // 2
     dz = _put_gradient(call, grad_output, x, write=needs[3])
-    call.count = count.data_ptr()
-    if r is not None and d is not None:
-        call.r, call.d = r.data_ptr(), d.data_ptr()
     grad = grad_weight = grad_bias = None
     if needs[0]:
         grad = torch.empty_like(x)

@@ -253,10 +253,16 @@ void run(const Task& task) {
   task.call.planes ? over_planes<T>(task) : over_rows<T>(task);
 }
 
+// Whether the groups of all samples exist.
+bool has_groups(const Call& call) {
+  for (int64_t n = 0; call.groups != nullptr && n < call.samples; ++n)
+    if (call.groups[n] < 0 || call.groups[n] >= call.num_groups) return false;
+  return true;
+}
+
 // Returns 0, or 1 if a sample's group does not exist.
 int64_t run(const Call& call, bool forward, bool first, bool second) {
-  for (int64_t n = 0; call.groups != nullptr && n < call.samples; ++n)
-    if (call.groups[n] < 0 || call.groups[n] >= call.num_groups) return 1;
+  if (!has_groups(call)) return 1;
   const Task task{call, forward, first, second};
   switch (call.type) {
     case FLOAT: run<float>(task); break;
@@ -290,20 +296,21 @@ int64_t syncbn_finish(const Call* call) {
 }
 int64_t syncbn_forward(const Call* given) {
   Call call = *given;
-  std::vector<double> sums(call.num_groups * (2 * call.channels + 1)), var;
-  call.sums = sums.data();
-  if (call.var == nullptr) {
-    var.resize(call.num_groups * call.channels);
-    call.var = var.data();
-  }
+  const int64_t groups = call.num_groups, values = groups * call.channels;
+  std::vector<double> sums(2 * values + groups), count(groups), var(values);
+  call.sums = sums.data(), call.count = count.data(), call.var = var.data();
   if (syncbn::run(call, true, true, true)) return 1;
   syncbn::update_running(call);
   return 0;
 }
 int64_t syncbn_backward(const Call* given) {
   Call call = *given;
-  std::vector<double> sums(call.num_groups * 2 * call.channels);
-  call.sums = sums.data();
+  std::vector<double> sums(call.num_groups * 2 * call.channels), count(call.num_groups);
+  call.sums = sums.data(), call.count = count.data();
+  if (call.groups == nullptr)
+    count[0] = static_cast<double>(call.samples * call.size);
+  else if (syncbn::has_groups(call))
+    for (int64_t n = 0; n < call.samples; ++n) count[call.groups[n]] += call.size;
   if (syncbn::run(call, false, true, call.out != nullptr)) return 1;
   syncbn::parameter_gradients(call);
   return 0;
