@@ -78,12 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", type=Path, help="write bench.json, bench.csv and growth.csv there")
     add("--check", action="store_true", help="measure only what the table needs; exit with 1 if a row falls short")
     add("--dtype", type=_several(DTYPES), help="of float32,bfloat16,float16 (default: float32; on cuda also bfloat16)")
-    add(
-        "--shapes",
-        type=_several(FAMILIES),
-        default=DEFAULT_FAMILIES,
-        help=f"of {','.join(FAMILIES)} (default: no tiny)",
-    )
+    families = f"of {','.join(FAMILIES)} (default: all but tiny)"
+    add("--shapes", type=_several(FAMILIES), default=DEFAULT_FAMILIES, help=families)
     add("--rounds", type=_positive, help="samples of each contender (default: 7; on cuda 15)")
     add("--list", action="store_true", help="print the contenders and the shapes, and stop")
     return parser
@@ -110,9 +106,8 @@ def _several(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
         words = [SHORT_DTYPES.get(word.strip(), word.strip()) for word in text.split(",")]
         for word in words:
             if word not in known:
-                raise argparse.ArgumentTypeError(
-                    f"got {word!r}, expected any of {', '.join(known)}, separated by commas"
-                )
+                expected = f"any of {', '.join(known)}, separated by commas"
+                raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}")
         return tuple(dict.fromkeys(words))
 
     return read

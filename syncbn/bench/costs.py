@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from syncbn.bench.timing import Call
 
@@ -96,18 +97,10 @@ class OperationCounter(TorchDispatchMode):
                 self.collectives += 1
                 # The first argument of these holds the tensors to receive into.
                 sent = args[1] if name.startswith(("allgather", "_allgather", "reduce_scatter_")) else args[0]
-                self.wire_bytes += sum(t.numel() * t.element_size() for t in _tensors(sent))
+                self.wire_bytes += sum(t.nbytes for t in tree_leaves(sent) if isinstance(t, Tensor))
         elif not func.is_view:
             self.operations += 1
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def saved(step: Call, known: Iterable[Tensor], channels_and_groups: int) -> dict[str, Any]:

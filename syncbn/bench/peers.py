@@ -51,13 +51,9 @@ class Contender:
 def _layer_step(
     layer: Any, problem: Problem, function: Callable[..., Tensor] | None = None, with_residual: bool = False
 ) -> LayerStep:
-    """The step of a layer with the problem's parameters and running statistics.
+    """The step of a layer, given the problem's parameters and running statistics.
 
-    Args:
-        layer: a module with BatchNorm's parameters and buffers.
-        problem: which tensors.
-        function: called with x, and the residual, instead of the layer.
-        with_residual: the step has one.
+    ``function`` is called instead of the layer, with x and, if there is one, the residual.
     """
     layer = layer.to(problem.device)
     with torch.no_grad():
@@ -154,10 +150,7 @@ def _textbook(problem: Problem, reduce: str, compiled: bool = False) -> LayerSte
 def _averages(problem: Problem, reduce: str) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     """A differentiable function of two tensors to their averages over the processes.
 
-    Args:
-        problem: on which processes.
-        reduce: ``"eager"`` (two eager all-reduces), ``"apart"`` (two that can be compiled) or ``"together"`` (one that
-            can be compiled).
+    ``reduce`` is ``"eager"`` (two eager all-reduces), ``"apart"`` (two that can be compiled) or ``"together"`` (one).
     """
     group, size = problem.group, problem.world_size
     if group is None:

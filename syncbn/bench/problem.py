@@ -56,14 +56,9 @@ def make_problem(
     mean: float = 0.3,
     std: float = 1.5,
 ) -> Problem:
-    """Draw normal numbers that depend only on the shape and the rank.
+    """Draw normal numbers that depend only on the shape and the rank; ``mean`` and ``std`` are those of x.
 
-    Args:
-        shape, dtype, device: of x.
-        groups: number of ghost groups.
-        rank: whose part of the batch; every process can make the parts of the others too.
-        group: the processes that share statistics, None for one process alone.
-        mean, std: of x.
+    Every process can make the parts of the other ranks too.
     """
     generator = torch.Generator(device).manual_seed(1000 * shape.elements + rank)
     channels = torch.Generator(device).manual_seed(shape.size[1])

@@ -77,7 +77,7 @@ def _contender_lines(name: str, baseline: str, timed: Sequence[Measurement], sha
     between = f"{min(medians):.2f} to {max(medians):.2f}{few}"
     if shapes == 1:
         between = f"{1e3 * timed[0].timings[name].median:.3g} ms"
-    yield f"  {name:<33} {geometric_mean_of_ratios(ratios)!s:<20} {between}"
+    yield f"  {name:<33} {geometric_mean_of_ratios(ratios)!s:<22} {between}"
     yield from _wrapped(_costs([m.costs[name] for m in timed if name in m.costs]), 6)
     if sums := _resnet50_sums(name, timed):
         yield f"      the 53 layers of ResNet-50: {sums}"

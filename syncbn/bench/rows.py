@@ -13,7 +13,7 @@ from syncbn.bench.shapes import DTYPES
 from syncbn.bench.suites import Measurement
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios, spread
 
-Value = tuple[Spread, str]
+RowValue = tuple[Spread, str]
 """What a row measures, and what a reader should know about it."""
 
 
@@ -36,7 +36,7 @@ class BenchResults:
 class Row:
     name: str
     limit: float
-    measure: Callable[[BenchResults], Value]  # raises NotMeasuredError
+    measure: Callable[[BenchResults], RowValue]  # raises NotMeasuredError
     device: str | None = None  # the device that it is measured on; None means any
     at_least: bool = False
 
@@ -85,7 +85,7 @@ def table(judged: Sequence[JudgedRow]) -> list[str]:
         value = "-" if found.value is None else str(found.value)
         note = f": {found.note}" if found.note else ""
         lines.append(found.row.name)
-        text = f"{value:<20} {found.row.bound:<13} {found.word}{note}"
+        text = f"{value:<22} {found.row.bound:<13} {found.word}{note}"
         lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent=" " * 8)
     return lines
 
@@ -98,17 +98,15 @@ def _measured(
     found = [m for m in of_suite if m.dtype in dtypes and all(name in m.timings for name in names)]
     if not found:
         reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable}
-        of_family = "" if family is None else f" of {family}"
-        raise NotMeasuredError(
-            "; ".join(sorted(reasons)) or f"no shape{of_family} of '{suite}' was timed in {', '.join(dtypes)}"
-        )
+        none = f"no shape of '{suite}' was timed in {', '.join(dtypes)}; see --shapes"
+        raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     missing = [dtype for dtype in dtypes if dtype not in {m.dtype for m in found}]
     if missing:
         raise NotMeasuredError(f"needs --dtype {','.join(dtypes)}; {', '.join(missing)} was not measured")
     return found
 
 
-def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> Value:
+def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> RowValue:
     """The geometric mean of a ratio over shapes, and the ``worst`` one: ``max`` or ``min``."""
     ratio, measurement = worst(zip(ratios, found, strict=True), key=lambda pair: pair[0].median)
     detail = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
@@ -117,16 +115,10 @@ def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: 
 
 def quotient(
     suite: str, numerator: str, denominator: str, dtypes: Sequence[str] = ("float32",), family: str | None = None
-) -> Callable[[BenchResults], Value]:
-    """Geometric mean over a suite's shapes of the median ratio of two contenders' times.
+) -> Callable[[BenchResults], RowValue]:
+    """Geometric mean over a suite's shapes, or those of a family, of the median ratio of two contenders' times."""
 
-    Args:
-        suite, numerator, denominator: names of the suite and the contenders.
-        dtypes: each must have been measured.
-        family: measure on these shapes alone; None means all.
-    """
-
-    def measure(results: BenchResults) -> Value:
+    def measure(results: BenchResults) -> RowValue:
         found = _measured(results, suite, (numerator, denominator), dtypes, family)
         ratios = [measurement.ratio(numerator, denominator) for measurement in found]
         return _over_shapes(found, ratios, max)
@@ -134,7 +126,7 @@ def quotient(
     return measure
 
 
-def saved(results: BenchResults) -> Value:
+def saved(results: BenchResults) -> RowValue:
     """Most float32 numbers per channel and group that one of our layers saves for backward, over all shapes."""
     found = [
         (costs.saved_numbers, name, measurement.shape.label)
@@ -149,7 +141,7 @@ def saved(results: BenchResults) -> Value:
     return Spread(most, most, most), f"from {least:.4g}; most by {name} on {label}"
 
 
-def bandwidth(results: BenchResults) -> Value:
+def bandwidth(results: BenchResults) -> RowValue:
     """The memory limit's time over that of a step; geometric mean over large inputs."""
     found = _measured(results, "large", ("SyncBatchNorm",), _BOTH)
     if results.bandwidth is None:

@@ -87,10 +87,7 @@ DEFAULT_FAMILIES = ("resnet50", "detector", "unet3d", "mlp")
 def layer_shapes(families: Sequence[str], batches: Sequence[int], most_elements: int | None) -> list[Shape]:
     """Inputs of the families, each in the default and, if it has spatial dimensions, the channels-last format.
 
-    Args:
-        families: of :data:`FAMILIES`.
-        batches: samples per process for ResNet-50; the other families have fixed batches.
-        most_elements: larger inputs are left out; None means no limit.
+    ResNet-50's have ``batches`` samples per process. Inputs of more than ``most_elements`` are left out.
     """
     found: list[Shape] = []
     for family, shapes in FAMILIES.items():

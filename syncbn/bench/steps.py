@@ -141,17 +141,11 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tra
     return step
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
 def check_alone(config: StepConfig) -> dict[str, float]:
-    """Compare steps that must be equal, on one process in float64.
+    """Compare steps that must be equal, on one process in float64; RuntimeError if they differ.
 
     Returns:
-        For each pair the largest relative difference of loss and gradients.
-
-    Raises:
-        RuntimeError: a difference exceeds :data:`TOLERANCE`.
+        For each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
     """
     x, y = make_batch(config, CPU, torch.float64)
     local = build(config, None, CPU, torch.float64)
@@ -213,9 +207,6 @@ def _difference(model: nn.Module, loss: Tensor, truth: nn.Module, expected: Tens
     return largest
 
 
-# -- times -------------------------------------------------------------------------------------------------------------
-
-
 CONFIGS = {
     "cpu": (
         StepConfig("resnet20", 8, 32, 4),
@@ -241,21 +232,12 @@ ARMS = ("local", "groups", "sync")
 """Statistics of each logical GPU, of groups of 4, of all 8."""
 
 WORLDS = (1, 2, 4)
+_VARIANTS = tuple(variants(EMULATED))
 STEP_SUITES = (
-    *(
-        Suite(
-            f"step on {n}",
-            f"training step at world size {n}",
-            "local",
-            tuple(variants(EMULATED)),
-            rows_on=(),
-            separate=True,
-        )
-        for n in WORLDS
-    ),
+    *(Suite(f"step on {n}", f"step, world size {n}", "local", _VARIANTS, rows_on=(), separate=True) for n in WORLDS),
     Suite(
         "emulation",
-        f"training step of {LOGICAL_GPUS} logical GPUs, emulated on one process or on {REAL_PROCESSES} real ones",
+        f"step of {LOGICAL_GPUS} logical GPUs, emulated on one process or on {REAL_PROCESSES} real ones",
         baseline="real",
         needed=("emulated", "real"),
         rows_on=("cpu",),
@@ -305,11 +287,7 @@ def _measurement(suite: str, config: StepConfig, timings: dict[str, Timing], arm
 def steps_job(
     jobs: Iterable[tuple[StepConfig, int, torch.device]], small: StepConfig = CHECKED
 ) -> tuple[dict[str, float], list[dict[str, Timing]]]:
-    """Check and time steps, on one process alone or called on each process of a world.
-
-    Args:
-        jobs: what to time, with its rounds and device.
-        small: what the checks are made on.
+    """Check steps on ``small``, and time jobs with their rounds and devices, alone or on each process of a world.
 
     Returns:
         The checks' differences, and the timings of each job.
@@ -348,9 +326,6 @@ def _check_losses(first: Mapping[str, float], last: Mapping[str, float]) -> None
     for name, loss in last.items():
         if not (math.isfinite(loss) and loss < first[name]):
             raise RuntimeError(f"{name}: the loss went from {first[name]:.4g} to {loss:.4g}, expected a lower one")
-
-
-# -- emulation ---------------------------------------------------------------------------------------------------------
 
 
 def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> tuple[list[Measurement], dict[str, float]]:

@@ -216,16 +216,23 @@ def measure(
         found.unavailable = {contender.name: reason for contender in skipped}
         contenders = [contender for contender in contenders if contender not in skipped]
     steps = _checked_steps(contenders, parts, rank, found)
-    if group is not None:
-        _share_errors(found, group)
-    _require_right(found)
+    _require_right(found, group)
     steps = {name: step for name, step in steps.items() if name in found.errors}
     if group is None:
         found.timings = interleaved(steps, rounds=selection.rounds, device=device)
     else:
         found.timings = interleaved_together(steps, rounds=selection.rounds)
-    for name, step in steps.items():
-        found.costs[name] = _costs(CONTENDERS[name], step, parts[rank])
+    for contender in contenders:
+        if contender.name in steps:
+            step, groups = steps[contender.name], GROUPS if contender.kind == "ghost" else 1
+            found.costs[contender.name] = measure_costs(
+                step,
+                (*step.known, *step.buffers),
+                device=device,
+                channels_and_groups=shape.size[1] * groups,
+                compiled=contender.compiled,
+                profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
+            )
     return found
 
 
@@ -236,7 +243,7 @@ def large_mean_errors(selection: Selection) -> Measurement:
     problem = make_problem(found.shape, torch.float32, device, groups=GROUPS, mean=LARGE_MEAN, std=1.0)
     contenders = [contender for contender in CONTENDERS.values() if contender.ours or not selection.check]
     _checked_steps(contenders, [problem], 0, found)
-    _require_right(found)
+    _require_right(found, None)
     return found
 
 
@@ -263,34 +270,23 @@ def _checked_steps(
     return steps
 
 
-def _share_errors(found: Measurement, group: dist.ProcessGroup) -> None:
-    """Take each error's maximum over the processes, so that all time the same contenders and raise together."""
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, (found.errors, found.unavailable), group=group)
-    for _, unavailable in everyone:
-        found.unavailable |= unavailable
-    for name in found.unavailable:
-        found.errors.pop(name, None)
-    for name, own in found.errors.items():
-        found.errors[name] = {tensor: max(errors[name][tensor] for errors, _ in everyone) for tensor in own}
+def _require_right(found: Measurement, group: dist.ProcessGroup | None) -> None:
+    """Raise WrongError if a layer of ours is wrong.
 
-
-def _require_right(found: Measurement) -> None:
+    Errors become their maximum over the processes, so that all time the same contenders and raise together.
+    """
+    if group is not None:
+        everyone: list[Any] = [None] * group.size()
+        dist.all_gather_object(everyone, (found.errors, found.unavailable), group=group)
+        for _, unavailable in everyone:
+            found.unavailable |= unavailable
+        for name in found.unavailable:
+            found.errors.pop(name, None)
+        for name, own in found.errors.items():
+            found.errors[name] = {tensor: max(errors[name][tensor] for errors, _ in everyone) for tensor in own}
     for name in found.wrong:
         if CONTENDERS[name].ours:
             raise WrongError(f"{name} on {found.shape.label}, {found.dtype}: {'; '.join(found.excess(name))}")
-
-
-def _costs(contender: Contender, step: LayerStep, problem: Problem) -> Costs:
-    groups = problem.groups if contender.kind == "ghost" else 1
-    return measure_costs(
-        step,
-        (*step.known, *step.buffers),
-        device=problem.device,
-        channels_and_groups=problem.num_features * groups,
-        compiled=contender.compiled,
-        profiled=problem.num_features == PROFILED_CHANNELS or problem.shape.family == "tiny",
-    )
 
 
 @contextlib.contextmanager

@@ -27,13 +27,12 @@ class LayerTensors(NamedTuple):
 def batch_norm(
     x: Tensor, layer: LayerTensors, count: int, average: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 ) -> Tensor:
-    """Batch normalization by the means of x and of its square, averaged over the processes.
+    """Batch normalization of x (N, C, *), of the same size on all processes.
 
     Args:
-        x: (N, C, *), of the same size on all processes.
-        layer: parameters and running statistics.
+        x, layer: of this process.
         count: elements per channel over all processes.
-        average: maps both means, (C,) each, to their averages over the processes.
+        average: maps the means (C,) of x and of its square to their averages over the processes.
     """
     dims, view = _dims(x)
     wide = x.float()

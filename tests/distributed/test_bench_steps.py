@@ -63,7 +63,7 @@ def test_steps_on_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(checks) == 4
     assert capsys.readouterr().err.count("\n") == 1
     text = summary(BenchResults("cpu", [found], step_checks=checks))
-    assert "training step at world size 1: resnet20 N=4 3x8x8, float32" in text
+    assert "step, world size 1: resnet20 N=4 3x8x8, float32" in text
     assert any("renorm" in line and "ms" in line for line in text)
     assert max(map(len, text)) <= 100
 
