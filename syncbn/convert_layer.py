@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,7 +31,7 @@ KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostB
 _ABSENT = object()
 _COUNTER = "num_nonfinite_batches"
 _CONTAINERS = ("_buffers", "_non_persistent_buffers_set")
-"""The attributes that a conversion changes in place of replacing them."""
+"""The attributes whose content a conversion changes."""
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -57,9 +56,9 @@ def register_batchnorm(cls: type[_BatchNorm], after: After | None = None) -> Non
             cannot be imported by its name.
 
     Example:
-        >>> class NamedBatchNorm(nn.BatchNorm2d):
-        ...     name = "norm"
-        >>> register_batchnorm(NamedBatchNorm)
+        >>> class MyBatchNorm(nn.BatchNorm2d):
+        ...     pass
+        >>> register_batchnorm(MyBatchNorm)  # it only normalizes
     """
     if not (isinstance(cls, type) and issubclass(cls, _BatchNorm)):
         raise ValueError(f"expected a subclass of torch's batch normalization (such as nn.BatchNorm2d), got {cls!r}")
@@ -163,7 +162,7 @@ def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     return conversion.original, state
 
 
-def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
+def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
     """The attributes of ``layer`` as a ``cls``; None if it is one with these options already.
 
     Raises:
@@ -181,7 +180,7 @@ def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | Non
         num_features=before["num_features"],
         affine=False,
         track_running_stats=layer.running_mean is not None,
-        device="meta",
+        device="meta" if layer.running_mean is None else layer.running_mean.device,
         **{**kept, **options, **_scope_options(cls, before, options)},
     )
     new.qualified_name, new.after = name, after
@@ -190,7 +189,10 @@ def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | Non
     state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
     if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *layer_options(cls))):
         return None
-    _add_counter(layer, state)
+    counter = layer._buffers.get(_COUNTER, new._buffers.get(_COUNTER))
+    if counter is not None:
+        state["_buffers"][_COUNTER] = counter
+        state["_non_persistent_buffers_set"].add(_COUNTER)
     replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and state.get(k, _ABSENT) is not v}
     state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))
     return state
@@ -220,16 +222,6 @@ def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
     layer.__class__ = cls
     vars(layer).clear()
     vars(layer).update(state)
-
-
-def _add_counter(layer: Any, state: State) -> None:
-    """Add the buffer that torch's layers do not have; keep the one that an earlier conversion added."""
-    if layer.running_mean is not None and _COUNTER not in state["_buffers"]:
-        counter = layer._buffers.get(_COUNTER)
-        if counter is None:
-            counter = torch.zeros((), dtype=torch.int64, device=layer.running_mean.device)
-        state["_buffers"][_COUNTER] = counter
-        state["_non_persistent_buffers_set"].add(_COUNTER)
 
 
 def _scope_options(cls: type[SmallBatchNorm], before: State, options: State) -> State:
