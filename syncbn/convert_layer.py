@@ -123,14 +123,14 @@ class Conversion:
     """Names of the new attributes."""
 
 
-def layer_options(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
+def options_of(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
     """The arguments of ``cls`` that :func:`syncbn.convert` takes: those that do not follow from the old layer."""
     parameters = inspect.signature(cls).parameters
     return {name: parameter for name, parameter in parameters.items() if name not in _FROM_LAYER}
 
 
 _FROM_LAYER = frozenset(("num_features", "affine", "track_running_stats", "device", "dtype", "bias"))
-_ALL_OPTIONS = frozenset(name for cls in KINDS.values() for name in layer_options(cls))
+_ALL_OPTIONS = frozenset(name for cls in KINDS.values() for name in options_of(cls))
 _OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
 """The attributes of torch's layers that no option sets."""
 
@@ -187,7 +187,7 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
 
     old = {key: value for key, value in before.items() if key not in _ALL_OPTIONS | {"process_group"}}
     state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
-    if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *layer_options(cls))):
+    if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *options_of(cls))):
         return None
     counter = layer._buffers.get(_COUNTER, new._buffers.get(_COUNTER))
     if counter is not None:
@@ -236,7 +236,7 @@ def _scope_options(cls: type[SmallBatchNorm], before: State, options: State) -> 
     if scope is None:
         return {}
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
-    return found | ({"sync": True} if "sync" in layer_options(cls) else {})
+    return found | ({"sync": True} if "sync" in options_of(cls) else {})
 
 
 # -- timm's activations ------------------------------------------------------------------------------------------------
