@@ -181,7 +181,7 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
         affine=False,
         track_running_stats=layer.running_mean is not None,
         device="meta" if layer.running_mean is None else layer.running_mean.device,
-        **{**kept, **options, **_scope_options(cls, before, options)},
+        **{**kept, **options, **_scope_options(cls, original, before, options)},
     )
     new.qualified_name, new.after = name, after
 
@@ -224,15 +224,16 @@ def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
     vars(layer).update(state)
 
 
-def _scope_options(cls: type[SmallBatchNorm], before: State, options: State) -> State:
+def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before: State, options: State) -> State:
     """Options that keep the ranks with which the old layer synchronizes, unless ``options`` name others."""
     if options.get("sync") is False or any(options.get(k) is not None for k in ("process_group", "sync_group_size")):
         return {}
-    if "process_group" in before:
+    scope: Scope | None = None
+    if issubclass(original, SmallBatchNorm):
+        scope = before["scope"]
+    elif issubclass(original, nn.SyncBatchNorm):
         group: RememberedGroup | None = before["process_group"]
-        scope: Scope | None = Scope() if group is None else Scope(ranks=group.ranks)
-    else:
-        scope = before.get("scope")
+        scope = Scope(ranks=None if group is None else group.ranks)
     if scope is None:
         return {}
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
