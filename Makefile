@@ -1,7 +1,8 @@
 # Every target sets up what it needs: python3 and make are enough, and nothing has to be activated.
 #   make study    the main job, its report in $(OUT)     make test       all tests
-#   make lint     ruff and mypy                          make test-unit  the tests without processes of their own
-#   make format   rewrite the sources as ruff wants      make clean      remove the environment and all caches
+#   make lint     ruff and mypy                          make test-unit  the tests of one process
+#   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
+#   make docs     the web site, in build/docs            make clean      remove the environment and all caches
 PYTHON ?= python3
 OUT ?= runs/quickstart
 # Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
@@ -11,12 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Compiled by the installation.
-KERNELS := $(wildcard $(addprefix syncbn/kernels/compiled/*.,cpp h py))
+KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit lint format clean
+.PHONY: help setup study test test-unit test-fast docs lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -40,6 +41,13 @@ test: setup
 test-unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
+
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "the site begins at build/docs/index.html"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,5 +59,5 @@ format: setup
 
 clean:
 	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
-	rm -rf syncbn/kernels/compiled/kernels-*.so syncbn/kernels/compiled/.build-*
-	find configs launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf syncbn/kernels/cpu/kernels-*.so syncbn/kernels/cpu/.build-*
+	find configs docs examples launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +

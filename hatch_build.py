@@ -1,4 +1,4 @@
-"""Builds the CPU's kernels with the package where there is a C++ compiler; without them torch's own serve."""
+"""Compiles the CPU kernels when the package is built. Without a C++ compiler the wheel is pure Python."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILD = Path("syncbn/kernels/compiled/build.py")
+BUILD = Path("syncbn/kernels/cpu/build.py")
 
 
 class CompiledKernels(BuildHookInterface):
-    """Runs ``build.py`` of the kernels, which needs nothing installed, before a wheel or an editable installation."""
+    """Runs the kernels' ``build.py``, which needs no other package, before a wheel or an editable installation."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         script = Path(self.root) / BUILD
@@ -23,9 +23,10 @@ class CompiledKernels(BuildHookInterface):
         try:
             built = module["build"]()
         except module["BuildError"] as error:
-            self.app.display_warning(f"the CPU's kernels are not built, and torch's will serve: {error}")
+            self.app.display_warning(f"the CPU kernels are not compiled, so the layers will be slower: {error}")
             return
-        # Libraries without Python's or torch's interface: one wheel for all their versions on a platform.
+        # The libraries use neither Python's nor torch's headers, so one wheel serves all their versions. It is tagged
+        # for this machine; `auditwheel repair` gives it a manylinux tag after it has looked at the symbols.
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"
         build_data["pure_python"] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import NormalizeWithStatistics, apply, forward_alone, statistics_sums
+from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
-from syncbn.functional.finish import Limits, Running
-from syncbn.functional.running import RunningUpdate
-from syncbn.functional.stats import compute_dtype
-from syncbn.kernels import pick
+from syncbn.functional.renorm import Limits
+from syncbn.functional.running import Running, RunningUpdate
+from syncbn.functional.statistics import Groups, compute_dtype
+from syncbn.torch_internals import assert_async
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
@@ -218,50 +219,22 @@ class SmallBatchNorm(_BatchNorm):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _normalize_by_batch(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        # Evaluation without running statistics uses the batch's, and still never communicates.
+        # Evaluation without running statistics uses those of the batch on this process, and never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
-        groups = self._groups(x, group_name)
-        weight, bias = self.weight, self.bias  # once: a parametrization may give others the second time
+        samples = self._groups(x, group_name)
+        weight, bias = self.weight, self.bias  # read once: a parametrization may return other values the second time
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
-        update = self.training and self.track_running_stats and self.observer is None
-        running, limits = self._running(groups.divisor), self._limits()
-        epilogue = Epilogue(residual, self.activation, self.negative_slope)
-        alone = None
-        if group_name is None and self._has_variance(x, groups):
-            alone = forward_alone(
-                x, weight, bias, running, self.eps, limits, update, groups.index, groups.number, epilogue
-            )
-        if alone is not None:
-            found = alone[1]
-        else:
-            sums = statistics_sums(x, groups.index, groups.number, group_name)
-            self._check_count(x, sums, groups)
-            with torch.no_grad():
-                found = pick(sums).finish(sums, self.eps, running, limits, update)
-        if self.observer is not None:
-            self.observer(self, found.count, found.mean, found.var)
-        # As wide as the input's arithmetic, as they are kept for the backward pass.
-        r, d = (None if t is None else t.to(compute_dtype(x)) for t in (found.r, found.d))
-        return apply(
-            NormalizeWithStatistics,
-            x,
-            weight,
-            bias,
-            residual,
-            r,
-            d,
-            found.mean,
-            found.invstd,
-            found.count,
-            groups.index,
+        rule = Rule(
             self.eps,
+            Groups(samples.index, samples.number),
             group_name,
-            self.activation,
-            self.negative_slope,
             self.save == "output",
-            None if alone is None else alone[:1],
+            None if self._has_variance(x, samples) else functools.partial(self._check_count, x),
+            None if self.observer is None else functools.partial(self.observer, self),
         )
+        epilogue = Epilogue(residual, self.activation, self.negative_slope)
+        return batch_norm(x, weight, bias, self._running(samples.divisor), epilogue, rule)
 
     def _running(self, divisor: float | None) -> Running | None:
         mean, var, tracked = map(self._buffer, ("running_mean", "running_var", "num_batches_tracked"))
@@ -273,14 +246,16 @@ class SmallBatchNorm(_BatchNorm):
             )
         nonfinite = self._buffer("num_nonfinite_batches")
         assert nonfinite is not None, "registered with the others"
-        return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor)
+        update = self.training and self.track_running_stats and self.observer is None
+        limits = self._limits() if self.training else None
+        return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
 
     def _buffer(self, name: str) -> Tensor | None:
-        # As an attribute it is looked for in three places, and this first; a parametrization makes it one.
+        # Attribute access looks here last, and costs ten times as much. A parametrization makes a buffer an attribute.
         return self._buffers[name] if name in self._buffers else getattr(self, name)
 
     def _limits(self) -> Limits | None:
-        """The limits of renorm's corrections, in a layer that has them and is in training."""
+        """The limits of renorm's corrections in training, or None for a layer without corrections."""
         return None
 
     def _groups(self, x: Tensor, group_name: str | None) -> SampleGroups:
@@ -320,21 +295,19 @@ class SmallBatchNorm(_BatchNorm):
 
     @staticmethod
     def _has_variance(x: Tensor, groups: SampleGroups) -> bool:
-        """Whether the shapes alone say that no group has a single value a channel."""
+        """Whether the shapes alone show that every group has more than one value per channel."""
         return groups.smallest * math.prod(x.shape[2:]) > 1
 
-    def _check_count(self, x: Tensor, sums: Tensor, groups: SampleGroups) -> None:
-        """A single value a channel has no variance. Known from shapes in all but tiny cases; read from the count else.
+    def _check_count(self, x: Tensor, counts: Tensor) -> None:
+        """Raise unless each group (counts are (G,), over all processes) has a variance.
 
-        All ranks raise, or none: a rank that is satisfied with its shapes knows that no group has a total of 1.
+        All ranks raise or none does: the ranks that skip this check know from their shapes that no total is 1.
         """
-        if self._has_variance(x, groups):
-            return
         problem = (
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
             "batch, more processes in the group, or eval mode with running statistics"
         )
-        self._require(x, (sums[:, 0] != 1).all(), problem)
+        self._require(x, (counts != 1).all(), problem)
 
     def _check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         least = 1.0 if bias is None else bias.detach().abs().clamp(min=1.0)
@@ -346,9 +319,9 @@ class SmallBatchNorm(_BatchNorm):
         self._require(x, enough, problem, wait=not x.is_cuda)
 
     def _require(self, x: Tensor, condition: Tensor, problem: str, wait: bool = True) -> None:
-        """ValueError unless the () bool tensor holds; the device's own error where the host is not to wait for it."""
+        """ValueError unless the () bool tensor holds, or an error on the device if the host must not wait for it."""
         if torch.compiler.is_compiling() or not wait:
-            torch._assert_async(condition, f"{type(self).__name__}: {problem}")
+            assert_async(condition, f"{type(self).__name__}: {problem}")
         elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(condition):
             self._fail(x, problem)
 
@@ -579,9 +552,7 @@ class BatchRenorm(SmallBatchNorm):
             if not 0 <= self.warmup_steps <= end:
                 raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {self.warmup_steps!r} and {end!r}")
 
-    def _limits(self) -> Limits | None:
-        if not self.training:
-            return None
+    def _limits(self) -> Limits:
         return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)
 
     def extra_repr(self) -> str:

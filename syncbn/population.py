@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import resolve
 from syncbn.functional.running import unbiased
-from syncbn.functional.stats import WIRE_DTYPE, group_sums, moments
+from syncbn.functional.statistics import WIRE_DTYPE, group_sums, moments
 from syncbn.layers import SmallBatchNorm
 
 Estimator = Literal["mean", "total"]

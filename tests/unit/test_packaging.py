@@ -1,8 +1,10 @@
-"""What the repository promises about itself: pinned versions, the wheel, what an import pulls in, layers, sizes."""
+"""What the repository promises about itself: pinned versions, the wheel, who imports whom, sizes, words."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import importlib.metadata
 import os
 import re
@@ -22,32 +24,57 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import syncbn
-from syncbn.kernels.compiled import build
+from syncbn.kernels.cpu import build
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "syncbn"
 
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("compat",),
-    ("functional",),
-    ("kernels",),
-    ("collectives",),
-    ("autograd",),
-    ("layers",),
-    ("convert_layer",),
-    ("convert", "population"),
-    ("",),  # `syncbn` itself, the public surface of the layers above this line
-    ("train",),
-    ("study",),
-    ("experiments",),
-    ("bench",),
-    ("cli",),
-    ("__main__",),
-)
-"""Parts of the package from the bottom up: each imports itself, its own line and what stands above it here."""
-LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+NEVER: dict[str, tuple[str, ...]] = {
+    "functional": ("any",),
+    "kernels": ("collectives", "autograd", "layers", "convert", "population", "train", "study", "bench"),
+    "kernels.cpu": ("kernels.cuda",),
+    "kernels.cuda": ("kernels.cpu",),
+    "collectives": ("functional", "kernels", "layers", "train", "study", "bench"),
+    "autograd": ("layers", "train", "study", "bench"),
+    "layers": ("kernels", "convert", "convert_layer", "population", "train", "study", "bench"),
+    "convert_layer": ("train", "study", "bench"),
+    "convert": ("train", "study", "bench"),
+    "population": ("train", "study", "bench"),
+    "train": ("study", "bench", "experiments", "cli"),
+    "study": ("bench", "cli"),
+    "study.plan": ("study.run", "study.analysis", "study.report"),
+    "study.run": ("study.analysis", "study.report"),
+    "study.analysis": ("study.run", "study.report", "matplotlib", "rich", "jinja2"),
+    "study.report": ("study.run",),
+    "bench": ("study", "cli"),
+}
+"""By part of the package, what it never imports, inside a function either: other parts of it (`any`: all of them), or
+other packages."""
+NOT_YET: set[tuple[str, str]] = {
+    ("syncbn/layers.py", "kernels"),
+    ("syncbn/study/analysis/causes.py", "study.report"),
+    ("syncbn/study/analysis/comparisons.py", "study.report"),
+    ("syncbn/study/analysis/layers.py", "study.report"),
+    ("syncbn/study/analysis/layout.py", "study.report"),
+    ("syncbn/study/analysis/throughput.py", "study.report"),
+    ("syncbn/study/analysis/throughput.py", "study.run"),
+    ("syncbn/study/report/report.py", "study.run"),
+    ("syncbn/study/run/repeat.py", "study.report"),
+}
+"""What still breaks these rules: a file, and the part that it imports."""
 
 MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8
+LONG_YET = (
+    "syncbn/autograd.py",
+    "syncbn/bench/textbook.py",
+    "syncbn/functional/",
+    "syncbn/kernels/",
+    "syncbn/layers.py",
+    "syncbn/study/run/",
+    "syncbn/train/norms/moving_average.py",
+)
+"""Files and folders that still have functions with more parameters."""
 
 # Written as patterns, so that this file does not match itself.
 REGISTRY_HOST = re.compile(
@@ -158,9 +185,10 @@ def wheel_names(wheel: Path) -> list[str]:
         return opened.namelist()
 
 
+@pytest.mark.slow  # it compiles the kernels
 def test_wheel_has_the_compiled_kernels(wheel: Path, wheel_names: list[str]) -> None:
     """For every Python and torch on this platform, and with the sources whose digest is in their names."""
-    names = {f"syncbn/kernels/compiled/{build.library(kind).name}" for kind in build.kinds()}
+    names = {f"syncbn/kernels/cpu/{build.library(kind).name}" for kind in build.kinds()}
     names |= {relative(path) for path in build.sources()}
     assert names <= set(wheel_names)
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
@@ -176,16 +204,19 @@ def test_a_wheel_without_a_compiler(unpacked_sdist: Path, tmp_path: Path) -> Non
             assert not [name for name in opened.namelist() if name.endswith(".so")]
 
 
+@pytest.mark.slow  # the wheel is built first
 def test_wheel_has_all_sources_and_the_type_marker(wheel_names: list[str]) -> None:
     assert {"syncbn/py.typed", *map(relative, python_files("syncbn"))} <= set(wheel_names)
 
 
+@pytest.mark.slow  # the wheel is built first
 def test_wheel_has_the_configs(wheel_names: list[str]) -> None:
     expected = {f"syncbn/{relative(path)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert expected
     assert expected <= set(wheel_names)
 
 
+@pytest.mark.slow  # the wheel is built first
 def test_wheel_has_nothing_else(wheel_names: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
     assert tops == {"syncbn", f"syncbn-{syncbn.__version__}.dist-info"}
@@ -240,6 +271,7 @@ def required_by(distribution: str, found: set[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow  # it imports torch under a finder that looks at every import
 def test_the_layers_need_torch_alone() -> None:
     allowed = {"syncbn", *required_by("torch", set())}
     modules = importlib.metadata.packages_distributions().items()
@@ -250,10 +282,15 @@ def test_the_layers_need_torch_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported_modules(path: Path) -> Iterator[str]:
     """Dotted names under `syncbn` that a file imports, at its top or inside a function."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -262,36 +299,85 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def part_of(module: str) -> str:
-    """`syncbn.train.loop` -> `train`; a name that `syncbn` itself defines -> the empty part."""
-    name = module.split(".")[1] if "." in module else ""
-    is_module = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
-    return name if is_module else ""
+def within(place: str, part: str) -> bool:
+    return place == part or place.startswith(f"{part}.")
 
 
-def test_imports_point_downwards_only() -> None:
-    wrong = []
+def place_of(module: str) -> str:
+    """Where an imported name lies: `syncbn.study.run.records` -> `study.run.records`; `syncbn` and the names that it
+    defines itself -> `face`; another package's name stays."""
+    package, _, name = module.partition(".")
+    top = name.partition(".")[0]
+    if package != "syncbn":
+        return module
+    return name if top and ((PACKAGE / top).is_dir() or (PACKAGE / f"{top}.py").is_file()) else "face"
+
+
+def imports() -> Iterator[tuple[Path, str, str, bool]]:
+    """Each import of the package: the file, its place, the place that it imports, and whether that is ours."""
     for path in python_files("syncbn"):
-        top = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        importer = "" if top == "__init__" else top
-        assert importer in LEVEL, f"{relative(path)} has no place in LAYERS"
-        own = (module for module in imported_modules(path) if module.split(".")[0] == "syncbn")
-        wrong += [f"{relative(path)} imports {name}" for name in own if LEVEL[part_of(name)] > LEVEL[importer]]
-    assert not wrong
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        importer = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "face"
+        for module in imported_modules(path):
+            yield path, importer, place_of(module), within(module, "syncbn")
+
+
+def test_no_part_imports_what_it_never_should() -> None:
+    found = set()
+    for path, importer, imported, ours in imports():
+        for part, never in NEVER.items():
+            if within(importer, part) and not within(imported, part):
+                hits = [name for name in never if within(imported, name) or (name == "any" and ours)]
+                found |= {(relative(path), name) for name in hits}
+    assert not found - NOT_YET
+
+
+def test_parts_import_each_other_in_one_direction() -> None:
+    """There is an order of the parts in which each imports only what stands below it."""
+    graph: dict[str, set[str]] = {}
+    for path, importer, imported, ours in imports():
+        known = any(relative(path) == file and within(imported, part) for file, part in NOT_YET)
+        if ours and not known and room(importer) != room(imported):
+            graph.setdefault(room(importer), set()).add(room(imported))
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert order.index("functional") < order.index("layers") < order.index("face") < order.index("cli")
+
+
+def room(place: str) -> str:
+    """`train.data.cache` -> `train`, but `study.plan.grid` -> `study.plan`."""
+    parts = place.split(".")
+    return ".".join(parts[:2]) if parts[0] == "study" and (PACKAGE / "study" / parts[1]).is_dir() else parts[0]
 
 
 # -- sizes and words ---------------------------------------------------------------------------------------------------
 
 
+def functions(*folders: str) -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for path in python_files(*folders):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
 def test_functions_are_small() -> None:
     wrong = []
-    for path in python_files("syncbn", "tests"):
-        text = path.read_text()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if length > MAX_FUNCTION_LINES:
-                    wrong.append(f"{relative(path)}:{node.lineno} {node.name}: {length} lines")
+    for path, node in functions("syncbn", "tests", "docs", "examples"):
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        if length > MAX_FUNCTION_LINES:
+            wrong.append(f"{relative(path)}:{node.lineno} {node.name}: {length} lines")
+    assert not wrong
+
+
+def test_functions_have_few_parameters() -> None:
+    """Triton's kernels and the constructors of the layers are the exception."""
+    wrong = []
+    for path, node in functions("syncbn"):
+        names = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        number = len([name for name in names if name.arg not in ("self", "cls", "ctx")])
+        is_kernel = any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+        is_layer = node.name == "__init__" and path.name == "layers.py"
+        if number > MAX_PARAMETERS and not is_kernel and not is_layer and not relative(path).startswith(LONG_YET):
+            wrong.append(f"{relative(path)}:{node.lineno} {node.name}: {number} parameters")
     assert not wrong
 
 

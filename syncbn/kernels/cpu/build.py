@@ -1,0 +1,124 @@
+"""Compiles the CPU's kernels to shared libraries beside their sources, one for each set of vector instructions.
+
+Installing the package runs it; ``python -m syncbn.kernels.cpu.build`` does it by hand, in a source tree say. A
+library's name has a digest of the sources, this file among them, so one that they have left behind is not loaded.
+``CXX`` and ``CXXFLAGS`` have their usual meaning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+    # Vectors wider than the machine's are passed in memory, between functions of this library alone.
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+    # No roundings change but those of fused multiply-adds; NaN and infinity stay what they are.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+KINDS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "default": []}
+"""By the name of torch's CPU capability, best first; other machines than x86-64 have the last alone."""
+
+
+class BuildError(RuntimeError):
+    """No library was built; the message says why."""
+
+
+def sources() -> list[Path]:
+    """The headers, and last what includes them."""
+    return [*sorted(FOLDER.glob("*.h")), FOLDER / "kernels.cpp"]
+
+
+def library(kind: str) -> Path:
+    """Where the library of a kind is, or would be."""
+    digest = hashlib.sha256(platform.machine().encode())
+    for source in (*sources(), Path(__file__)):
+        digest.update(source.read_bytes())
+    return FOLDER / f"kernels-{digest.hexdigest()[:12]}-{kind}.so"
+
+
+def kinds() -> list[str]:
+    """Those that this machine's architecture has."""
+    return list(KINDS) if platform.machine() in ("x86_64", "AMD64") else ["default"]
+
+
+def compiler() -> list[str]:
+    """``$CXX``, which may have arguments, or the first that is found."""
+    chosen = _arguments("CXX")
+    candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
+    found = next((command for command in candidates if shutil.which(command[0])), None)
+    if found is None:
+        raise BuildError(f"no C++ compiler was found: {', '.join(c[0] for c in candidates)}; CXX may name another")
+    return found
+
+
+def _arguments(variable: str) -> list[str]:
+    value = os.environ.get(variable, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{variable}={value!r}: {error}") from error
+
+
+def build() -> list[Path]:
+    """Compile all kinds, or those of them that the compiler knows; older libraries are removed.
+
+    Raises:
+        BuildError: none could be compiled, or written.
+    """
+    cxx = compiler()
+    errors: list[str] = []
+    try:
+        with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as scratch:
+            built = _compile_into(Path(scratch), cxx, errors)
+        current = [library(kind) for kind in kinds()]
+        for old in FOLDER.glob("kernels-*.so"):
+            if built and old not in current:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(str(error)) from error
+    if not built:
+        raise BuildError(f"{cxx[0]} failed\n" + "\n".join(errors))
+    return built
+
+
+def _compile_into(scratch: Path, cxx: list[str], errors: list[str]) -> list[Path]:
+    running = []
+    for kind in kinds():
+        target = scratch / f"{kind}.so"
+        flags = [*FLAGS, *KINDS[kind], *_arguments("CXXFLAGS")]
+        command = [*cxx, *flags, str(sources()[-1]), "-o", str(target)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        running.append((kind, target, process))
+    built = []
+    for kind, target, process in running:
+        _, messages = process.communicate()
+        if process.returncode == 0:
+            os.replace(target, library(kind))
+            built.append(library(kind))
+        else:
+            errors.append(f"{kind}: {messages.strip()[-2000:]}")
+    return built
+
+
+def main() -> int:
+    try:
+        for path in build():
+            print(path)
+    except BuildError as error:
+        print(f"the CPU's kernels were not built: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+// Elements one or a vector at a time: loads and stores of all floating types, sums, activations.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace syncbn {
+
+// -- elements, one or sixteen (eight doubles) at a time --------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float HalfFloats __attribute__((vector_size(32)));
+typedef double HalfDoubles __attribute__((vector_size(32)));
+typedef double QuarterDoubles __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint32_t HalfWords __attribute__((vector_size(32)));
+typedef uint64_t LongWords __attribute__((vector_size(64)));
+typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef uint16_t HalfShorts __attribute__((vector_size(16)));
+
+// Of the arithmetic V: its scalar, unsigned integers of its size and of half its size, and as many floats.
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Scalar = float;
+  using Word = uint32_t;
+  using Short = uint16_t;
+};
+template <>
+struct Lanes<Floats> {
+  using Scalar = float;
+  using Word = Words;
+  using Short = Shorts;
+};
+template <>
+struct Lanes<HalfFloats> {
+  using Scalar = float;
+  using Word = HalfWords;
+  using Short = HalfShorts;
+};
+template <>
+struct Lanes<double> {
+  using Scalar = double;
+  using Word = uint64_t;
+  using Narrow = float;
+};
+template <>
+struct Lanes<Doubles> {
+  using Scalar = double;
+  using Word = LongWords;
+  using Narrow = HalfFloats;
+};
+
+template <class T>
+using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class A>
+using Vector = std::conditional_t<std::is_same_v<A, double>, Doubles, Floats>;
+template <class V>
+constexpr int64_t width = sizeof(V) / sizeof(typename Lanes<V>::Scalar);
+
+template <class To, class From>
+INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class To, class From>
+INLINE To convert(From from) {
+  if constexpr (std::is_arithmetic_v<To>)
+    return static_cast<To>(from);
+  else
+    return __builtin_convertvector(from, To);
+}
+
+template <class Half, class V>
+INLINE Half half(V v, int which) {
+  static_assert(2 * sizeof(Half) == sizeof(V));
+  Half part;
+  std::memcpy(&part, reinterpret_cast<const char*>(&v) + which * sizeof(Half), sizeof(part));
+  return part;
+}
+
+template <class V>
+INLINE V spread(typename Lanes<V>::Scalar value) {
+  return V{} + value;
+}
+
+template <class V>
+INLINE V widen(BFloat16, typename Lanes<V>::Short h) {
+  return bits<V>(convert<typename Lanes<V>::Word>(h) << 16);
+}
+
+template <class V>
+INLINE V widen(Float16, typename Lanes<V>::Short h) {
+  using Word = typename Lanes<V>::Word;
+  Word u = convert<Word>(h), exponent = u & 0x7c00, rest = (u & 0x7fff) << 13;
+  // Without subnormal numbers of the arithmetic, because a process may flush them to 0.
+  V subnormal = bits<V>(Word(rest + 0x38800000)) - 0x1p-14f;
+  Word value = exponent == 0 ? bits<Word>(subnormal) : Word(rest + 0x38000000);
+  value = exponent == 0x7c00 ? Word(rest | 0x7f800000) : value;
+  return bits<V>(Word(value | (u & 0x8000) << 16));
+}
+
+// To the nearest, ties to even.
+template <class V>
+INLINE typename Lanes<V>::Short narrow(BFloat16, V value) {
+  using Word = typename Lanes<V>::Word;
+  Word u = bits<Word>(value);
+  Word rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  Word nan = (u >> 16) | 0x40;
+  return convert<typename Lanes<V>::Short>(Word((u & 0x7fffffff) > 0x7f800000 ? nan : rounded));
+}
+
+template <class V>
+INLINE typename Lanes<V>::Short narrow(Float16, V value) {
+  using Word = typename Lanes<V>::Word;
+  Word u = bits<Word>(value), magnitude = u & 0x7fffffff;
+  Word normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+  Word subnormal = bits<Word>(V(bits<V>(magnitude) + 0.5f)) - 0x3f000000;
+  Word result = magnitude < 0x38800000 ? subnormal : normal;
+  result = magnitude >= 0x47800000 ? Word{} + 0x7c00 : result;
+  result = magnitude > 0x7f800000 ? Word{} + 0x7e00 : result;
+  return convert<typename Lanes<V>::Short>(Word(result | (u >> 16 & 0x8000)));
+}
+
+template <class V, class T>
+INLINE V load(const T* from) {
+  if constexpr (std::is_same_v<typename Lanes<V>::Scalar, double> && !std::is_same_v<T, double>) {
+    return convert<V>(load<typename Lanes<V>::Narrow>(from));
+  } else if constexpr (std::is_floating_point_v<T>) {
+    V value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  } else {
+    typename Lanes<V>::Short h;
+    std::memcpy(&h, from, sizeof(h));
+    return widen<V>(T{}, h);
+  }
+}
+
+template <class V, class T>
+INLINE void store(T* to, V value) {
+  if constexpr (std::is_floating_point_v<T>) {
+    std::memcpy(to, &value, sizeof(value));
+  } else {
+    auto h = narrow<V>(T{}, value);
+    std::memcpy(to, &h, sizeof(h));
+  }
+}
+
+// The sum of a vector's elements over a short run, as a double.
+INLINE double total(Doubles v) {
+  HalfDoubles quarter = half<HalfDoubles>(v, 0) + half<HalfDoubles>(v, 1);
+  QuarterDoubles pair = half<QuarterDoubles>(quarter, 0) + half<QuarterDoubles>(quarter, 1);
+  return pair[0] + pair[1];
+}
+INLINE double total(Floats v) {
+  return total(convert<Doubles>(half<HalfFloats>(v, 0)) + convert<Doubles>(half<HalfFloats>(v, 1)));
+}
+
+// -- activations -----------------------------------------------------------------------------------------------------
+
+enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU };
+
+template <class A>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr int DEGREE = 7, MANTISSA = 23;
+  static constexpr float LEAST = -87, MOST = 88, HIGH = 0.693145751953125f, LOW = 1.42860677e-6f;
+  static constexpr float MAGIC = 0x1.8p23f;
+};
+template <>
+struct Exp<double> {
+  static constexpr int DEGREE = 13, MANTISSA = 52;
+  static constexpr double LEAST = -708, MOST = 709, HIGH = 0x1.62e42feep-1, LOW = 0x1.a39ef35793c76p-33;
+  static constexpr double MAGIC = 0x1.8p52;
+};
+
+// exp(x) = 2^k * exp(r), |r| <= log(2)/2, by the Taylor polynomial of exp(r), to a few roundings. log(2) has two parts; k
+// times the first is exact. Adding MAGIC to a value rounds it to an integer in its lowest bits. NaN stays NaN, values above
+// MOST give infinity, and values below LEAST give exp(LEAST).
+template <class V>
+INLINE V exponential(V x) {
+  using A = typename Lanes<V>::Scalar;
+  using Word = typename Lanes<V>::Word;
+  using E = Exp<A>;
+  const V least = spread<V>(E::LEAST), most = spread<V>(E::MOST), infinite = spread<V>(__builtin_inf());
+  const auto is_large = x > most;
+  x = x < least ? least : x;
+  x = is_large ? most : x;
+  const V shifted = x * A(1.4426950408889634) + E::MAGIC;
+  const V k = shifted - E::MAGIC;
+  const V r = (x - k * E::HIGH) - k * E::LOW;
+  V p = spread<V>(1);  // Horner's rule: 1 + r (1 + r/2 (1 + r/3 (...)))
+  for (int n = E::DEGREE; n > 0; --n) p = p * r * A(1.0 / n) + 1;
+  const Word one = bits<Word>(spread<V>(1));
+  return is_large ? infinite : V(p * bits<V>(Word((bits<Word>(shifted) << E::MANTISSA) + one)));
+}
+
+template <class V>
+INLINE V activate(V z, Activation activation, typename Lanes<V>::Scalar negative_slope) {
+  const V zero{};
+  if (activation == RELU) return z < zero ? zero : z;  // NaN stays
+  if (activation == LEAKY_RELU) return z > zero ? z : z * negative_slope;
+  if (activation == SILU) return z / (exponential(V(-z)) + 1);
+  return z;
+}
+
+template <class V>
+INLINE V activation_grad(V dy, V z, Activation activation, typename Lanes<V>::Scalar negative_slope) {
+  const V zero{};
+  if (activation == RELU) return z > zero ? dy : zero;
+  if (activation == LEAKY_RELU) return z > zero ? dy : dy * negative_slope;
+  if (activation == SILU) {
+    V s = 1 / (exponential(V(-z)) + 1);
+    return dy * (s * (1 + z * (1 - s)));
+  }
+  return dy;
+}
+
+}  // namespace syncbn
