@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn.convert_layer import KINDS, State, converted_state, is_convertible, layer_options, reverted_state, set_state
+from syncbn.convert_layer import KINDS, State, converted_state, is_convertible, options_of, reverted_state, set_state
 from syncbn.functional.epilogue import ActivationName
 from syncbn.functional.running import RunningUpdate
 from syncbn.layers import BatchRenorm, GhostBatchNorm, Remainder, Save, SmallBatchNorm, SyncBatchNorm
@@ -195,7 +195,7 @@ def _layer_class(kind: Any) -> type[SmallBatchNorm]:
 
 
 def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
-    known = layer_options(cls)
+    known = options_of(cls)
     names = ", ".join(known)
     for name, value in options.items():
         if name not in known:

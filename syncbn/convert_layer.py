@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,7 +31,7 @@ KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostB
 _ABSENT = object()
 _COUNTER = "num_nonfinite_batches"
 _CONTAINERS = ("_buffers", "_non_persistent_buffers_set")
-"""The attributes that a conversion changes in place of replacing them."""
+"""The attributes whose content a conversion changes."""
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -57,9 +56,9 @@ def register_batchnorm(cls: type[_BatchNorm], after: After | None = None) -> Non
             cannot be imported by its name.
 
     Example:
-        >>> class NamedBatchNorm(nn.BatchNorm2d):
-        ...     name = "norm"
-        >>> register_batchnorm(NamedBatchNorm)
+        >>> class MyBatchNorm(nn.BatchNorm2d):
+        ...     pass
+        >>> register_batchnorm(MyBatchNorm)  # it only normalizes
     """
     if not (isinstance(cls, type) and issubclass(cls, _BatchNorm)):
         raise ValueError(f"expected a subclass of torch's batch normalization (such as nn.BatchNorm2d), got {cls!r}")
@@ -124,14 +123,14 @@ class Conversion:
     """Names of the new attributes."""
 
 
-def layer_options(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
+def options_of(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
     """The arguments of ``cls`` that :func:`syncbn.convert` takes: those that do not follow from the old layer."""
     parameters = inspect.signature(cls).parameters
     return {name: parameter for name, parameter in parameters.items() if name not in _FROM_LAYER}
 
 
 _FROM_LAYER = frozenset(("num_features", "affine", "track_running_stats", "device", "dtype", "bias"))
-_ALL_OPTIONS = frozenset(name for cls in KINDS.values() for name in layer_options(cls))
+_ALL_OPTIONS = frozenset(name for cls in KINDS.values() for name in options_of(cls))
 _OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
 """The attributes of torch's layers that no option sets."""
 
@@ -163,7 +162,7 @@ def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     return conversion.original, state
 
 
-def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
+def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
     """The attributes of ``layer`` as a ``cls``; None if it is one with these options already.
 
     Raises:
@@ -181,16 +180,19 @@ def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | Non
         num_features=before["num_features"],
         affine=False,
         track_running_stats=layer.running_mean is not None,
-        device="meta",
-        **{**kept, **options, **_scope_options(cls, before, options)},
+        device="meta" if layer.running_mean is None else layer.running_mean.device,
+        **{**kept, **options, **_scope_options(cls, original, before, options)},
     )
     new.qualified_name, new.after = name, after
 
     old = {key: value for key, value in before.items() if key not in _ALL_OPTIONS | {"process_group"}}
     state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
-    if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *layer_options(cls))):
+    if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *options_of(cls))):
         return None
-    _add_counter(layer, state)
+    counter = layer._buffers.get(_COUNTER, new._buffers.get(_COUNTER))
+    if counter is not None:
+        state["_buffers"][_COUNTER] = counter
+        state["_non_persistent_buffers_set"].add(_COUNTER)
     replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and state.get(k, _ABSENT) is not v}
     state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))
     return state
@@ -222,29 +224,20 @@ def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
     vars(layer).update(state)
 
 
-def _add_counter(layer: Any, state: State) -> None:
-    """Add the buffer that torch's layers do not have; keep the one that an earlier conversion added."""
-    if layer.running_mean is not None and _COUNTER not in state["_buffers"]:
-        counter = layer._buffers.get(_COUNTER)
-        if counter is None:
-            counter = torch.zeros((), dtype=torch.int64, device=layer.running_mean.device)
-        state["_buffers"][_COUNTER] = counter
-        state["_non_persistent_buffers_set"].add(_COUNTER)
-
-
-def _scope_options(cls: type[SmallBatchNorm], before: State, options: State) -> State:
+def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before: State, options: State) -> State:
     """Options that keep the ranks with which the old layer synchronizes, unless ``options`` name others."""
     if options.get("sync") is False or any(options.get(k) is not None for k in ("process_group", "sync_group_size")):
         return {}
-    if "process_group" in before:
+    scope: Scope | None = None
+    if issubclass(original, SmallBatchNorm):
+        scope = before["scope"]
+    elif issubclass(original, nn.SyncBatchNorm):
         group: RememberedGroup | None = before["process_group"]
-        scope: Scope | None = Scope() if group is None else Scope(ranks=group.ranks)
-    else:
-        scope = before.get("scope")
+        scope = Scope(ranks=None if group is None else group.ranks)
     if scope is None:
         return {}
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
-    return found | ({"sync": True} if "sync" in layer_options(cls) else {})
+    return found | ({"sync": True} if "sync" in options_of(cls) else {})
 
 
 # -- timm's activations ------------------------------------------------------------------------------------------------

@@ -541,9 +541,7 @@ class BatchRenorm(SmallBatchNorm):
 
     def _check_limits(self) -> None:
         if self.running_mean is None:
-            raise ValueError(
-                "BatchRenorm needs track_running_stats=True: r and d are relative to the running statistics"
-            )
+            raise ValueError("BatchRenorm needs track_running_stats=True, because r and d use the running statistics")
         for name, limit, least in (("r_max", self.r_max, 1), ("d_max", self.d_max, 0)):
             # An infinite limit cannot rise from a ramp: 0 * inf is NaN.
             if not (limit >= least and math.isfinite(limit)):

@@ -26,7 +26,7 @@ from torch import nn
 import syncbn
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm, convert, revert
 from syncbn.convert import GhostOptions, RenormOptions, SyncOptions
-from syncbn.convert_layer import layer_options
+from syncbn.convert_layer import options_of
 from syncbn.layers import SmallBatchNorm
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_a_class_is_a_kind_as_well() -> None:
 def test_the_types_for_editors_are_the_layers_own(kind: str, options: Any) -> None:
     cls, typed = LAYERS[kind], get_type_hints(options, include_extras=True)
     required = {name for name, hint in typed.items() if get_origin(hint) is Required}
-    known = layer_options(cls)
+    known = options_of(cls)
     assert required == {name for name, parameter in known.items() if parameter.default is parameter.empty}
     hints = get_type_hints(cls.__init__)
     assert {name: hints[name] for name in known} == {
