@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Compiled by the installation.
-KERNELS := $(wildcard $(addprefix syncbn/kernels/compiled/*.,cpp h py))
+KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
@@ -59,5 +59,5 @@ format: setup
 
 clean:
 	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
-	rm -rf syncbn/kernels/compiled/kernels-*.so syncbn/kernels/compiled/.build-*
+	rm -rf syncbn/kernels/cpu/kernels-*.so syncbn/kernels/cpu/.build-*
 	find configs docs examples launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILD = Path("syncbn/kernels/compiled/build.py")
+BUILD = Path("syncbn/kernels/cpu/build.py")
 
 
 class CompiledKernels(BuildHookInterface):

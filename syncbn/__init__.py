@@ -1,19 +1,19 @@
-"""Batch normalization for small per-GPU batches: synchronized, ghost, renormalized, exact on many processes."""
+"""Batch normalization for small per-GPU batches: synchronized, ghost and renormalized, exact on many processes."""
 
 from syncbn.convert import convert, revert
-from syncbn.layers import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
-from syncbn.population import update_population_statistics
-from syncbn.registry import register_batchnorm
+from syncbn.convert_layer import register_batchnorm
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn.population import reconcile, update_population_statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchRenorm",
     "GhostBatchNorm",
-    "SampleGroups",
     "SyncBatchNorm",
     "__version__",
     "convert",
+    "reconcile",
     "register_batchnorm",
     "revert",
     "update_population_statistics",

@@ -1,170 +1,256 @@
-"""The one autograd function: normalization whose statistics are themselves functions of the input, on all processes."""
+"""Batch normalization as an operation: the forward pass, and the gradient through the statistics on all processes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
-from syncbn.functional.epilogue import NO_EPILOGUE, ActivationName, Epilogue, activation_grad, invert
-from syncbn.functional.finish import Limits, Running, Statistics
-from syncbn.functional.normalize import scale_and_shift
-from syncbn.functional.stats import group_sums, moments
-from syncbn.kernels import pick
+from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue, activation_grad, invert
+from syncbn.functional.finish import LocalStatistics, Statistics
+from syncbn.functional.normalize import Affine, normalize, scale_and_shift
+from syncbn.functional.running import Running
+from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
+from syncbn.kernels.dispatch import Gradients, LocalForward, pick
+from syncbn.torch_internals import is_transformed
 
 
-class NormalizeWithStatistics(torch.autograd.Function):
-    r"""``y = activation((x - mean) * invstd * scale + shift + residual)``, the statistics those of x's groups.
+class Rule(NamedTuple):
+    """How a batch is normalized, apart from the tensors."""
 
-    Each process holds its own ``x`` (N, C, *), N differing between processes and possibly 0, and the same ``mean``,
-    ``invstd`` (G, C) and ``count`` (G, 1), float64, which are already reduced over the process group. ``scale`` and
-    ``shift`` are ``weight * r`` and ``weight * d + bias``, with ``weight`` and ``bias`` (C,) and renorm's ``r`` and
-    ``d`` (G, C), which are constants; any of them may be None. ``residual`` has x's shape and dtype.
+    eps: float
+    groups: Groups
+    group_name: str | None = None
+    """The process group whose ranks share statistics; None is this process alone."""
+    save_output: bool = False
+    """Keep the output for the backward pass, and not the input; see :attr:`syncbn.layers.SmallBatchNorm.save`."""
+    check_count: Callable[[Tensor], None] | None = None
+    """Called with the reduced counts (G,) before anything is updated; it raises if a group has too few values."""
+    observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """Called with the batch's count (G, 1), mean and biased variance (G, C)."""
 
-    Backward, with xhat = (x - mean) * invstd, dz = dy * activation'(...) and sums over a group's elements on all
-    processes unless it is said otherwise:
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, epilogue: Epilogue, rule: Rule
+) -> Tensor:
+    """Normalize by the batch's statistics, update the running ones, then apply the epilogue.
+
+    Args:
+        x: (N, C, *), the samples of this process.
+        weight, bias: (C,) or None.
+        running: the running statistics, or None.
+        epilogue: residual and activation, if any.
+        rule: which samples share statistics, and so on.
+
+    Returns:
+        The shape, dtype and memory format of ``x``.
+    """
+    residual = epilogue.residual
+    activation = epilogue if residual is None else epilogue._replace(residual=None)
+    y: Tensor
+    local_forward = pick(x, differentiable=False).local_forward
+    if local_forward is not None and not _is_interrupted(rule):
+        y = LocalNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, residual, running, activation, rule, local_forward
+        )
+    elif is_transformed():
+        y = _composed(x, weight, bias, running, epilogue, rule)
+    else:
+        with torch.no_grad():
+            statistics = batch_statistics(x, running, rule)
+        y = SyncedNorm.apply(x, weight, bias, residual, statistics, activation, rule)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _is_interrupted(rule: Rule) -> bool:
+    """Whether something happens between the sums and the elementwise step."""
+    return rule.group_name is not None or rule.check_count is not None or rule.observer is not None
+
+
+def batch_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
+    """The statistics of each group over all processes, and the update of the running ones. One collective."""
+    sums = all_reduce_sum(pick(x, differentiable=False).group_sums(x, rule.groups), rule.group_name)
+    if rule.check_count is not None:
+        rule.check_count(sums[:, 0])
+    statistics = pick(sums, differentiable=False).finish(sums, rule.eps, running)
+    if rule.observer is not None:
+        assert statistics.var is not None
+        rule.observer(statistics.count, statistics.mean, statistics.var)
+    return statistics
+
+
+def _composed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, epilogue: Epilogue, rule: Rule
+) -> Tensor:
+    """:func:`batch_norm` from differentiable operations alone, for torch.func and torch.jit.trace.
+
+    It keeps more for the backward pass. The transforms can go through it, and a trace of it can be saved.
+    """
+    with torch.no_grad():
+        statistics = batch_statistics(x, running, rule)
+    _, mean, var = moments(all_reduce_sum(group_sums(x, rule.groups), rule.group_name))
+    scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
+    affine = Affine(mean, torch.rsqrt(var + rule.eps), scale, shift)
+    return normalize(x, affine, rule.groups, epilogue)
+
+
+class SyncedNorm(torch.autograd.Function):
+    r"""``y = activation((x - mean) * invstd * scale + shift + residual)`` with given statistics, which depend on x.
+
+    Each process has its own ``x`` (N, C, *); N may differ between processes and be 0. The statistics, (G, C) float64,
+    are reduced already and the same on all processes. ``scale`` is ``weight * r`` and ``shift`` is
+    ``weight * d + bias``, with ``weight`` and ``bias`` (C,) and renorm's constants ``r`` and ``d`` (G, C); any of them
+    may be None. ``residual`` has the shape and dtype of x.
+
+    Backward, with xhat = (x - mean) * invstd and dz = dy * activation'(...). Sums are over a group's elements on all
+    processes, except where it says "local":
 
     * grad_x = invstd * (scale * dz - sum(scale * dz) / count - xhat * sum(scale * dz * xhat) / count)
-    * grad_scale = sum over this process of dz * xhat; grad_shift = sum over this process of dz
-    * grad_weight = sum over groups of r * grad_scale + d * grad_shift; grad_bias = sum over groups of grad_shift
+    * grad_weight = sum over groups of r * local sum(dz * xhat) + d * local sum(dz)
+    * grad_bias = sum over groups of local sum(dz)
     * grad_residual = dz
 
-    One collective of 2C numbers a group, taken part in also where this process's x needs no gradient: another's may (an
-    empty batch made by hand has no history). The products with ``scale`` are what is summed, so the gradient is right
-    even where the processes' scales differ. While it is under way the gradients of weight and bias are computed.
+    There is one collective, of 2C numbers per group. Every rank joins it, even if its own x needs no gradient, because
+    another rank's may. The products with ``scale`` are summed, so that the gradient is right even if the processes'
+    scales differ. The gradients of weight and bias are computed while the collective runs.
 
-    Saved: x (not a copy), the parameters, mean, invstd, count, r and d, and the residual where there is an activation.
-    With ``save_output`` the output is saved in place of x, and xhat had from it; see :class:`syncbn.SmallBatchNorm`.
-    ``done`` is the output where :func:`forward_alone` has made it already.
+    Saved: x (not a copy), the parameters, the statistics, and the residual if there is an activation. With
+    ``rule.save_output`` the output is saved instead of x.
 
-    ``mean`` and ``invstd`` come in as constants, their part in the gradient being the second and third term above. A
-    second derivative needs them as functions of x: when the backward pass is itself recorded (``create_graph=True``)
-    they are computed anew from x, by the same functions, with the reductions recorded too.
+    ``mean`` and ``invstd`` are constants here; the second and third term of grad_x are their part of the gradient. A
+    second derivative needs them as functions of x, so a backward pass that is itself recorded (``create_graph=True``)
+    computes them again from x, with the reduction recorded too.
 
-    Forward and context are apart, and the rule for ``vmap`` derived, for the transforms of ``torch.func``.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        r: Tensor | None,
-        d: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        count: Tensor,
-        groups: Tensor | None,
-        eps: float,
-        group_name: str | None,
-        activation: ActivationName | None,
-        negative_slope: float,
-        save_output: bool,
-        done: tuple[Tensor] | None,
+        statistics: Statistics,
+        activation: Epilogue,
+        rule: Rule,
     ) -> Tensor:
-        if done is not None:
-            return done[0]
-        scale, shift = scale_and_shift(weight, bias, r, d, mean.shape[0])
-        epilogue = Epilogue(residual, activation, negative_slope)
-        return pick(x).normalize(x, mean, invstd, scale, shift, groups, epilogue)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, residual, r, d, mean, invstd, count, groups = inputs[:10]
-        ctx.eps, ctx.group_name, ctx.activation, ctx.negative_slope, ctx.save_output = inputs[10:-1]
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if ctx.activation is None:
-            residual = None
-            if not ctx.save_output:
-                bias = None
-        saved = output if ctx.save_output else x
-        ctx.save_for_backward(saved, weight, bias, residual, r, d, mean, invstd, count, groups)
+        scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
+        affine = Affine(statistics.mean, statistics.invstd, scale, shift)
+        epilogue = activation._replace(residual=residual)
+        y = pick(x, differentiable=False).normalize(x, affine, rule.groups, epilogue)
+        count, mean, invstd, r, d, _ = statistics
+        if r is not None and d is not None:  # saved as wide as the arithmetic that they enter
+            r, d = r.to(compute_dtype(x)), d.to(compute_dtype(x))
+        ctx.activation, ctx.rule = activation, rule
+        saved, kept = y if rule.save_output else x, residual if activation.activation is not None else None
+        ctx.save_for_backward(saved, weight, bias, kept, count, mean, invstd, r, d)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, r, d, mean, invstd, count, groups = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_residual = needs = ctx.needs_input_grad[:4]
-        epilogue = Epilogue(residual, ctx.activation, ctx.negative_slope)
-        alone = pick(x).backward_alone if ctx.group_name is None and not ctx.save_output else None
-        if alone is not None:
-            dtypes = (None if weight is None else weight.dtype, ctx.bias_dtype)
-            done = alone(grad_output, x, weight, bias, r, d, mean, invstd, count, groups, epilogue, dtypes, needs)
-            if done is not None:
-                return *done, *(None,) * 12
-        num_groups = mean.shape[0]
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if recorded:
-            if ctx.save_output:
-                raise RuntimeError("a second derivative needs the layer's input, which save='output' does not keep")
-            sums = all_reduce_sum(group_sums(x, groups, num_groups), ctx.group_name)
-            _, mean, var = moments(sums)
-            invstd = torch.rsqrt(var + ctx.eps)
-        scale, shift = scale_and_shift(weight, bias, r, d, num_groups)
-        ratio = None
-        if ctx.save_output:
-            # The output before the activation is itself an x, of mean `shift` and standard deviation `scale`.
-            x = invert(x, epilogue)
-            grad_output, epilogue = activation_grad(grad_output, x, epilogue), NO_EPILOGUE
-            ratio = invstd if scale is None else invstd * scale
-            mean = torch.zeros_like(mean) if shift is None else shift.to(mean.dtype)
-            invstd = torch.ones_like(mean) if scale is None else scale.to(mean.dtype).reciprocal()
-        kernels = pick(x)
-        grad_x = grad_weight = grad_bias = pending = None
-        dz, rest, sums = kernels.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
-        if needs_x or ctx.group_name is not None:
-            scaled = sums if scale is None else sums * scale.unsqueeze(1)
-            pending = start_all_reduce_sum(scaled, ctx.group_name)
-        # While the reduction is under way, what does not depend on it.
-        if needs_weight:
-            per_group = sums[:, 1] if r is None else r * sums[:, 1] + d * sums[:, 0]
-            grad_weight = (per_group[0] if num_groups == 1 else per_group.sum(0)).to(weight.dtype)
-        if needs_bias:
-            grad_bias = (sums[0, 0] if num_groups == 1 else sums[:, 0].sum(0)).to(ctx.bias_dtype)
-        if pending is not None:
-            means = pending.wait() / count.clamp(min=1).unsqueeze(1)
-            if needs_x:
-                if ratio is not None:  # invstd is 1/scale now, and the gradient's factor is the true one
-                    means = means * ratio.unsqueeze(1)
-                    scale = ratio if scale is None else ratio * scale
-                grad_x = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
-        return grad_x, grad_weight, grad_bias, dz if needs_residual else None, *(None,) * 12
+        saved, weight, bias, residual, *statistics = ctx.saved_tensors
+        return *_gradients(ctx, grad_output, (saved, weight, bias, residual), Statistics(*statistics)), None, None, None
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    """``function.apply(*args)``, without its inspection of signatures, which takes as long as a small layer.
+class LocalNorm(torch.autograd.Function):
+    """:class:`SyncedNorm` for groups that are all on this process: each pass is one call.
 
-    That serves default arguments, which the functions here do not have, and the transforms of ``torch.func``.
+    The statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`,
+    without the count, which follows from the shapes.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)  # type: ignore[no-any-return]
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc, no-any-return]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running | None,
+        activation: Epilogue,
+        rule: Rule,
+        local_forward: LocalForward,
+    ) -> Tensor:
+        epilogue = activation if residual is None else activation._replace(residual=residual)
+        y, moments, corrections = local_forward(x, weight, bias, rule.eps, running, rule.groups, epilogue)
+        ctx.activation, ctx.rule = activation, rule
+        saved, kept = y if rule.save_output else x, residual if activation.activation is not None else None
+        ctx.save_for_backward(saved, weight, bias, kept, moments, corrections)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, moments, corrections = ctx.saved_tensors
+        rule, done = ctx.rule, None
+        backward = pick(x, differentiable=torch.is_grad_enabled()).local_backward
+        if backward is not None and not rule.save_output:
+            epilogue = ctx.activation if residual is None else ctx.activation._replace(residual=residual)
+            local = LocalStatistics(moments, corrections)
+            done = backward(grad_output, x, (weight, bias), local, rule.groups, epilogue, ctx.needs_input_grad)
+        if done is None:
+            r, d = (None, None) if corrections is None else corrections
+            statistics = Statistics(group_counts(x, rule.groups), moments[0], moments[1], r, d)
+            done = _gradients(ctx, grad_output, (x, weight, bias, residual), statistics)
+        return *done, None, None, None, None
 
 
-def forward_alone(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: Running | None,
-    eps: float,
-    limits: Limits | None,
-    update: bool,
-    groups: Tensor | None,
-    num_groups: int,
-    epilogue: Epilogue,
-) -> tuple[Tensor, Statistics] | None:
-    """All of a forward pass at once, for groups that are all on this process, or None where nothing does that."""
-    forward = pick(x, recorded=False).forward_alone
-    if forward is None:
-        return None
-    return forward(x, weight, bias, running, eps, limits, update, groups, num_groups, epilogue)
+def _gradients(
+    ctx: Any, grad_output: Tensor, saved: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], given: Statistics
+) -> Gradients:
+    """The backward pass of :class:`SyncedNorm`, from its saved tensors and the statistics of the forward pass."""
+    x_or_y, weight, bias, residual = saved
+    count, mean, invstd, r, d, _ = given
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    rule, groups = ctx.rule, ctx.rule.groups
+    # A compiled backward pass is not recorded again, whatever the grad mode while it is traced.
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if recorded:
+        if rule.save_output:
+            raise RuntimeError("a second derivative needs the layer's input, which save='output' does not keep")
+        _, mean, var = moments(all_reduce_sum(group_sums(x_or_y, groups), rule.group_name))
+        invstd = torch.rsqrt(var + rule.eps)
+    scale, shift = scale_and_shift(weight, bias, r, d, groups.number)
+    kernels = pick(x_or_y, differentiable=recorded)
+    affine = Affine(mean, invstd, scale, shift)
+    if rule.save_output:
+        z, dz, affine_of_z = _from_output(x_or_y, grad_output, affine, ctx.activation)
+        dz, rest, sums = kernels.backward_sums(dz, z, affine_of_z, groups, NO_EPILOGUE)
+    else:
+        epilogue = ctx.activation._replace(residual=residual)
+        dz, rest, sums = kernels.backward_sums(grad_output, x_or_y, affine, groups, epilogue)
+    pending = grad_x = grad_weight = grad_bias = None
+    if needs_x or rule.group_name is not None:
+        pending = start_all_reduce_sum(sums if scale is None else sums * scale.unsqueeze(1), rule.group_name)
+    if needs_weight:
+        assert weight is not None
+        per_group = sums[:, 1] if r is None or d is None else r * sums[:, 1] + d * sums[:, 0]
+        grad_weight = _over_groups(per_group).to(weight.dtype)
+    if needs_bias:
+        assert bias is not None
+        grad_bias = _over_groups(sums[:, 0]).to(bias.dtype)
+    if pending is not None:
+        means = pending.wait() / count.clamp(min=1).unsqueeze(1)
+        if needs_x and rule.save_output:
+            # The kernel's factor is 1/scale, the inverse standard deviation of z; the gradient's is invstd.
+            slope = invstd if scale is None else invstd * scale
+            factors = affine_of_z._replace(scale=slope if scale is None else slope * scale)
+            grad_x = kernels.grad_input(dz, z, factors, means * slope.unsqueeze(1), groups, rest)
+        elif needs_x:
+            grad_x = kernels.grad_input(dz, x_or_y, affine, means, groups, rest)
+    return grad_x, grad_weight, grad_bias, dz if needs_residual else None
 
 
-def statistics_sums(x: Tensor, groups: Tensor | None, num_groups: int, group_name: str | None) -> Tensor:
-    """Count, sum and sum of squares, (G, 2C + 1) float64, of each group over all processes. One collective."""
-    with torch.no_grad():
-        return all_reduce_sum(pick(x).group_sums(x, groups, num_groups), group_name)
+def _from_output(y: Tensor, grad_output: Tensor, affine: Affine, activation: Epilogue) -> tuple[Tensor, Tensor, Affine]:
+    """z, dz and z's own normalization from the output: xhat = (z - shift) / scale."""
+    z = invert(y, activation)
+    zero, one = torch.zeros_like(affine.mean), torch.ones_like(affine.mean)
+    mean = zero if affine.shift is None else affine.shift.to(zero.dtype)
+    invstd = one if affine.scale is None else affine.scale.to(one.dtype).reciprocal()
+    return z, activation_grad(grad_output, z, activation), Affine(mean, invstd)
+
+
+def _over_groups(values: Tensor) -> Tensor:
+    return values[0] if len(values) == 1 else values.sum(0)

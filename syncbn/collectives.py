@@ -1,7 +1,7 @@
-"""The one reduction, and which processes take part in it.
+"""The one reduction, and the processes that take part in it.
 
-A layer keeps a specification (:class:`Scope`): plain data that can be copied and pickled. The process group it stands
-for is looked up, or made, when the layer first needs it.
+A layer keeps a :class:`Scope`, plain data that can be copied and pickled. The process group is looked up, or made, when
+the layer first needs it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The groups made here and those that users handed in, by their ranks, while the world that they belong to lives. Held
-# weakly: torch keeps those that are alive, and what it has destroyed must not live on here, sockets and all.
+from syncbn import torch_internals
+from syncbn.torch_internals import constant_result
+
+# The groups that were made here or passed in by users, by their ranks, for the present world. The references are weak,
+# so that a group that torch has destroyed does not live on here with its sockets.
 _groups: weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = weakref.WeakValueDictionary()
 _groups_world: weakref.ref[dist.ProcessGroup] | None = None
 
@@ -44,10 +47,10 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def make_scope(process_group: Any = None, sync_group_size: int | None = None) -> Scope:
-    """The specification of a scope. ``process_group`` may be a :class:`ProcessGroup` or a sequence of global ranks.
+    """The scope of a ``process_group``, which is a :class:`ProcessGroup` or a sequence of global ranks.
 
     Raises:
-        ValueError: it is neither, such as what ``dist.new_group`` returns on ranks that are not in the new group.
+        ValueError: ``process_group`` is neither; ``dist.new_group`` returns such a value on ranks outside the group.
     """
     if process_group is None:
         return Scope(sync_group_size=sync_group_size)
@@ -67,10 +70,10 @@ def make_scope(process_group: Any = None, sync_group_size: int | None = None) ->
 
 
 def _known_groups() -> weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]:
-    """The groups of the present world; those of an earlier one are forgotten."""
+    """The groups of the present world, without those of an earlier one."""
     global _groups_world
     world = dist.group.WORLD
-    assert world is not None, "groups are asked for once the world is there"
+    assert world is not None, "called only with an initialized world"
     if _groups_world is None or _groups_world() is not world:
         _groups.clear()
         _groups_world = weakref.ref(world)
@@ -95,10 +98,10 @@ def _members(scope: Scope) -> tuple[int, ...]:
 
 
 def resolve(scope: Scope) -> dist.ProcessGroup | None:
-    """The process group that ``scope`` stands for here, or None where this process is alone in it.
+    """The process group of ``scope``, or None if this process is its only member.
 
-    Groups are made once for a world, on their own members only: ranks outside need not call. Every member makes the
-    same groups in the same order, as all ranks run the same model.
+    A group is made once per world, by its members alone: other ranks need not call. Every member makes the same groups
+    in the same order, because all ranks run the same model.
 
     Raises:
         ValueError: ``sync_group_size`` does not divide the world size, or this rank is not among the group's.
@@ -112,7 +115,7 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     if whole and scope.ranks is None:
         return dist.group.WORLD
     groups = _known_groups()
-    group = groups.get(ranks)  # a group that was handed in is used, also one that is the world over again
+    group = groups.get(ranks)  # a group that a user passed in comes first, even one of all ranks
     if group is None:
         group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
         assert group is not None, "this rank is a member"
@@ -120,15 +123,14 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     return group
 
 
+@constant_result
 def resolve_name(scope: Scope) -> str | None:
-    """The name under which torch knows :func:`resolve`'s group: a plain string that a compiled graph can hold."""
+    """The name of :func:`resolve`'s group, a string that a compiled graph can hold.
+
+    Tracing may keep the name, as a group stays the same for as long as its world lives.
+    """
     group = resolve(scope)
     return None if group is None else group.group_name
-
-
-# What torch.compiler.assume_constant_result does (a group is fixed for as long as its world lives, so tracing may run
-# this function and keep the name). The decorator itself imports the compiler: 1.5 s in processes that may never use it.
-resolve_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -146,19 +148,19 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 _GATHER_LIMIT = 8
-"""World size up to which a reduction on the CPU gathers: with gloo on one host that takes half to two thirds of an
-all-reduce's time (one way around the ring and not two), and each rank's sum is in the same order. The bytes are few."""
+"""Group size up to which a reduction on the CPU gathers and adds. With gloo on one host this takes half to two thirds
+of the time of an all-reduce, which goes around the ring twice. All ranks add in the same order."""
 
 
 def _gathering_size(group_name: str) -> int:
     """The size of a group whose reductions on the CPU gather, or 0. The same on all its ranks."""
-    size = dist.distributed_c10d._get_group_size_by_name(group_name)  # type: ignore[arg-type]
+    size = torch_internals.group_size(group_name)
     return size if size <= _GATHER_LIMIT else 0
 
 
 @torch.library.custom_op("syncbn::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(tensor: Tensor, group_name: str) -> Tensor:
-    """What a compiled graph calls on the CPU: the way to reduce is seen as it runs, as the group's size may change."""
+    """The reduction in a compiled graph on the CPU. The group's size is read at run time, as it may change."""
     return _start(tensor, group_name).wait().clone()
 
 
@@ -168,24 +170,24 @@ def _(tensor: Tensor, group_name: str) -> Tensor:
 
 
 class PendingSum(NamedTuple):
-    """A reduction that is under way."""
+    """A reduction that may still be running."""
 
     tensor: Tensor
-    """What the collective returned; the sum itself where nothing is under way."""
+    """The collective's result; the sum itself if no collective was started."""
     started: bool
     gathered: int = 0
-    """Ranks whose tensors were gathered one after the other; 0 where the collective adds them up."""
+    """The number of ranks whose tensors were gathered one after the other; 0 if the collective adds them."""
 
     def wait(self) -> Tensor:
         """The sum. On CUDA the stream waits, and the host goes on."""
         if not self.started:
             return self.tensor
-        result: Tensor = torch.ops._c10d_functional.wait_tensor(self.tensor)
+        result = torch_internals.wait(self.tensor)
         return result.unflatten(0, (self.gathered, -1)).sum(0) if self.gathered else result
 
 
 def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
-    """Begin :func:`all_reduce_sum`; what is done before ``wait()`` is done meanwhile."""
+    """Start :func:`all_reduce_sum`. Work done before ``wait()`` overlaps with the collective."""
     if group_name is None:
         return PendingSum(tensor, False)
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -197,23 +199,22 @@ def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
 
 
 def _start(tensor: Tensor, group_name: str) -> PendingSum:
-    # torch's functional collectives, as they are the one form that both eager mode and a compiled graph run.
-    operators, source = torch.ops._c10d_functional, tensor.contiguous()
+    source = tensor.contiguous()
     gathered = _gathering_size(group_name) if source.device.type == "cpu" else 0
     if gathered:
-        return PendingSum(operators.all_gather_into_tensor(source, gathered, group_name), True, gathered)
-    return PendingSum(operators.all_reduce(source, "sum", group_name), True)
+        return PendingSum(torch_internals.all_gather(source, gathered, group_name), True, gathered)
+    return PendingSum(torch_internals.all_reduce(source, "sum", group_name), True)
 
 
 def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
-    """The sum of ``tensor`` over the group, or ``tensor`` itself where there is none. One collective.
+    """The sum of ``tensor`` over the ranks of the group, or ``tensor`` itself without a group. One collective.
 
-    Differentiable, as often as one likes: the gradient of a sum over ranks is the sum of the ranks' gradients.
+    Differentiable any number of times: the gradient of a sum over ranks is the sum of the ranks' gradients.
     """
     return start_all_reduce_sum(tensor, group_name).wait()
 
 
 def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:
-    """The largest of the ranks' values. One collective and a host synchronization: for agreements made once."""
-    result = torch.ops._c10d_functional.all_reduce(torch.tensor(value, device=device), "max", group_name)
-    return int(torch.ops._c10d_functional.wait_tensor(result).item())
+    """The largest of the ranks' values. One collective and a host synchronization, so it must be called rarely."""
+    result = torch_internals.all_reduce(torch.tensor(value, device=device), "max", group_name)
+    return int(torch_internals.wait(result).item())

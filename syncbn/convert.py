@@ -1,8 +1,7 @@
 """Change the batch-normalization layers of a model in place, and change them back.
 
-Only the class and the attributes of a layer change, never the object or its tensors: whatever holds on to either, an
-optimizer or a hook, does not notice. The new attributes of all layers are computed before any layer is touched, and
-nothing that can fail comes after.
+Only the class and the attributes of a layer change, never the object or its tensors, so optimizers and hooks keep
+working. The new attributes of all layers are computed before any layer is changed, and nothing after that can fail.
 """
 
 from __future__ import annotations
@@ -10,123 +9,162 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Required, TypedDict, TypeVar, Unpack, overload
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn.convert_layer import State, converted_state, layer_options, original_state, reverted_state, set_state
-from syncbn.fusion import Fused, Fusion, activation_changes, find_fusions, reverted_activations, set_activation
-from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
-from syncbn.registry import is_convertible
+from syncbn.convert_layer import KINDS, State, converted_state, is_convertible, options_of, reverted_state, set_state
+from syncbn.functional.epilogue import ActivationName
+from syncbn.functional.running import RunningUpdate
+from syncbn.layers import BatchRenorm, GhostBatchNorm, Remainder, Save, SmallBatchNorm, SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
-Kind = Literal["sync", "ghost", "renorm"] | type[SmallBatchNorm]
+Where = Callable[[str, nn.Module], bool] | None
+Sync = Literal["sync"] | type[SyncBatchNorm]
+Ghost = Literal["ghost"] | type[GhostBatchNorm]
+Renorm = Literal["renorm"] | type[BatchRenorm]
 
-_KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
-# Options that every kind has, as they are batch normalization's own.
-_COMMON = ("eps", "momentum")
 
-# Wrappers that hold on to the class, the parameters or the code of what they wrap: where each is found once it is
-# imported (an object of a class that is not imported cannot exist), and the right order.
+class _Options(TypedDict, total=False):
+    eps: float
+    momentum: float | None
+    process_group: Any
+    sync_group_size: int | None
+    activation: ActivationName | None
+    negative_slope: float
+    save: Save
+
+
+class SyncOptions(_Options, total=False):
+    """Options of ``convert(model, "sync")``; see :class:`syncbn.SyncBatchNorm`."""
+
+
+class GhostOptions(_Options, total=False):
+    """Options of ``convert(model, "ghost")``; see :class:`syncbn.GhostBatchNorm`."""
+
+    ghost_batch_size: Required[int]
+    remainder: Remainder
+    running_update: RunningUpdate
+    sync: bool
+    max_ghost_groups: int | None
+
+
+class RenormOptions(_Options, total=False):
+    """Options of ``convert(model, "renorm")``; see :class:`syncbn.BatchRenorm`."""
+
+    r_max: float
+    d_max: float
+    warmup_steps: int
+    r_ramp_end: int
+    d_ramp_end: int
+    sync: bool
+    ghost_batch_size: int | None
+    remainder: Remainder
+    max_ghost_groups: int | None
+
+
+# Wrappers that hold the class, the parameters or the code of what they wrap, with what to do instead. Their modules are
+# slow to import, and a module that is not imported has no instances.
 _WRAPPERS = (
-    ("torch.nn.parallel", "DistributedDataParallel", "syncbn.{verb}(model) first, then DistributedDataParallel(model)"),
+    ("torch.nn.parallel", "DistributedDataParallel", "{first}, then DistributedDataParallel(model)"),
     (
         "torch.nn.parallel",
         "DataParallel",
         "its threads are one process and cannot share statistics. Use DistributedDataParallel with a process for each "
-        "GPU: syncbn.{verb}(model) first, then DistributedDataParallel(model)",
+        "GPU: {first}, then DistributedDataParallel(model)",
     ),
-    ("torch.distributed.fsdp", "FullyShardedDataParallel", "syncbn.{verb}(model) first, then the FSDP wrapper"),
-    ("torch.distributed.fsdp", "FSDPModule", "syncbn.{verb}(model) first, then fully_shard(model)"),
-    ("torch._dynamo", "OptimizedModule", "syncbn.{verb}(model) first, then torch.compile(model)"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "{first}, then the FSDP wrapper"),
+    ("torch.distributed.fsdp", "FSDPModule", "{first}, then fully_shard(model)"),
+    ("torch._dynamo", "OptimizedModule", "{first}, then torch.compile(model)"),
     (
         "torch.jit",
         "ScriptModule",
-        "its code is fixed. Take the Python model that it was made from, and syncbn.{verb} that",
+        "its code is fixed. Take the Python model: {first}, then script it",
     ),
 )
 
 
-def convert(
-    module: M,
-    kind: Kind,
-    *,
-    where: Callable[[str, nn.Module], bool] | None = None,
-    fuse_activations: bool = False,
-    **options: Any,
-) -> M:
+@overload
+def convert(module: M, kind: Sync, *, where: Where = None, **options: Unpack[SyncOptions]) -> M: ...
+@overload
+def convert(module: M, kind: Ghost, *, where: Where = None, **options: Unpack[GhostOptions]) -> M: ...
+@overload
+def convert(module: M, kind: Renorm, *, where: Where = None, **options: Unpack[RenormOptions]) -> M: ...
+def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
     """Make every batch-normalization layer of ``module`` a layer of this package, in place.
 
-    Layers, parameters and buffers stay the same objects: optimizers made before, hooks, shared layers,
-    ``requires_grad``, training mode, device and dtype stay as they are, and checkpoints load in both directions. What
-    the options do not name is kept from each layer: ``eps``, ``momentum`` (for renorm too, whose paper has 0.01), and
-    with whom it synchronizes (an ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind;
-    ``sync=False`` ends that). Called again with the same kind and options it changes nothing; with others, layers are
-    converted from what they were at first.
+    Layers, parameters and buffers stay the same objects. Optimizers, hooks, shared layers, ``requires_grad``, training
+    mode, device and dtype are not affected, and checkpoints load in both directions. Each layer keeps its own ``eps``
+    and ``momentum`` (also for ``"renorm"``, whose paper uses 0.01) unless the options name them. An
+    ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind, unless ``sync=False``.
 
-    Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) are no
-    ``_BatchNorm`` of torch's and are left alone. A converted layer takes inputs of any number of dimensions.
+    Calling it again with the same kind and options changes nothing. With other options, layers are converted from what
+    they were at first.
 
-    With ``fuse_activations`` a layer whose output goes to an ``nn.ReLU``, ``nn.LeakyReLU`` or ``nn.SiLU``, and nowhere
-    else, applies it in its own pass over memory; the activation returns that as it is. The model's outputs and
-    gradients stay the same. Which layers these are is read off ``forward``, traced with :mod:`torch.fx`: the model's,
-    or that of its largest parts that can be traced, which are taken to be called as a whole. What is not certain is
-    left as it is: a layer or activation with a hook (one added later sees activated values); a layer called several
-    times with different followers, or whose output is also kept or returned; a LeakyReLU or SiLU called in several
-    places (a ReLU may be); functions and other classes, such as ReLU6; with ``save="output"`` all but a LeakyReLU of
-    positive slope. timm's ``BatchNormAct2d`` applies its own activation so, where it drops nothing. To change the model
-    between layer and activation, :func:`revert` first.
+    Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) stay as they
+    are. timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
+    without dropout is applied in the same pass over memory as the normalization; to replace it afterwards,
+    :func:`revert` first.
 
     Args:
-        module: a model or a single layer, not yet wrapped by DistributedDataParallel, FSDP, torch.compile or the like.
-        kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the layer's class.
+        module: a model or a single layer. Convert it before wrapping it with DistributedDataParallel, FSDP or
+            torch.compile.
+        kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the class of the layer.
         where: convert only the layers for which ``where(qualified_name, layer)`` is true.
-        fuse_activations: let layers apply the activation that follows them; see above.
-        options: ``eps``, ``momentum``, and what :class:`~syncbn.SyncBatchNorm`, :class:`~syncbn.GhostBatchNorm` or
-            :class:`~syncbn.BatchRenorm` takes, such as ``ghost_batch_size`` or ``sync_group_size``.
+        options: ``eps``, ``momentum`` and the options of :class:`~syncbn.SyncBatchNorm`,
+            :class:`~syncbn.GhostBatchNorm` or :class:`~syncbn.BatchRenorm`, such as ``ghost_batch_size``.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        ValueError: an option that the kind does not have, or a value that cannot be; a wrapper around or in the model;
-            a subclass of batch normalization that is not known (see :func:`syncbn.register_batchnorm`); a layer that is
-            lazy, parametrized, sharded, or has a ``forward`` of its own; ``fuse_activations`` with ``activation`` or
-            ``negative_slope``; a layer that applies an activation outside ``module``. Nothing has been changed then.
+        ValueError: the kind has no such option or it has a wrong value; ``module`` is wrapped or contains a wrapper; a
+            layer's class is an unknown subclass of batch normalization (see :func:`syncbn.register_batchnorm`); or a
+            layer is lazy, parametrized, sharded, or has a ``forward`` of its own. The model is unchanged then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> model = convert(model, "ghost", ghost_batch_size=4)
+        >>> type(model[1]).__name__, model[1].ghost_batch_size
+        ('GhostBatchNorm', 4)
     """
     cls = _layer_class(kind)
     _check_options(cls, options)
-    _check_fusion(fuse_activations, options)
     _refuse_wrappers(module, "convert")
-    states, activations = _planned(module, cls, _chosen_layers(module, where), fuse_activations, options)
+    states = []
+    for layer, name in _chosen_layers(module, where).items():
+        with _naming(name, layer, "converted"):
+            states.append((name, layer, converted_state(layer, cls, name or None, options)))
     for name, layer, state in states:
         if state is not None:
             set_state(layer, cls, state)
-        elif vars(layer)["qualified_name"] is None:  # made by hand and just as wanted: all that it lacks is the name
-            vars(layer)["qualified_name"] = name or None
-    for activation, record in activations:
-        set_activation(activation, record)
+        elif isinstance(layer, SmallBatchNorm) and layer.qualified_name is None:
+            layer.qualified_name = name or None
     return module
 
 
 def revert(module: M) -> M:
-    """Undo :func:`convert`, in place: the converted layers of ``module`` get their first class and attributes back, and
-    so do the activations that they applied.
+    """Undo :func:`convert`, in place: converted layers get back their first class and attributes.
 
-    Parameters and buffers stay the same objects and keep their values. (One exception: where the model was made
-    ``half()`` in between, the statistics, which a converted layer keeps wide, become half as well.) A layer that was
-    made as one of this package's is left as it was made. Works on a copy or an unpickled model as well.
+    Parameters and buffers stay the same objects and keep their values. There is one exception: the statistics of a
+    converted layer stay float32 in ``half()``, and become half when the layer is reverted. Layers that were made as one
+    of this package's stay as they were made. It also works on copies and unpickled models.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        ValueError: a wrapper around or in the model, a layer whose class was changed after the conversion (by a
-            parametrization, say), or one whose process group cannot be had here; a layer without the activation that
-            it applies, or the reverse. Nothing has been changed then.
+        ValueError: ``module`` is wrapped or contains a wrapper; a layer's class was changed after the conversion (such
+            as by a parametrization); or the process group of an unpickled layer does not exist here. The model is
+            unchanged then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> type(revert(convert(model, "sync"))[1]).__name__
+        'BatchNorm2d'
     """
     _refuse_wrappers(module, "revert")
     states: list[tuple[nn.Module, type[nn.Module], State]] = []
@@ -134,15 +172,12 @@ def revert(module: M) -> M:
         if "_conversion" in vars(layer):
             with _naming(name, layer, "reverted"):
                 states.append((layer, *reverted_state(layer)))
-    activations = reverted_activations(module)
     for changed, first, state in states:
         set_state(changed, first, state)
-    for activation, record in activations:
-        set_activation(activation, record)
     return module
 
 
-def _chosen_layers(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) -> dict[_BatchNorm, str]:
+def _chosen_layers(module: nn.Module, where: Where) -> dict[_BatchNorm, str]:
     layers = {}
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
@@ -152,42 +187,18 @@ def _chosen_layers(module: nn.Module, where: Callable[[str, nn.Module], bool] | 
     return layers
 
 
-def _planned(
-    module: nn.Module,
-    cls: type[SmallBatchNorm],
-    layers: dict[_BatchNorm, str],
-    fuse_activations: bool,
-    options: dict[str, Any],
-) -> tuple[list[tuple[str, _BatchNorm, State | None]], list[tuple[nn.Module, Fusion | None]]]:
-    """The new attributes of the layers, None where they stay, and the records of the activations that change."""
-    fused: dict[_BatchNorm, Fused] = {}
-    if fuse_activations:
-        originals = {}
-        for layer, name in layers.items():
-            with _naming(name, layer, "converted"):
-                originals[layer] = original_state(layer)
-        fused = find_fusions(module, originals, options.get("save", "input"))
-    states = []
-    for layer, name in layers.items():
-        own, attributes = (fused[layer].options, fused[layer].attributes) if layer in fused else ({}, None)
-        with _naming(name, layer, "converted"):
-            states.append((name, layer, converted_state(layer, cls, name or None, options | own, attributes)))
-    records = {layer: fused[layer].record if layer in fused else None for layer in layers}
-    return states, activation_changes(module, records, fused.values())
-
-
 def _layer_class(kind: Any) -> type[SmallBatchNorm]:
-    for name, cls in _KINDS.items():
+    for name, cls in KINDS.items():
         if kind is cls or kind == name:
             return cls
-    raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))} or such a layer's class, got {kind!r}")
+    raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or such a layer's class, got {kind!r}")
 
 
 def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
-    known = layer_options(cls)
-    names = ", ".join((*_COMMON, *known))
+    known = options_of(cls)
+    names = ", ".join(known)
     for name, value in options.items():
-        if name not in known and name not in _COMMON:
+        if name not in known:
             raise ValueError(f"{cls.__name__} has no option {name!r} (got {name}={value!r}); its options are {names}")
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in options:
@@ -197,19 +208,7 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
     if not (momentum is None or (isinstance(momentum, float | int) and 0 <= momentum <= 1)):
         raise ValueError(f"momentum must be a number from 0 to 1, or None for a cumulative average, got {momentum!r}")
-    # The layer's own checks of the values, before any layer of the model can be named as the culprit.
-    cls(num_features=1, device="meta", **options)
-
-
-def _check_fusion(fuse_activations: bool, options: dict[str, Any]) -> None:
-    if not isinstance(fuse_activations, bool):
-        raise ValueError(f"fuse_activations must be True or False, got {fuse_activations!r}")
-    given = [name for name in ("activation", "negative_slope") if name in options]
-    if fuse_activations and given:
-        raise ValueError(
-            f"fuse_activations=True takes each layer's activation from the model; leave out "
-            f"{given[0]}={options[given[0]]!r}, or fuse_activations"
-        )
+    cls(num_features=1, device="meta", **options)  # a wrong value raises here, before an error could blame a layer
 
 
 @contextmanager
@@ -226,27 +225,25 @@ def _refuse_wrappers(module: nn.Module, verb: str) -> None:
     wrappers = [(getattr(sys.modules.get(path), name, None), advice) for path, name, advice in _WRAPPERS]
     for name, child in module.named_modules():
         found = next((advice for cls, advice in wrappers if cls is not None and isinstance(child, cls)), None)
-        # Module.compile() compiles in place and leaves the class as it is.
-        if found is None and vars(child).get("_compiled_call_impl") is not None:
-            found = "syncbn.{verb}(model) first, then model.compile()"
+        if found is None and vars(child).get("_compiled_call_impl") is not None:  # compiled in place, class unchanged
+            found = "{first}, then model.compile()"
         if found is not None:
-            raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {found.format(verb=verb)}")
+            advice = found.format(first=f"syncbn.{verb}(model) first")
+            raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {advice}")
 
 
 def _check_layer(layer: _BatchNorm) -> None:
-    """Refuse a layer of which it is not certain that its class and its tensors say all that it does."""
+    """Refuse a layer that may do more than its class and tensors say."""
     cls = type(layer)
     if isinstance(layer, LazyModuleMixin):
         raise ValueError("it does not know its number of features yet; run one forward pass first")
     if parametrize.is_parametrized(layer):
         raise ValueError("it is parametrized; convert first and parametrize then, or remove the parametrizations")
     if "forward" in vars(layer):
-        raise ValueError(
-            "its forward was replaced on the instance, which the conversion would bypass; delete that first"
-        )
+        raise ValueError("its forward was replaced on the instance and would not be called; delete it first")
     if "_conversion" not in vars(layer) and not is_convertible(cls):
         raise ValueError(
-            f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what with "
+            f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what it does with "
             f"syncbn.register_batchnorm({cls.__name__}, after), or leave the layer out with where=..."
         )
     sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)

@@ -1,50 +1,149 @@
-"""A layer's class and attributes, changed and changed back. What :mod:`syncbn.convert` does to one layer."""
+"""One layer, converted and reverted, and the registry of classes that can be converted.
+
+A layer is described by its class and its attributes, :data:`State`. A conversion computes a new state, which has the
+same tensors and hooks as the old one and a :class:`Conversion` that undoes it. Nothing changes until :func:`set_state`.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
-from syncbn.layers import SmallBatchNorm
-from syncbn.registry import after_of
+from syncbn.functional.epilogue import ActivationName
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 
 State = dict[str, Any]
 """The attributes of a layer, as in ``vars(layer)``."""
+After = Callable[[Any, Tensor], Tensor]
+"""Called with the layer and the normalized values; returns what the layer returns."""
 
-_COUNTER = "num_nonfinite_batches"
-# What a layer is given or collects once it is configured. It does not make it another layer.
-_NOT_SETTINGS = frozenset(("sample_groups", "qualified_name", "after", "observer"))
+KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
+
 _ABSENT = object()
+_COUNTER = "num_nonfinite_batches"
+_CONTAINERS = ("_buffers", "_non_persistent_buffers_set")
+"""The attributes whose content a conversion changes."""
 
 
-def layer_options(cls: type) -> dict[str, inspect.Parameter]:
-    """What layers of class ``cls`` can be configured with, their base's options too where the class hands them on."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "_configure" in vars(base):
-            parameters = inspect.signature(vars(base)["_configure"]).parameters
-            found |= {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in found}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                break
-    return found
+# -- the registry ------------------------------------------------------------------------------------------------------
+
+
+def register_batchnorm(cls: type[_BatchNorm], after: After | None = None) -> None:
+    """Let :func:`syncbn.convert` change layers of class ``cls``, a subclass of torch's batch normalization.
+
+    A subclass may do more than normalize, and a conversion must not lose that. Therefore only known classes are
+    converted: torch's ``BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm``, the layers of this package, timm's
+    ``BatchNormAct2d`` and ``SyncBatchNormAct``, and registered classes. Subclasses of ``cls`` are not registered with
+    it. Registering a class again replaces ``after``.
+
+    Args:
+        cls: a class whose ``forward(x)`` is ``after(self, batch_norm(x))``.
+        after: what ``cls`` does after normalizing, called with the layer and the normalized (N, C, *) values. The
+            layer has its attributes and submodules, but not the methods of ``cls``. It must be a function defined at
+            the top level of a module, because it is pickled with the model. None if ``cls`` only normalizes.
+
+    Raises:
+        ValueError: ``cls`` is not a subclass of torch's batch normalization or needs no registration, or ``after``
+            cannot be imported by its name.
+
+    Example:
+        >>> class MyBatchNorm(nn.BatchNorm2d):
+        ...     pass
+        >>> register_batchnorm(MyBatchNorm)  # it only normalizes
+    """
+    if not (isinstance(cls, type) and issubclass(cls, _BatchNorm)):
+        raise ValueError(f"expected a subclass of torch's batch normalization (such as nn.BatchNorm2d), got {cls!r}")
+    if cls in _KNOWN:
+        raise ValueError(f"{cls.__name__} is converted as it is and cannot be registered; register a subclass of it")
+    if after is not None and not _is_importable(after):
+        raise ValueError(
+            f"after={after!r} cannot be imported by its name, and so could not be pickled with a model; "
+            "define it with def at the top level of a module"
+        )
+    _registered[cls] = after
+
+
+def is_convertible(cls: type) -> bool:
+    """Whether exactly this class, not only a base of it, is known."""
+    return cls in _KNOWN or cls in _registered or _full_name(cls) in _KNOWN_BY_NAME
+
+
+def after_of(cls: type) -> After | None:
+    """What layers of a convertible class do after normalizing; None is nothing."""
+    return _registered[cls] if cls in _registered else _KNOWN_BY_NAME.get(_full_name(cls))
+
+
+def drop_then_act(layer: Any, x: Tensor) -> Tensor:
+    """What timm's layers do after normalizing."""
+    for name in ("drop", "act"):
+        if hasattr(layer, name):
+            x = getattr(layer, name)(x)
+    return x
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_importable(function: Any) -> bool:
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    return getattr(module, getattr(function, "__qualname__", ""), None) is function
+
+
+_KNOWN = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *KINDS.values()))
+# By name, because importing timm is slow and optional. SplitBatchNorm2d is not here: it has several sets of statistics.
+_KNOWN_BY_NAME: dict[str, After] = {
+    "timm.layers.norm_act.BatchNormAct2d": drop_then_act,
+    "timm.layers.norm_act.SyncBatchNormAct": drop_then_act,
+}
+_registered: dict[type, After | None] = {}
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What undoes a conversion. The layer has it as ``_conversion``, and it is copied and pickled with the layer."""
+
+    original: type[_BatchNorm]
+    converted: type[SmallBatchNorm]
+    replaced: State
+    """Attributes that were replaced or removed, with their values."""
+    added: tuple[str, ...]
+    """Names of the new attributes."""
+
+
+def options_of(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
+    """The arguments of ``cls`` that :func:`syncbn.convert` takes: those that do not follow from the old layer."""
+    parameters = inspect.signature(cls).parameters
+    return {name: parameter for name, parameter in parameters.items() if name not in _FROM_LAYER}
+
+
+_FROM_LAYER = frozenset(("num_features", "affine", "track_running_stats", "device", "dtype", "bias"))
+_ALL_OPTIONS = frozenset(name for cls in KINDS.values() for name in options_of(cls))
+_OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
+"""The attributes of torch's layers that no option sets."""
 
 
 def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
-    """The class and a copy of the attributes that ``layer`` has, or had before it was converted.
+    """The class and a copy of the attributes of ``layer``, or those it had before it was converted.
 
     Raises:
-        ValueError: the class was changed after the conversion, or a process group is none that this process knows.
+        ValueError: the class was changed after the conversion, or this process does not know the process group.
     """
     state = dict(vars(layer))
-    # A conversion adds to these two containers; the other ones stay the layer's own.
-    state["_buffers"] = dict(state["_buffers"])
-    state["_non_persistent_buffers_set"] = set(state["_non_persistent_buffers_set"])
+    for key in _CONTAINERS:
+        state[key] = copy.copy(state[key])
     conversion: Conversion | None = state.get("_conversion")
     if conversion is None:
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
@@ -57,55 +156,53 @@ def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     for name in conversion.added:
         state.pop(name, None)
     state.update(conversion.replaced)
-    if conversion.added_counter:
+    if not issubclass(conversion.original, SmallBatchNorm):
         state["_buffers"].pop(_COUNTER, None)
         state["_non_persistent_buffers_set"].discard(_COUNTER)
     return conversion.original, state
 
 
-def converted_state(
-    layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: dict[str, Any], fused: State | None = None
-) -> State | None:
-    """The attributes of ``layer`` as a ``cls``, with the record that undoes them; None where it is just that already.
-
-    ``layer`` itself is not touched. The conversion runs on a stand-in that has its attributes, so that what can fail,
-    the change of class included, fails here. ``fused`` are attributes of a layer that applies an activation besides its
-    options (:mod:`syncbn.fusion`).
+def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
+    """The attributes of ``layer`` as a ``cls``; None if it is one with these options already.
 
     Raises:
         ValueError: the layer cannot be a ``cls`` with these options.
     """
     original, before = original_state(layer)
-    probe: Any = object.__new__(original)
-    dropped = {"process_group", *layer_options(original)}
-    vars(probe).update((key, value) for key, value in original_state(layer)[1].items() if key not in dropped)
-    probe.__class__ = cls
-    # What a layer of this package computes is kept, as opposed to how and over which samples.
-    own: dict[str, Any] = {key: before[key] for key in ("activation", "negative_slope") if key in before}
-    own |= {key: value for key, value in options.items() if key not in ("eps", "momentum")}
-    probe._configure(**{**own, **_scope_options(cls, before, options)})
-    for key in ("eps", "momentum"):
-        vars(probe)[key] = options.get(key, before[key])
-    probe.qualified_name = name
-    vars(probe).update({"after": after_of(original), **(fused or {})})
-    if (counter := layer._buffers.get(_COUNTER)) is not None:
-        probe._buffers[_COUNTER] = counter
+    after = after_of(original)
+    kept = {key: before[key] for key in ("eps", "momentum")}
+    if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
+        kept |= {key: before[key] for key in ("activation", "negative_slope")}
+    if after is drop_then_act and not {"activation", "negative_slope"} & options.keys():
+        own = _own_activation(layer, options.get("save", "input"))
+        kept, after = kept | own, None if own else after
+    new: Any = cls(
+        num_features=before["num_features"],
+        affine=False,
+        track_running_stats=layer.running_mean is not None,
+        device="meta" if layer.running_mean is None else layer.running_mean.device,
+        **{**kept, **options, **_scope_options(cls, original, before, options)},
+    )
+    new.qualified_name, new.after = name, after
 
-    state = vars(probe)
-    state["_conversion"] = conversion = _record(original, cls, before, state)
-    names = {*conversion.replaced, *conversion.added}
-    if (last := vars(layer).get("_conversion")) is not None:
-        names |= {*last.replaced, *last.added}
-    settings = [key for key in names if key == "_fusion" or not (key.startswith("_") or key in _NOT_SETTINGS)]
-    unchanged = type(layer) is cls and all(vars(layer).get(k, _ABSENT) == state.get(k, _ABSENT) for k in settings)
-    return None if unchanged else state
+    old = {key: value for key, value in before.items() if key not in _ALL_OPTIONS | {"process_group"}}
+    state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
+    if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *options_of(cls))):
+        return None
+    counter = layer._buffers.get(_COUNTER, new._buffers.get(_COUNTER))
+    if counter is not None:
+        state["_buffers"][_COUNTER] = counter
+        state["_non_persistent_buffers_set"].add(_COUNTER)
+    replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and state.get(k, _ABSENT) is not v}
+    state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))
+    return state
 
 
 def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
-    """The class and the attributes with which a converted ``layer`` is again what it was.
+    """The class and the attributes with which a converted ``layer`` is what it was.
 
     Raises:
-        ValueError: as :func:`original_state`; or its process group cannot be had here.
+        ValueError: as :func:`original_state`, or the process group cannot be found or made here.
     """
     original, state = original_state(layer)
     if isinstance(group := state.get("process_group"), RememberedGroup):
@@ -127,60 +224,53 @@ def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
     vars(layer).update(state)
 
 
-def _record(original: type[_BatchNorm], cls: type[SmallBatchNorm], before: State, after: State) -> Conversion:
-    containers = ("_buffers", "_non_persistent_buffers_set")
-    return Conversion(
-        original,
-        cls,
-        replaced={k: v for k, v in before.items() if k not in containers and after.get(k, _ABSENT) is not v},
-        added=(*(after.keys() - before.keys()), "_conversion"),
-        added_counter=_COUNTER in after["_buffers"] and _COUNTER not in before["_buffers"],
-    )
-
-
-def _scope_options(cls: type[SmallBatchNorm], before: State, options: dict[str, Any]) -> dict[str, Any]:
-    """What makes a ``cls`` synchronize with whom the original does, where the options do not say."""
+def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before: State, options: State) -> State:
+    """Options that keep the ranks with which the old layer synchronizes, unless ``options`` name others."""
     if options.get("sync") is False or any(options.get(k) is not None for k in ("process_group", "sync_group_size")):
         return {}
-    if "process_group" in before:
+    scope: Scope | None = None
+    if issubclass(original, SmallBatchNorm):
+        scope = before["scope"]
+    elif issubclass(original, nn.SyncBatchNorm):
         group: RememberedGroup | None = before["process_group"]
-        scope: Scope | None = Scope() if group is None else Scope(ranks=group.ranks)
-    else:
-        scope = before.get("scope")
+        scope = Scope(ranks=None if group is None else group.ranks)
     if scope is None:
         return {}
-    found: dict[str, Any] = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
-    return found | ({"sync": True} if "sync" in layer_options(cls) else {})
+    found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
+    return found | ({"sync": True} if "sync" in options_of(cls) else {})
 
 
-def remember(group: Any) -> RememberedGroup:
-    """A process group as a converted layer keeps it."""
-    try:
-        scope = make_scope(group)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"its process_group {group!r} is none that this process is in now; set it to None or to such a group"
-        ) from error
-    assert scope.ranks is not None
-    return RememberedGroup(scope.ranks, group)
+# -- timm's activations ------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS: dict[type | None, ActivationName] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
 
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """What undoes a conversion. Kept on the layer as ``_conversion``; plain data that is copied and pickled with it."""
+def _own_activation(layer: nn.Module, save: str) -> State:
+    """The options with which ``layer``, one of timm's, applies its activation itself; empty if it cannot.
 
-    original: type[_BatchNorm]
-    converted: type[SmallBatchNorm]
-    replaced: State
-    """Attributes that were replaced or removed, with their values."""
-    added: tuple[str, ...]
-    """Names of the attributes that are new."""
-    added_counter: bool
-    """Whether the buffer ``num_nonfinite_batches`` is new."""
+    It cannot if ``act`` or ``drop`` has a hook or a ``forward`` of its own, which would not be called.
+    """
+    drop, act = getattr(layer, "drop", None), getattr(layer, "act", None)
+    drops = drop is not None and not (type(drop) is nn.Identity and _is_plain(drop))
+    if drops or type(act) not in _ACTIVATIONS or not _is_plain(act):
+        return {}
+    found: State = {"activation": _ACTIVATIONS[type(act)]}
+    if isinstance(act, nn.LeakyReLU):
+        found["negative_slope"] = act.negative_slope
+    invertible = found.get("negative_slope", 0) > 0
+    return found if invertible or save == "input" else {}
+
+
+def _is_plain(module: Any) -> bool:
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return not any(vars(module).get(name) for name in ("forward", *hooks))
+
+
+# -- process groups ----------------------------------------------------------------------------------------------------
 
 
 class RememberedGroup:
-    """The process group of an ``nn.SyncBatchNorm``: itself where it was made, its ranks where it is unpickled."""
+    """The process group of a converted ``nn.SyncBatchNorm``. Copies have the same group; pickles have its ranks."""
 
     def __init__(self, ranks: tuple[int, ...], group: Any = None) -> None:
         self.ranks = ranks
@@ -193,7 +283,7 @@ class RememberedGroup:
         return RememberedGroup, (self.ranks,)
 
     def group(self) -> Any:
-        """The group. Unpickled, it is looked up or made, and all its ranks must ask for it.
+        """The group. After unpickling it is looked up or made, which all of its ranks must do.
 
         Raises:
             ValueError: there are no process groups yet, or this process is not among the ranks.
@@ -203,8 +293,20 @@ class RememberedGroup:
                 raise ValueError(
                     f"its process group of ranks {self.ranks} needs torch.distributed.init_process_group(...) first"
                 )
-            # A process alone in its group has none for resolve(), but None is the world for nn.SyncBatchNorm.
+            # resolve() has no group for a process alone, but nn.SyncBatchNorm takes None for the world.
             self._group = resolve(Scope(ranks=self.ranks)) or dist.new_group(
                 list(self.ranks), use_local_synchronization=True
             )
         return self._group
+
+
+def remember(group: Any) -> RememberedGroup:
+    """The process group of an ``nn.SyncBatchNorm`` as its converted layer keeps it."""
+    try:
+        scope = make_scope(group)
+    except ValueError as error:
+        raise ValueError(
+            f"this process is not in its process_group {group!r}; set it to None or to a group that has this process"
+        ) from error
+    assert scope.ranks is not None
+    return RememberedGroup(scope.ranks, group)

@@ -1,149 +1,124 @@
-"""The three layers and their base: parameters, buffers and checks."""
+"""The three layers and their base class: parameters, buffers and checks."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import NormalizeWithStatistics, apply, forward_alone, statistics_sums
+from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
-from syncbn.functional.finish import Limits, Running
-from syncbn.functional.running import RunningUpdate
-from syncbn.functional.stats import compute_dtype
-from syncbn.kernels import pick
+from syncbn.functional.renorm import Limits
+from syncbn.functional.running import Running, RunningUpdate
+from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
+from syncbn.torch_internals import assert_async
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches")
 
 MIN_WEIGHT = 2.0**-7
-"""With ``save="output"`` no weight may be smaller in size than this, nor than this times its bias: what is had from the
-output is known to a rounding of (1 + |bias|) / |weight|, here at most some 2^8 of them."""
+"""With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
+input from the output loses up to (1 + |bias|) / |weight| in relative precision, which this keeps below about 2^8."""
 
 
-@dataclass(frozen=True, eq=False)
-class SampleGroups:
-    """Which samples of a batch share statistics, where a layer's own rule does not say.
+class SampleGroups(NamedTuple):
+    """Which samples of a batch share statistics.
 
-    Set on a layer (:attr:`SmallBatchNorm.sample_groups`) it takes the place of ``ghost_batch_size`` in training until
-    it is set anew.
+    Set as :attr:`SmallBatchNorm.sample_groups`, it replaces ``ghost_batch_size`` in training until it is set again.
     """
 
-    index: Tensor | None
-    """Group of each sample, (N,) int64 on the input's device; None where all are in group 0."""
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    """Group of each sample, (N,) int64 on the input's device. None puts all samples in group 0."""
     number: int
-    """Groups, those without a sample here included; the same on all ranks that share statistics."""
+    """Number of groups, including those without a sample on this rank. The same on all ranks that share statistics."""
     divisor: float | None = None
-    """What the sum over groups is divided by in the running statistics; None is the number of groups with samples."""
+    """Divides the sum over groups in the running statistics. None is the number of groups that have samples."""
     smallest: int = 0
-    """Fewest samples in any group that has some, over all ranks that share statistics; 0 is unknown, and then read from
-    the counts."""
+    """Fewest samples in any non-empty group, over all ranks that share statistics. 0 means unknown: the counts are read
+    from the device instead."""
 
 
 class SmallBatchNorm(_BatchNorm):
-    """Batch normalization over chosen groups of samples, on one or many processes. Base of this package's layers.
-
-    Use :class:`~syncbn.SyncBatchNorm`, :class:`~syncbn.GhostBatchNorm` or :class:`~syncbn.BatchRenorm`.
-    """
+    """Base class of this package's layers. It has every option; each layer's ``__init__`` names those that it takes."""
 
     scope: Scope | None
-    """Which processes share statistics; None is this one alone."""
-    ghost_batch_size: int | None
-    remainder: Remainder
-    max_ghost_groups: int | None
-    running_update: RunningUpdate
-    sample_groups: SampleGroups | None
-    activation: ActivationName | None = None
-    """Applied to the normalized values (plus the residual) in the same pass."""
-    negative_slope: float = 0.01
-    save: Save = "input"
-    """What is kept for the backward pass: the input, or the output alone. The latter frees the input's memory where
-    nothing else keeps it (a convolution does not keep its output), and needs an activation that can be inverted (none,
-    or ``leaky_relu`` of positive slope), no residual, no second derivative (``torch.func`` takes any gradient as if it
-    wanted one), and weights away from zero (:data:`MIN_WEIGHT`): In-Place Activated BatchNorm (Rota Bulò et al. 2018,
-    arXiv 1712.02616)."""
-    qualified_name: str | None
-    """Name within the model, for messages; set by :func:`syncbn.convert`."""
-    after: Callable[[Any, Tensor], Tensor] | None
-    """What a converted layer does to the normalized values (its activation, say); called with the layer and them."""
-    observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None
-    """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C), instead of an update of the
-    running statistics; see :mod:`syncbn.population`."""
-    num_nonfinite_batches: Tensor
-    """() int64, not saved: batches whose statistics were not finite and so were kept out of the running ones."""
+    """Which processes share statistics. None is this process alone."""
+    ghost_batch_size: int | None = None
+    remainder: Remainder = "error"
+    max_ghost_groups: int | None = None
+    running_update: RunningUpdate = "mean"
+    activation: ActivationName | None
+    negative_slope: float
+    save: Save
+    """What is kept for the backward pass: the input, or only the output.
 
-    def __init__(self, *args: Any, bias: bool = True, **options: Any) -> None:
-        super().__init__(*args, **options)
-        if not bias:  # not every torch from 2.11 on has this argument
+    ``"output"`` is In-Place Activated BatchNorm (Rota Bulò et al. 2018, arXiv 1712.02616). It frees the input's memory
+    unless another operation keeps the input (a convolution does not keep its own output). It needs an activation that
+    can be inverted (none, or ``leaky_relu`` with a positive slope), no residual, no second derivative (``torch.func``
+    always asks for one), and weights away from zero (:data:`MIN_WEIGHT`)."""
+    sample_groups: SampleGroups | None
+    qualified_name: str | None
+    """Name within the model, for error messages. :func:`syncbn.convert` sets it."""
+    after: Callable[[Any, Tensor], Tensor] | None
+    """Called with the layer and its output; returns what the layer returns. :func:`syncbn.convert` sets it for classes
+    that do more than normalize."""
+    observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None
+    """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C). While it is set, the
+    running statistics stay as they are. See :mod:`syncbn.population`."""
+    num_nonfinite_batches: Tensor
+    """() int64, not saved: number of batches left out of the running statistics because theirs were not finite."""
+
+    def __init__(self, *batchnorm: Any, bias: bool, scope: Scope | None, **options: Any) -> None:
+        super().__init__(*batchnorm)
+        if not bias:  # _BatchNorm has this argument in some versions of torch only
             self.register_parameter("bias", None)
         for name in ("running_mean", "running_var"):
             buffer = getattr(self, name)
             if buffer is not None and buffer.dtype.itemsize < 4:
                 setattr(self, name, buffer.float())
-
-    def _configure(
-        self,
-        *,
-        sync: bool,
-        process_group: Any = None,
-        sync_group_size: int | None = None,
-        ghost_batch_size: int | None = None,
-        remainder: Remainder = "error",
-        max_ghost_groups: int | None = None,
-        running_update: RunningUpdate = "mean",
-        activation: ActivationName | None = None,
-        negative_slope: float = 0.01,
-        save: Save = "input",
-    ) -> None:
-        """Set all that is not ``_BatchNorm``'s own. Nothing is changed if an argument is wrong."""
-        sync = sync or process_group is not None or sync_group_size is not None
-        scope = make_scope(process_group, sync_group_size) if sync else None
-        for name, value in (("ghost_batch_size", ghost_batch_size), ("max_ghost_groups", max_ghost_groups)):
-            check_positive(name, value)
-        for name, choice, known in (
-            ("remainder", remainder, ("error", "smaller")),
-            ("running_update", running_update, ("mean", "sequential", "total")),
-            ("activation", activation, (None, *ACTIVATIONS)),
-            ("save", save, ("input", "output")),
-        ):
-            if choice not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {choice!r}")
-        if not (isinstance(negative_slope, float | int) and math.isfinite(negative_slope)):
-            raise ValueError(f"negative_slope must be a finite number, got {negative_slope!r}")
-        invertible = activation is None or (activation == "leaky_relu" and negative_slope > 0)
-        if save == "output" and not invertible:
-            raise ValueError(
-                f"save='output' needs an activation that can be inverted: None or 'leaky_relu' with a positive "
-                f"negative_slope, got {activation!r} and {negative_slope!r}"
-            )
-        self.scope = scope
-        self.ghost_batch_size = ghost_batch_size
-        self.remainder = remainder
-        self.max_ghost_groups = max_ghost_groups
-        self.running_update = running_update
-        self.activation = activation
-        self.negative_slope = negative_slope
-        self.save = save
-        self.sample_groups = None
-        self.qualified_name = None
-        self.after = None
-        self.observer = None
-        self._agreed_groups: int | None = None
         if self.running_mean is not None:
             zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
             self.register_buffer("num_nonfinite_batches", zero, persistent=False)
+        self.sample_groups = self.qualified_name = self.after = self.observer = None
+        self.scope = scope
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._agreed_groups: int | None = None
+        self._check_options()
+
+    def _check_options(self) -> None:
+        for name in ("ghost_batch_size", "max_ghost_groups"):
+            check_positive(name, getattr(self, name))
+        choices: dict[str, tuple[str | None, ...]] = {
+            "remainder": ("error", "smaller"),
+            "running_update": ("mean", "sequential", "total"),
+            "activation": (None, *ACTIVATIONS),
+            "save": ("input", "output"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        if not (isinstance(self.negative_slope, float | int) and math.isfinite(self.negative_slope)):
+            raise ValueError(f"negative_slope must be a finite number, got {self.negative_slope!r}")
+        invertible = self.activation is None or (self.activation == "leaky_relu" and self.negative_slope > 0)
+        if self.save == "output" and not invertible:
+            raise ValueError(
+                f"save='output' needs an activation that can be inverted: None or 'leaky_relu' with a positive "
+                f"negative_slope, got {self.activation!r} and {self.negative_slope!r}"
+            )
 
     # -- torch.nn.Module's own -----------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the ranks have agreed on holds for these processes and this training, and is no part of a copy or a file.
+        # The ranks agree on this number in each training, so a copy or a saved layer must not have it.
         return {**vars(self), "_agreed_groups": None}
 
     def reset_running_stats(self) -> None:
@@ -159,7 +134,7 @@ class SmallBatchNorm(_BatchNorm):
                 torch.nn.init.zeros_(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `module.half()` must not narrow the running statistics: a moving average in bf16 stops moving.
+        # `module.half()` must not narrow the running statistics: a moving average in bf16 soon stops moving.
         before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -243,69 +218,44 @@ class SmallBatchNorm(_BatchNorm):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _normalize_by_batch(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        # Evaluation without running statistics uses the batch's, and still never communicates.
+        # Evaluation without running statistics uses those of the batch on this process, and never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
-        groups = self._groups(x, group_name)
-        weight, bias = self.weight, self.bias  # once: a parametrization may give others the second time
+        samples = self._groups(x, group_name)
+        # Read once: a parametrization may return other values the second time.
+        weight, bias = self._tensors(self._parameters, ("weight", "bias"))
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
-        update = self.training and self.track_running_stats and self.observer is None
-        running, limits = self._running(groups.divisor), self._limits()
-        epilogue = Epilogue(residual, self.activation, self.negative_slope)
-        alone = None
-        if group_name is None and self._has_variance(x, groups):
-            alone = forward_alone(
-                x, weight, bias, running, self.eps, limits, update, groups.index, groups.number, epilogue
-            )
-        if alone is not None:
-            found = alone[1]
-        else:
-            sums = statistics_sums(x, groups.index, groups.number, group_name)
-            self._check_count(x, sums, groups)
-            with torch.no_grad():
-                found = pick(sums).finish(sums, self.eps, running, limits, update)
-        if self.observer is not None:
-            self.observer(self, found.count, found.mean, found.var)
-        # As wide as the input's arithmetic, as they are kept for the backward pass.
-        r, d = (None if t is None else t.to(compute_dtype(x)) for t in (found.r, found.d))
-        return apply(
-            NormalizeWithStatistics,
-            x,
-            weight,
-            bias,
-            residual,
-            r,
-            d,
-            found.mean,
-            found.invstd,
-            found.count,
-            groups.index,
+        rule = Rule(
             self.eps,
+            ONE_GROUP if samples.index is None else Groups(samples.index, samples.number),
             group_name,
-            self.activation,
-            self.negative_slope,
             self.save == "output",
-            None if alone is None else alone[:1],
+            None if self._has_variance(x, samples) else functools.partial(self._check_count, x),
+            None if self.observer is None else functools.partial(self.observer, self),
         )
+        epilogue = Epilogue(residual, self.activation, self.negative_slope)
+        return batch_norm(x, weight, bias, self._running(samples.divisor), epilogue, rule)
 
     def _running(self, divisor: float | None) -> Running | None:
-        mean, var, tracked = map(self._buffer, ("running_mean", "running_var", "num_batches_tracked"))
+        mean, var, tracked, nonfinite = self._tensors(self._buffers, _BUFFERS)
         if mean is None or var is None:
             return None
         if tracked is None:
             raise ValueError(
                 f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
             )
-        nonfinite = self._buffer("num_nonfinite_batches")
         assert nonfinite is not None, "registered with the others"
-        return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor)
+        update = self.training and self.track_running_stats and self.observer is None
+        limits = self._limits() if self.training else None
+        return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
 
-    def _buffer(self, name: str) -> Tensor | None:
-        # As an attribute it is looked for in three places, and this first; a parametrization makes it one.
-        return self._buffers[name] if name in self._buffers else getattr(self, name)
+    def _tensors(self, where: dict[str, Any], names: tuple[str, ...]) -> list[Tensor | None]:
+        # Attribute access looks into these dictionaries last, which takes ten times as long. A parametrization makes a
+        # parameter or buffer an attribute.
+        return [where[name] if name in where else getattr(self, name, None) for name in names]
 
     def _limits(self) -> Limits | None:
-        """The limits of renorm's corrections, in a layer that has them and is in training."""
+        """The limits of renorm's corrections in training, or None for a layer without corrections."""
         return None
 
     def _groups(self, x: Tensor, group_name: str | None) -> SampleGroups:
@@ -345,21 +295,19 @@ class SmallBatchNorm(_BatchNorm):
 
     @staticmethod
     def _has_variance(x: Tensor, groups: SampleGroups) -> bool:
-        """Whether the shapes alone say that no group has a single value a channel."""
+        """Whether the shapes alone show that every group has more than one value per channel."""
         return groups.smallest * math.prod(x.shape[2:]) > 1
 
-    def _check_count(self, x: Tensor, sums: Tensor, groups: SampleGroups) -> None:
-        """A single value a channel has no variance. Known from shapes in all but tiny cases; read from the count else.
+    def _check_count(self, x: Tensor, counts: Tensor) -> None:
+        """Raise unless each group (counts are (G,), over all processes) has a variance.
 
-        All ranks raise, or none: a rank that is satisfied with its shapes knows that no group has a total of 1.
+        All ranks raise or none does: the ranks that skip this check know from their shapes that no total is 1.
         """
-        if self._has_variance(x, groups):
-            return
         problem = (
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
             "batch, more processes in the group, or eval mode with running statistics"
         )
-        self._require(x, (sums[:, 0] != 1).all(), problem)
+        self._require(x, (counts != 1).all(), problem)
 
     def _check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         least = 1.0 if bias is None else bias.detach().abs().clamp(min=1.0)
@@ -371,38 +319,52 @@ class SmallBatchNorm(_BatchNorm):
         self._require(x, enough, problem, wait=not x.is_cuda)
 
     def _require(self, x: Tensor, condition: Tensor, problem: str, wait: bool = True) -> None:
-        """ValueError unless the () bool tensor holds; the device's own error where the host is not to wait for it."""
+        """ValueError unless the () bool tensor holds, or an error on the device if the host must not wait for it."""
         if torch.compiler.is_compiling() or not wait:
-            torch._assert_async(condition, f"{type(self).__name__}: {problem}")
+            assert_async(condition, f"{type(self).__name__}: {problem}")
         elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(condition):
             self._fail(x, problem)
+
+
+def _optional_scope(sync: bool, process_group: Any, sync_group_size: int | None) -> Scope | None:
+    """The scope of a layer that is synchronized only if asked."""
+    if sync or process_group is not None or sync_group_size is not None:
+        return make_scope(process_group, sync_group_size)
+    return None
 
 
 class SyncBatchNorm(SmallBatchNorm):
     """Batch normalization with the statistics of the samples on all ranks of a process group.
 
-    Signature, parameters, buffers and checkpoints as :class:`torch.nn.SyncBatchNorm`'s, inputs (N, C) or (N, C, *), and
-    exact for unequal and for empty batches. Without an initialised process group, or alone in it, it is
-    :class:`torch.nn.BatchNorm2d` for any number of dimensions. ``eval()`` uses the running statistics and never
-    communicates. A second derivative, across ranks, works; so does ``torch.compile(fullgraph=True)``.
+    A drop-in replacement for :class:`torch.nn.SyncBatchNorm`, with the same parameters, buffers and checkpoints. Inputs
+    are (N, C) or (N, C, *) on any device, and N may differ between ranks or be zero. Without an initialized process
+    group it is :class:`torch.nn.BatchNorm2d`. ``eval()`` uses the running statistics and never communicates. Second
+    derivatives across ranks and ``torch.compile(fullgraph=True)`` work.
 
     Args:
-        num_features: C.
-        eps: added to the variance under the root.
-        momentum: weight of the new value in the running statistics; None is a cumulative average.
+        num_features: number of channels C.
+        eps: added to the variance for numerical stability.
+        momentum: weight of the new value in the running statistics. None is a cumulative average.
         affine: learn ``weight`` and ``bias``.
-        track_running_stats: keep running statistics; without them evaluation uses the local batch's.
-        process_group: which ranks share statistics: a process group or a sequence of global ranks; None is the world.
-        device, dtype: of parameters and buffers.
-        sync_group_size: share statistics among this many consecutive ranks only.
-        bias: with ``affine``, whether there is a ``bias``.
-        activation: ``"relu"``, ``"leaky_relu"`` or ``"silu"``, applied in the same pass over memory. With it, or
-            without, the layer may be called with a ``residual`` that is added before.
-        negative_slope: of ``leaky_relu``.
-        save: what is kept for the backward pass, see :attr:`SmallBatchNorm.save`.
+        track_running_stats: keep running statistics. Without them evaluation uses those of the local batch.
+        process_group: which ranks share statistics: a process group or a sequence of global ranks. None is all ranks.
+        device, dtype: of the parameters and buffers. Running statistics are float32 or wider.
+        sync_group_size: share statistics only among this many consecutive ranks.
+        bias: whether there is a ``bias`` if ``affine`` is True.
+        activation: ``"relu"``, ``"leaky_relu"`` or ``"silu"``, applied in the same pass over memory, after the optional
+            ``residual`` of :meth:`forward` is added.
+        negative_slope: slope of ``leaky_relu``.
+        save: ``"input"`` or ``"output"``, what is kept for the backward pass. ``"output"`` saves memory; see
+            :attr:`SmallBatchNorm.save` for what it needs.
 
     Raises:
-        ValueError: both ``process_group`` and ``sync_group_size`` are given; on use, see :meth:`forward`.
+        ValueError: an option has a wrong value, or both ``process_group`` and ``sync_group_size`` are given.
+
+    Example:
+        >>> layer = SyncBatchNorm(3, activation="relu")
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> layer(x, residual=x).shape
+        torch.Size([4, 3, 8, 8])
     """
 
     def __init__(
@@ -422,28 +384,11 @@ class SyncBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self._configure(
-            process_group=process_group,
-            sync_group_size=sync_group_size,
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
-
-    def _configure(  # type: ignore[override]
-        self,
-        *,
-        process_group: Any = None,
-        sync_group_size: int | None = None,
-        activation: ActivationName | None = None,
-        negative_slope: float = 0.01,
-        save: Save = "input",
-    ) -> None:
-        super()._configure(
-            sync=True,
-            process_group=process_group,
-            sync_group_size=sync_group_size,
+        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(
+            *batchnorm,
+            bias=bias,
+            scope=make_scope(process_group, sync_group_size),
             activation=activation,
             negative_slope=negative_slope,
             save=save,
@@ -451,24 +396,34 @@ class SyncBatchNorm(SmallBatchNorm):
 
 
 class GhostBatchNorm(SmallBatchNorm):
-    """Batch normalization over runs of ``ghost_batch_size`` consecutive samples (Hoffer et al. 2017, arXiv 1705.08741).
+    """Batch normalization over groups of consecutive samples (Hoffer et al. 2017, arXiv 1705.08741, algorithm 1).
 
-    Each ghost batch is normalized by its own statistics; evaluation ignores the groups. Synchronized, ghost group i of
-    each rank is merged with ghost group i of the others.
+    In training each group is normalized by its own statistics. Evaluation uses the running statistics and ignores the
+    groups. If synchronized, group i of each rank shares its statistics with group i of the others.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as :class:`SyncBatchNorm`'s.
-        ghost_batch_size: samples in each group, exactly.
-        remainder: what to do with a batch that is no multiple of it: ``"error"``, or ``"smaller"`` for a smaller last
-            group.
-        running_update: how a step's groups enter the running statistics: ``"mean"``, one update with the mean over
-            groups of mean and unbiased variance; ``"sequential"``, one update for each group in turn; ``"total"``, one
-            update with the mean and variance of the whole batch.
-        sync, process_group, sync_group_size: share statistics among ranks; giving either of the latter two implies it.
-        max_ghost_groups: synchronized, the groups that travel each step, at least as many as the largest batch has on
-            any rank. None: the ranks agree on the number in the first training step, which must be as large as any (one
-            small extra collective, once); compiled before that, equal numbers are taken for granted.
-        activation, negative_slope, save: as :class:`SyncBatchNorm`'s.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: see :class:`SyncBatchNorm`.
+        ghost_batch_size: number of samples in each group.
+        remainder: what to do if the batch is not a multiple of ``ghost_batch_size``: ``"error"`` raises,
+            ``"smaller"`` makes the last group smaller.
+        running_update: how the groups of one step enter the running statistics. ``"mean"``: one update with the mean
+            over groups of mean and unbiased variance. ``"sequential"``: one update per group, in order. ``"total"``:
+            one update with the mean and variance of the whole batch.
+        sync, process_group, sync_group_size: share statistics among ranks. The latter two imply ``sync``.
+        max_ghost_groups: if synchronized, the number of groups to reduce in each step, at least as many as any rank's
+            largest batch has. None: the ranks agree on it in the first training step (one small collective), so the
+            first batch must be as large as any later one. A layer that is compiled before its first step assumes that
+            all ranks have equally many groups.
+        activation, negative_slope, save: see :class:`SyncBatchNorm`.
+
+    Raises:
+        ValueError: an option has a wrong value, or both ``process_group`` and ``sync_group_size`` are given.
+
+    Example:
+        >>> layer = GhostBatchNorm(3, ghost_batch_size=2)
+        >>> x = torch.randn(4, 3)
+        >>> torch.equal(layer(x)[:2], layer(x[:2]))
+        True
     """
 
     def __init__(
@@ -493,61 +448,53 @@ class GhostBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self._configure(
+        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(
+            *batchnorm,
+            bias=bias,
+            scope=_optional_scope(sync, process_group, sync_group_size),
             ghost_batch_size=ghost_batch_size,
             remainder=remainder,
             running_update=running_update,
-            sync=sync,
-            process_group=process_group,
-            sync_group_size=sync_group_size,
             max_ghost_groups=max_ghost_groups,
             activation=activation,
             negative_slope=negative_slope,
             save=save,
         )
 
-    def _configure(  # type: ignore[override]
-        self,
-        *,
-        ghost_batch_size: int,
-        sync: bool = False,
-        process_group: Any = None,
-        sync_group_size: int | None = None,
-        **options: Any,
-    ) -> None:
-        super()._configure(
-            sync=sync,
-            process_group=process_group,
-            sync_group_size=sync_group_size,
-            ghost_batch_size=ghost_batch_size,
-            **options,
-        )
-
 
 class BatchRenorm(SmallBatchNorm):
-    """Batch renormalization (Ioffe 2017, arXiv 1702.03275): batch statistics pulled towards the running ones.
+    """Batch renormalization (Ioffe 2017, arXiv 1702.03275): batch statistics corrected towards the running statistics.
 
-    ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias`` with r and d clipped and constant for the gradient; they
-    use the running statistics from before the step's update. Evaluation is plain batch normalization. The limits of r
-    and d rise with the number of training forwards, which is ``num_batches_tracked`` and so survives a checkpoint.
-    Checkpoints are BatchNorm's: the variance is stored, sigma = sqrt(running_var + eps). Activation checkpointing
-    repeats the forward pass after the update, with other corrections: keep the layer outside of it.
+    In training ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias``. The corrections r = sigma_B / sigma and
+    d = (mean_B - mean) / sigma are clipped to [1 / r_max, r_max] and [-d_max, d_max], are constants for the gradient,
+    and use the running statistics from before this step's update. Evaluation is plain batch normalization.
+
+    The limits rise with the number of training steps. This is ``num_batches_tracked``, so it is kept in checkpoints,
+    and these are those of BatchNorm: sigma = sqrt(running_var + eps). Do not use the layer inside activation
+    checkpointing: the repeated forward pass would use other corrections.
 
     Args:
-        num_features, eps, affine, device, dtype, bias: as :class:`SyncBatchNorm`'s.
-        momentum: the paper's alpha, 0.01.
-        track_running_stats: must be True, as the corrections need the running statistics.
-        r_max, d_max: limits of r and d after their ramps.
-        warmup_steps: training forwards with r = 1 and d = 0.
-        r_ramp_end, d_ramp_end: training forward at which each limit reaches its maximum, linearly from the warm-up's
-            end.
-        sync, process_group, sync_group_size: renormalize statistics that are synchronized among ranks.
-        ghost_batch_size, remainder, max_ghost_groups: renormalize each ghost group, as :class:`GhostBatchNorm`.
-        activation, negative_slope, save: as :class:`SyncBatchNorm`'s.
+        num_features, eps, affine, device, dtype, bias: see :class:`SyncBatchNorm`.
+        momentum: 0.01, the paper's alpha (section 3).
+        track_running_stats: must be True.
+        r_max, d_max: the limits at the end of their ramps.
+        warmup_steps: number of training steps with r = 1 and d = 0, which is plain batch normalization.
+        r_ramp_end, d_ramp_end: the step at which each limit reaches its maximum, linearly from the end of the warm-up.
+        sync, process_group, sync_group_size: correct statistics that are shared among ranks. The latter two imply
+            ``sync``.
+        ghost_batch_size, remainder, max_ghost_groups: correct the statistics of each group; see
+            :class:`GhostBatchNorm`. None is the whole batch.
+        activation, negative_slope, save: see :class:`SyncBatchNorm`.
 
     Raises:
-        ValueError: a limit or a ramp that cannot be, or ``track_running_stats=False``.
+        ValueError: an option has a wrong value, or ``track_running_stats`` is False.
+
+    Example:
+        >>> layer = BatchRenorm(3, warmup_steps=100, r_ramp_end=800, d_ramp_end=500)
+        >>> x = torch.randn(4, 3)
+        >>> torch.allclose(layer(x), torch.nn.BatchNorm1d(3)(x), atol=1e-6)  # still in the warm-up
+        True
     """
 
     def __init__(
@@ -576,16 +523,11 @@ class BatchRenorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self._configure(
-            r_max=r_max,
-            d_max=d_max,
-            warmup_steps=warmup_steps,
-            r_ramp_end=r_ramp_end,
-            d_ramp_end=d_ramp_end,
-            sync=sync,
-            process_group=process_group,
-            sync_group_size=sync_group_size,
+        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(
+            *batchnorm,
+            bias=bias,
+            scope=_optional_scope(sync, process_group, sync_group_size),
             ghost_batch_size=ghost_batch_size,
             remainder=remainder,
             max_ghost_groups=max_ghost_groups,
@@ -593,56 +535,22 @@ class BatchRenorm(SmallBatchNorm):
             negative_slope=negative_slope,
             save=save,
         )
+        self.r_max, self.d_max = r_max, d_max
+        self.warmup_steps, self.r_ramp_end, self.d_ramp_end = warmup_steps, r_ramp_end, d_ramp_end
+        self._check_limits()
 
-    def _configure(  # type: ignore[override]
-        self,
-        *,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
-        warmup_steps: int = 5_000,
-        r_ramp_end: int = 40_000,
-        d_ramp_end: int = 25_000,
-        sync: bool = False,
-        process_group: Any = None,
-        sync_group_size: int | None = None,
-        ghost_batch_size: int | None = None,
-        remainder: Remainder = "error",
-        max_ghost_groups: int | None = None,
-        activation: ActivationName | None = None,
-        negative_slope: float = 0.01,
-        save: Save = "input",
-    ) -> None:
+    def _check_limits(self) -> None:
         if self.running_mean is None:
-            raise ValueError(
-                "BatchRenorm needs track_running_stats=True: r and d are relative to the running statistics"
-            )
-        for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-            # Infinity is no limit that a ramp could rise to: 0 * inf is not a number.
+            raise ValueError("BatchRenorm needs track_running_stats=True, because r and d use the running statistics")
+        for name, limit, least in (("r_max", self.r_max, 1), ("d_max", self.d_max, 0)):
+            # An infinite limit cannot rise from a ramp: 0 * inf is NaN.
             if not (limit >= least and math.isfinite(limit)):
                 raise ValueError(f"{name} must be a finite number of at least {least}, got {limit!r}")
-        for name, end in (("r_ramp_end", r_ramp_end), ("d_ramp_end", d_ramp_end)):
-            if not 0 <= warmup_steps <= end:
-                raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
-        super()._configure(
-            sync=sync,
-            process_group=process_group,
-            sync_group_size=sync_group_size,
-            ghost_batch_size=ghost_batch_size,
-            remainder=remainder,
-            max_ghost_groups=max_ghost_groups,
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
-        self.r_max = r_max
-        self.d_max = d_max
-        self.warmup_steps = warmup_steps
-        self.r_ramp_end = r_ramp_end
-        self.d_ramp_end = d_ramp_end
+        for name, end in (("r_ramp_end", self.r_ramp_end), ("d_ramp_end", self.d_ramp_end)):
+            if not 0 <= self.warmup_steps <= end:
+                raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {self.warmup_steps!r} and {end!r}")
 
-    def _limits(self) -> Limits | None:
-        if not self.training:
-            return None
+    def _limits(self) -> Limits:
         return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)
 
     def extra_repr(self) -> str:

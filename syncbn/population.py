@@ -1,18 +1,20 @@
-"""Population statistics: what the normalization statistics are over many samples, with the weights as they are.
+"""Population statistics: the mean and variance of a layer's input over many samples, with frozen weights.
 
-Running statistics are an average over a training's last steps, in which the weights moved; population statistics are
-recomputed afterwards over n samples ("precise BN"; Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv
-2105.07576, section 3). The difference between the two is an error of estimation, not of training. How far the
-statistics of a single batch are from the population's says how noisy the training was: :class:`LayerDivergence`.
+Running statistics average over the last steps of training, in which the weights moved. Population statistics are
+recomputed after training ("precise BN"; Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section
+3). If they change the test error, the running statistics were a bad estimate. How far the statistics of one batch are
+from those of the population measures the noise in training (:class:`LayerDivergence`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,58 +24,128 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import resolve
 from syncbn.functional.running import unbiased
-from syncbn.functional.stats import WIRE_DTYPE, group_sums, moments
+from syncbn.functional.statistics import WIRE_DTYPE, group_sums, moments
 from syncbn.layers import SmallBatchNorm
 
 Estimator = Literal["mean", "total"]
-"""How the population's variance is estimated: ``total``, the variance of all samples together (within plus between
-batches; fvcore's and detectron2's precise BN), or ``mean``, the count-weighted mean of the batches' unbiased variances
-(Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 2). The mean is the same."""
+"""How the variance of the population is estimated. ``total`` is the variance of all samples together, within plus
+between batches, as in fvcore and detectron2. ``mean`` is the mean of the batches' unbiased variances, weighted by count
+(Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 2). Both have the same mean."""
 
 Where = Callable[[str, nn.Module], bool]
 Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Called with a count (G, 1), mean (G, C) and biased variance (G, C), float64, a row for each normalization batch."""
+"""Called with count (G, 1), mean (G, C) and biased variance (G, C), float64, a row for each normalization batch."""
+
+
+# -- running statistics over the ranks ---------------------------------------------------------------------------------
+
+
+class RunningStatistics:
+    """The running means and variances of a model's layers, to be averaged over all ranks in one collective.
+
+    A moving average is linear in its inputs, so the mean of the ranks' averages is the average of the ranks' means.
+    Therefore it is enough to average before an evaluation or a checkpoint: the result is the same as after averaging in
+    every step.
+    """
+
+    def __init__(self, model: nn.Module, kind: type[SmallBatchNorm] = SmallBatchNorm) -> None:
+        layers = [m for m in model.modules() if isinstance(m, kind)]
+        self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        self._flat: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        """Begin the reduction, which runs in the background."""
+        assert self._flat is None, "a reduction is under way"
+        if self._buffers and _world_size() > 1:
+            # In float64 the average of equal values is that value, and float32 averages are rounded once.
+            self._flat = torch.cat([b.detach().to(torch.float64) for b in self._buffers])
+            self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for the reduction, if there is one, and write the averages."""
+        if self._flat is None or self._work is None:
+            return
+        self._work.wait()
+        averages = (self._flat / dist.get_world_size()).split([b.numel() for b in self._buffers])
+        with torch.no_grad():
+            for buffer, average in zip(self._buffers, averages, strict=True):
+                buffer.copy_(average)
+        self._flat = self._work = None
+
+
+def reconcile(model: nn.Module) -> None:
+    """Replace the running statistics of this package's layers by their mean over all ranks, in one collective.
+
+    Call it on every rank before evaluating or saving a model whose layers are not synchronized, such as
+    :class:`~syncbn.GhostBatchNorm`. Every rank must have the same layers. ``num_batches_tracked`` stays as it is.
+    Without an initialized process group nothing changes.
+
+    Args:
+        model: a model with layers of this package. Torch's own batch normalizations are left alone.
+
+    Example:
+        >>> import syncbn
+        >>> model = nn.Sequential(nn.Linear(4, 8), syncbn.GhostBatchNorm(8, ghost_batch_size=2))
+        >>> loss = model(torch.randn(6, 4)).sum()  # each rank trains on its own data
+        >>> reconcile(model)  # then all ranks have the same running statistics
+    """
+    statistics = RunningStatistics(model)
+    statistics.start()
+    statistics.finish()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# -- statistics of one layer -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LayerDivergence:
-    """How far a layer's batch statistics are from its population's: KL(N(mean_B, var_B) || N(mean, var)).
+    """How far the batch statistics of a layer are from its population's: KL(N(mean_B, var_B) || N(mean, var)).
 
-    Over i.i.d. batches of m Gaussian values the mean divergence is :func:`gaussian_divergence`, close to 1/m. Values of
-    an image are correlated, so a batch of N images of H x W pixels is worth far fewer than N*H*W.
+    For batches of m independent Gaussian values the mean divergence is :func:`gaussian_divergence`, about 1/m. The
+    pixels of an image are correlated, so a batch of N images of H x W pixels diverges like far fewer than N*H*W values.
     """
 
     layer: str
     """Qualified name within the model."""
     count: float
-    """Values a channel in one normalization batch (samples times pixels), averaged over the batches."""
+    """Values per channel in one normalization batch (samples times pixels), mean over the batches."""
     kl: float | None
-    """Mean over batches and live channels; None without a live channel."""
+    """Mean over batches and live channels. None if no channel is live."""
     effective: float | None
-    """The number of i.i.d. Gaussian values whose mean divergence is ``kl``: the effective size of the batch."""
+    """The effective batch size: the number of independent Gaussian values whose mean divergence is ``kl``."""
     running_kl: float | None
-    """The same divergence of the running statistics, N(running_mean, running_var), from the population's."""
+    """The divergence of N(running_mean, running_var) from the population."""
     channels: int
     dead: int
-    """Channels whose population variance is below ``eps``; they have no part in the means."""
+    """Number of channels whose population variance is below ``eps``. The means leave them out."""
 
 
 class LayerStatistics:
-    """Sums over the normalization batches of one layer, from which its population statistics follow.
-
-    All sums are float64 and additive: over batches, and over processes (:meth:`reduce`).
-    """
+    """Sums over the normalization batches of one layer, float64. They add over batches and over processes."""
 
     def __init__(self, num_features: int, eps: float, device: torch.device) -> None:
         self.eps = eps
+        self.packed = torch.zeros(7 * num_features + 2, dtype=WIRE_DTYPE, device=device)
+
+    @property
+    def _sums(self) -> Tensor:
         # Rows: count * mean, count * (var + mean^2), count * unbiased var; and unweighted: mean, mean^2, var, ln(var).
-        self._sums = torch.zeros(7, num_features, dtype=WIRE_DTYPE, device=device)
-        self._counts = torch.zeros(2, dtype=WIRE_DTYPE, device=device)  # values a channel, batches
+        return self.packed[:-2].view(7, len(self.packed) // 7)
+
+    @property
+    def _counts(self) -> Tensor:
+        return self.packed[-2:]  # values per channel, batches
 
     def add(self, count: Tensor, mean: Tensor, var: Tensor, weight: float = 1.0) -> None:
-        """Add batches: count (G, 1), mean and biased var (G, C); ``weight`` is 1 / (ranks that add the same batch).
+        """Add batches: count (G, 1), mean and biased var (G, C).
 
-        A batch with a statistic that is not finite is left out, as it is kept out of running statistics.
+        If several ranks add the same batch, ``weight`` is 1 / their number. Batches whose statistics are not finite are
+        left out, as they are left out of running statistics.
         """
         finite = (mean.isfinite() & var.isfinite()).all(1, keepdim=True)
         count, mean, var = (torch.where(finite, value, 0.0) for value in (count, mean, var))
@@ -82,31 +154,21 @@ class LayerStatistics:
         weighted = (mean, var + square, unbiased(var, count))
         plain = (mean, square, var, torch.log(var + self.eps))
         rows = [(value * count * weight).sum(0) for value in weighted] + [(value * filled).sum(0) for value in plain]
-        self._sums += torch.stack(rows)
-        self._counts += torch.stack((count.sum() * weight, filled.sum()))
-
-    @property
-    def packed(self) -> Tensor:
-        """All sums as one vector, to be reduced over processes; setting it writes them back."""
-        return torch.cat((self._sums.flatten(), self._counts))
-
-    @packed.setter
-    def packed(self, values: Tensor) -> None:
-        self._sums = values[:-2].reshape_as(self._sums)
-        self._counts = values[-2:]
+        self._sums.add_(torch.stack(rows))
+        self._counts.add_(torch.stack((count.sum() * weight, filled.sum())))
 
     @property
     def count(self) -> Tensor:
-        """() float64: values a channel, over all batches."""
+        """() float64: values per channel in all batches."""
         return self._counts[0]
 
     @property
     def mean(self) -> Tensor:
-        """(C,) float64: mean over all values."""
+        """(C,) float64: mean of all values."""
         return self._sums[0] / self.count.clamp(min=1)
 
     def var(self, estimator: Estimator = "total", *, biased: bool = False) -> Tensor:
-        """(C,) float64: the population's variance, unbiased, as running variances are."""
+        """(C,) float64: variance of the population, unbiased like running variances."""
         if estimator == "mean":
             return self._sums[2] / self.count.clamp(min=1)
         var = (self._sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
@@ -138,7 +200,7 @@ class LayerStatistics:
 
 
 def _divergence(shift: Tensor, var: Tensor, log_var: Tensor, population: Tensor) -> Tensor:
-    """KL of two Gaussians from the squared distance of their means, their variances and the first one's logarithm."""
+    """KL of two Gaussians. ``shift`` is the squared distance of their means."""
     return 0.5 * ((var + shift) / population - 1 - log_var + population.log())
 
 
@@ -147,17 +209,18 @@ def _mean_of(values: Tensor, where: Tensor) -> float | None:
 
 
 def gaussian_divergence(m: float) -> float:
-    """Mean of KL(N(mean_B, var_B) || N(mean, var)) over batches of ``m`` > 1 i.i.d. Gaussian values; var_B is biased.
+    """Mean of KL(N(mean_B, var_B) || N(mean, var)) over batches of ``m`` > 1 independent Gaussian values.
 
-    1/(2m) - (1/m + digamma((m-1)/2) + ln(2/m))/2: E[var_B] = (m-1)/m, E[(mean_B - mean)^2] = 1/m and E[ln var_B] =
-    digamma((m-1)/2) + ln(2/m), as m var_B is chi-squared with m-1 degrees of freedom. 0.142 at m = 8, near 1/m beyond.
+    var_B is biased. With E[var_B] = (m-1)/m, E[(mean_B - mean)^2] = 1/m and E[ln var_B] = digamma((m-1)/2) + ln(2/m)
+    (m var_B is chi-squared with m-1 degrees of freedom) it is 1/(2m) - (1/m + digamma((m-1)/2) + ln(2/m))/2. This is
+    0.142 at m = 8 and close to 1/m for larger m.
     """
     digamma = float(torch.special.digamma(torch.tensor((m - 1) / 2, dtype=torch.float64)))
     return 1 / (2 * m) - (1 / m + digamma + math.log(2 / m)) / 2
 
 
 def effective_count(kl: float) -> float | None:
-    """The m at which :func:`gaussian_divergence` is ``kl``; None above 10^9 (no divergence to speak of)."""
+    """The m at which :func:`gaussian_divergence` is ``kl``. None above 10^9."""
     low, high = math.log(1 + 1e-6), math.log(1e9)
     if not kl > gaussian_divergence(math.exp(high)):
         return None
@@ -167,16 +230,19 @@ def effective_count(kl: float) -> float | None:
     return math.exp((low + high) / 2)
 
 
-# ---- over a model
+# -- a whole model -----------------------------------------------------------------------------------------------------
 
 
-def normalization_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch normalizations of a model that keep running statistics, by qualified name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+def _layers(model: nn.Module, where: Where | None = None) -> dict[str, _BatchNorm]:
+    """The batch-normalization layers that keep running statistics, by qualified name."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    return {name: layer for name, layer in norms.items() if where is None or where(name, layer)}
+
+
+def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 @contextmanager
@@ -185,173 +251,151 @@ def batch_statistics(
     observe: Callable[[str], Observer] | None = None,
     layers: Mapping[str, _BatchNorm] | None = None,
 ) -> Iterator[None]:
-    """Let a model normalize by batch statistics, and leave everything as it was afterwards.
+    """Within this context the model is in evaluation mode, but ``layers`` normalize by batch statistics.
 
-    Within the context the model is in evaluation mode (dropout off), but its batch normalizations normalize as in
-    training, over the same groups and processes. Their running statistics do not move.
+    They use the same groups of samples and processes as in training. Their running statistics do not change, and the
+    mode of each module is restored at the end.
 
     Args:
-        model: a model with this package's layers or torch's.
-        observe: called once with each layer's name for the function that its batches' statistics are given to.
-        layers: those that are to do so, by name; None is all.
+        model: a model with layers of this package or torch's batch normalizations.
+        observe: called once with the name of each layer. The function it returns gets the statistics of each batch.
+        layers: the layers by name. None is all layers with running statistics.
     """
-    layers = normalization_layers(model) if layers is None else layers
-    modes = {module: module.training for module in model.modules()}
-    hooks: list[Any] = []
-    observers: list[tuple[SmallBatchNorm, Any]] = []
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
-        for name, layer in layers.items():
-            observer = _ignore if observe is None else observe(name)
+        for name, layer in (_layers(model) if layers is None else layers).items():
+            observer: Any = observe(name) if observe is not None else lambda *statistics: None
             layer.training = True
             if isinstance(layer, SmallBatchNorm):
-                observers.append((layer, layer.observer))
-                layer.observer = lambda _, count, mean, var, observer=observer: observer(count, mean, var)
-            else:  # torch's own layers show nothing and update their buffers, which are put back
-                kept += [(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)]
-                hooks.append(layer.register_forward_pre_hook(_show_input(observer)))
-        with _eager():
-            yield
+                stack.callback(setattr, layer, "observer", layer.observer)
+                layer.observer = lambda _, *statistics, observer=observer: observer(*statistics)
+            else:  # torch's own layers have no observer and update their buffers
+                stack.enter_context(_restored(layer.buffers(recurse=False)))
+                stack.callback(layer.register_forward_pre_hook(_observing_input(observer)).remove)
+        stack.enter_context(_eager())
+        yield
+
+
+@contextmanager
+def _restored(buffers: Iterable[Tensor]) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for small, before in observers:
-            small.observer = before
         with torch.no_grad():
             for buffer, values in kept:
                 buffer.copy_(values)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Compiled code knows nothing of hooks that were added later. Nothing is compiled before the compiler is loaded."""
-    if "torch._dynamo" not in sys.modules:
+    """Run compiled models eagerly, because compiled code does not call hooks that were added later."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading the compiler takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-def _ignore(count: Tensor, mean: Tensor, var: Tensor) -> None:
-    pass
-
-
-def _show_input(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        observer(*moments(group_sums(inputs[0].detach())))
-
-    return hook
+def _observing_input(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _, inputs: observer(*moments(group_sums(inputs[0].detach())))
 
 
 class Population:
-    """The population statistics of a model's layers, gathered batch by batch.
+    """The population statistics of a model's layers, collected batch by batch.
 
-    Usage: under ``with population.observing():`` run the model, without gradients, on as many batches as wanted; then
-    :meth:`statistics`, :meth:`divergences` or :meth:`used`. Under several processes each runs its own share of every
-    batch, and all ranks call each method.
+    Run the model without gradients in ``with population.observing():``, then call :meth:`statistics`,
+    :meth:`divergences` or :meth:`used`. Under several processes each rank runs its own share of every batch, and all
+    ranks call each method.
     """
 
     def __init__(self, model: nn.Module, where: Where | None = None) -> None:
         self.model = model
-        self.layers = {name: m for name, m in normalization_layers(model).items() if where is None or where(name, m)}
-        self._sums: dict[str, LayerStatistics] = {}
-        for name, layer in self.layers.items():
-            assert layer.running_mean is not None
-            self._sums[name] = LayerStatistics(layer.num_features, layer.eps, layer.running_mean.device)
+        self.layers = _layers(model, where)
+        self._sums = {
+            name: LayerStatistics(layer.num_features, layer.eps, _running(layer)[0].device)
+            for name, layer in self.layers.items()
+        }
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Gather the statistics of what the model is run on."""
+        """Add the batches on which the model is run in this context."""
         with batch_statistics(self.model, self._observer, self.layers):
             yield
 
     def _observer(self, name: str) -> Observer:
-        layer, weight = self.layers[name], 1.0
-        if (
-            isinstance(layer, SmallBatchNorm)
-            and layer.scope is not None
-            and (group := resolve(layer.scope)) is not None
-        ):
-            weight = 1 / dist.get_world_size(group)  # each of its ranks adds the same batch
-        return lambda count, mean, var: self._sums[name].add(count, mean, var, weight)
+        scope = getattr(self.layers[name], "scope", None)
+        group = None if scope is None else resolve(scope)
+        weight = 1.0 if group is None else 1 / dist.get_world_size(group)  # each of its ranks adds the same batch
+        return partial(self._sums[name].add, weight=weight)
 
     def statistics(self) -> dict[str, LayerStatistics]:
-        """The sums of each layer over all processes. One collective; gathering may go on afterwards."""
-        found = {
-            name: LayerStatistics(sums._sums.shape[1], sums.eps, sums.count.device) for name, sums in self._sums.items()
-        }
-        packed = [sums.packed for sums in self._sums.values()]
-        if packed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        """The sums of each layer over all processes, in one collective. More batches may be added afterwards."""
+        found = copy.deepcopy(self._sums)
+        if found and _world_size() > 1:
+            packed = [sums.packed for sums in found.values()]
             flat = torch.cat(packed)
             dist.all_reduce(flat)
-            packed = list(flat.split([len(values) for values in packed]))
-        for sums, values in zip(found.values(), packed, strict=True):
-            sums.packed = values
+            for sums, values in zip(found.values(), flat.split([len(values) for values in packed]), strict=True):
+                sums.packed = values
         return found
 
     def divergences(self) -> list[LayerDivergence]:
-        """How far the batches gathered, and the running statistics, are from the population, in the model's order."""
-        found = []
-        for name, sums in self.statistics().items():
-            layer = self.layers[name]
-            running = None
-            if layer.running_mean is not None and layer.running_var is not None:
-                running = layer.running_mean, layer.running_var
-            found.append(sums.divergence(name, running))
-        return found
+        """How far the batches and the running statistics are from the population, in the order of the model."""
+        return [sums.divergence(name, _running(self.layers[name])) for name, sums in self.statistics().items()]
 
+    @torch.no_grad()
     def write(self, estimator: Estimator = "total") -> None:
-        """Put the population statistics in place of the running ones."""
-        with torch.no_grad():
-            for name, sums in self.statistics().items():
-                layer = self.layers[name]
-                if float(sums.count) == 0:  # evaluation does not reach it, as an auxiliary classifier
-                    continue
-                assert layer.running_mean is not None
-                assert layer.running_var is not None
-                layer.running_mean.copy_(sums.mean)
-                layer.running_var.copy_(sums.var(estimator))
+        """Replace the running statistics by the population statistics."""
+        for name, sums in self.statistics().items():
+            if float(sums.count) > 0:  # evaluation does not use every layer, such as those of an auxiliary classifier
+                mean, var = _running(self.layers[name])
+                mean.copy_(sums.mean)
+                var.copy_(sums.var(estimator))
 
     @contextmanager
     def used(self, estimator: Estimator = "total") -> Iterator[None]:
-        """Put the population statistics in place of the running ones for the time of the context."""
-        buffers = [
-            b for layer in self.layers.values() for b in (layer.running_mean, layer.running_var) if b is not None
-        ]
-        before = [buffer.clone() for buffer in buffers]
-        self.write(estimator)
-        try:
+        """Replace the running statistics by the population statistics within this context."""
+        with _restored(buffer for layer in self.layers.values() for buffer in _running(layer)):
+            self.write(estimator)
             yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
 
 
 @torch.no_grad()
 def update_population_statistics(
     model: nn.Module, batches: Iterable[Any], *, estimator: Estimator = "total", where: Where | None = None
 ) -> dict[str, LayerStatistics]:
-    """Replace a trained model's running statistics by population statistics ("precise BN").
+    """Replace the running statistics of a trained model by population statistics ("precise BN").
+
+    The source is Wu and Johnson 2021, arXiv 2105.07576, section 3. The model's weights and training mode stay as they
+    are. Under several processes each rank gives its own share of the batches. If layers are synchronized, all ranks
+    must give the same number of batches.
 
     Args:
-        model: a model with this package's layers or torch's batch normalizations; its mode and weights stay.
-        batches: inputs of the model, a tensor or a tuple of arguments each, from a thousand samples on (more for the
-            last digit); batches may differ in size. Under several processes each gives its own share, and all ranks
-            the same number of batches if the model synchronizes.
-        estimator: see :data:`Estimator`.
-        where: take only the layers for which ``where(qualified_name, layer)`` is true, such as those of a head on a
-            backbone whose statistics are to stay; the others normalize by their running statistics. None is all.
+        model: a model with layers of this package or torch's batch normalizations.
+        batches: inputs of the model, each a tensor or a tuple of arguments. Use at least a thousand samples. Batches
+            may have different sizes.
+        estimator: ``"total"`` or ``"mean"``, how the variance is estimated; see :data:`Estimator`.
+        where: recompute only the layers for which ``where(qualified_name, layer)`` is true. The other layers normalize
+            by their running statistics. None is all layers.
 
     Returns:
-        The statistics by layer, over all processes.
+        The statistics of each layer over all processes, by qualified name.
 
     Raises:
-        ValueError: there was no batch, or the model has no batch normalization with running statistics.
+        ValueError: there is no batch with finite values, the model has no batch normalization with running statistics,
+            or ``estimator`` is not known.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        >>> found = update_population_statistics(model, [torch.randn(64, 4) for _ in range(16)])
+        >>> int(found["1"].count)
+        1024
     """
+    if estimator not in ("mean", "total"):
+        raise ValueError(f"estimator must be 'mean' or 'total', got {estimator!r}")
     population = Population(model, where)
     if not population.layers:
         raise ValueError("the model has no batch normalization with running statistics, so none can be recomputed")

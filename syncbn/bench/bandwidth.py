@@ -1,4 +1,4 @@
-"""The machine's limit: what a copy takes, and so what a layer must take at least."""
+"""The machine's copy bandwidth, which gives the least time that a layer can take."""
 
 from __future__ import annotations
 
@@ -9,34 +9,26 @@ import torch
 from syncbn.bench.shapes import Shape
 from syncbn.bench.timing import Spread, interleaved, spread
 
-FORWARD_PASSES = 3
-"""x is read for the statistics, read again and written as y."""
-BACKWARD_PASSES = 5
-"""x and dy are read for the sums, read again, and dx is written."""
+PASSES = 8
+"""Forward reads x for the statistics, reads it again and writes y. Backward reads x and dy for the sums, reads both
+again and writes dx."""
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-"""Of the tensor that is copied: several times any cache."""
+"""Size of the copied tensor: several times any cache."""
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    bytes_per_second: Spread
-    """Read and written together, of ``out.copy_(x)``."""
+    bytes_per_second: Spread  # bytes read plus bytes written of ``out.copy_(x)``
     tensor_bytes: int
 
-    def seconds(self, shape: Shape, dtype: torch.dtype, passes: int = FORWARD_PASSES + BACKWARD_PASSES) -> float:
-        """The least time of a step over main memory. A tensor that fits a cache may take less."""
-        return passes * shape.elements * dtype.itemsize / self.bytes_per_second.median
+    def seconds(self, shape: Shape, dtype: torch.dtype) -> float:
+        """The memory limit of a step: its least time if all data is in main memory. Cached data can be faster."""
+        return PASSES * shape.elements * dtype.itemsize / self.bytes_per_second.median
 
 
 def measure_bandwidth(device: torch.device, *, rounds: int = 9, tensor_bytes: int | None = None) -> Bandwidth:
-    """The bandwidth of a copy between two tensors well beyond the caches, on one thread on the CPU as the layers are.
-
-    Args:
-        device: where.
-        rounds: samples.
-        tensor_bytes: of each of the two tensors.
-    """
+    """Time a copy between two tensors, each of ``tensor_bytes`` (default: :data:`COPY_BYTES`)."""
     size = tensor_bytes or COPY_BYTES[device.type]
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)

@@ -1,4 +1,4 @@
-"""A problem that contenders are set: the tensors of one layer's step, the same for all of them."""
+"""The tensors of one layer's training step, the same for all contenders."""
 
 from __future__ import annotations
 
@@ -17,36 +17,32 @@ R_MAX, D_MAX = 3.0, 5.0
 
 @dataclass(frozen=True)
 class Problem:
-    """The step of a layer on this process. ``rank`` and ``world_size`` say which part of the whole batch it is."""
+    """One process's part of a layer's step."""
 
     shape: Shape
-    x: Tensor
-    """shape.size, in its memory format; not a leaf that requires a gradient."""
+    x: Tensor  # of ``shape.size``, in the shape's memory format; it does not require a gradient
     grad_output: Tensor
     residual: Tensor
     weight: Tensor
-    """(C,) float32, as ``bias``, ``running_mean`` and ``running_var``: layers keep them so whatever the input's dtype,
-    and the running statistics are near the batch's, so that renorm corrects without clipping."""
+    """(C,) float32, as ``bias``, ``running_mean`` and ``running_var``, whatever the dtype of ``x``. The running
+    statistics are close to the batch's, so that r and d of BatchRenorm are not clipped."""
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
-    groups: int
-    """Ghost groups, of the contenders that have them."""
-    rank: int
-    world_size: int
-    group: dist.ProcessGroup | None
+    groups: int  # number of ghost groups, for the contenders that have them
+    group: dist.ProcessGroup | None  # the processes that share statistics; None for one process alone
 
     @property
     def device(self) -> torch.device:
         return self.x.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    @property
     def num_features(self) -> int:
         return self.shape.size[1]
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self.group is None else self.group.size()
 
 
 def make_problem(
@@ -60,14 +56,9 @@ def make_problem(
     mean: float = 0.3,
     std: float = 1.5,
 ) -> Problem:
-    """Normal numbers that depend on the shape and the rank alone.
+    """Draw normal numbers that depend only on the shape and the rank; ``mean`` and ``std`` are those of x.
 
-    Args:
-        shape, dtype, device: of x.
-        groups: ghost groups.
-        rank: whose part of the batch; any process can make the others' parts too.
-        group: the processes that share statistics, None for one alone.
-        mean, std: of x.
+    Every process can make the parts of the other ranks too.
     """
     generator = torch.Generator(device).manual_seed(1000 * shape.elements + rank)
     channels = torch.Generator(device).manual_seed(shape.size[1])
@@ -87,7 +78,5 @@ def make_problem(
         running_mean=mean + 0.1 * normal(c, channels),
         running_var=std**2 * (1 + 0.1 * torch.rand(c, generator=channels, device=device)),
         groups=groups,
-        rank=rank,
-        world_size=1 if group is None else group.size(),
         group=group,
     )

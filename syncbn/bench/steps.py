@@ -1,383 +1,381 @@
-"""Whole training steps side by side: forward, loss, backward and SGD, with each normalization.
+"""Times of whole training steps: forward, loss, backward and SGD, with each normalization.
 
-Three comparisons: the layers on one process; the same on real processes under DistributedDataParallel; and 8 logical
-GPUs that one process emulates, against 4 processes that host two each. What has to be equal is checked in float64
-before anything is timed.
+Three comparisons: the normalizations on one process; the same on several processes under DistributedDataParallel; and
+8 logical GPUs emulated by one process, against 4 processes that host two each. Steps that must be equal are compared in
+float64 before they are timed.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.bench.processes import interleaved_together, run_processes
-from syncbn.bench.step_models import (
-    CPU,
-    CPU_SHAPES,
-    CUDA_SHAPES,
-    TOLERANCE,
-    VARIANTS,
-    Precision,
-    Shape,
-    Step,
-    build,
-    check_alone,
-    check_together,
-    checked,
-    make_batch,
-    make_step,
-    missing,
-    variant_options,
-    wrap,
-)
-from syncbn.bench.timing import Spread, Timing, geometric_mean_of_ratios, interleaved, ratio
+from syncbn.bench.processes import interleaved_together, progress, run_processes
+from syncbn.bench.shapes import Shape
+from syncbn.bench.suites import Measurement, Suite
+from syncbn.bench.timing import Timing, interleaved
+from syncbn.compat import import_torchvision
+from syncbn.convert import convert
+from syncbn.layers import BatchRenorm
+from syncbn.population import RunningStatistics
+from syncbn.train.tasks.models import cifar_resnet, initialize
 
-Report = Callable[[str], None]
-Seconds = dict[str, tuple[float, ...]]
+TrainingStep = Callable[[], Tensor]
+Options = Mapping[str, Any] | None
+"""Arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm."""
 
-CHECKED = Shape("resnet20", 4, 16, 2)
-LOGICAL_GPUS = 8
-REAL_PROCESSES = 4
-EMULATED = Shape("resnet20", 2, 32, 2)
-"""Each logical GPU's share: CIFAR's model and images, two a GPU. That is the case that emulation is for, a batch so
-small that a process is busier with its layers' overhead and its collectives than with images; with more of them a GPU
-the step is all convolution, and four processes on several cores have more arithmetic at their disposal than one."""
-ARMS = ("local", "groups", "sync")
-"""Statistics of each logical GPU; of groups of 4; of all 8."""
+LEARNING_RATE = 1e-3
+"""Small enough that the loss of a batch of two images falls from the first steps on, which is checked."""
+TOLERANCE = 1e-9
+"""Largest relative difference in float64 between equal steps: rounding errors of twenty layers."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Emulation:
-    """One process's step of 8 logical GPUs over the same step on 4 processes, by wall time."""
+class StepConfig:
+    """What a step works on."""
 
-    ratio: Spread
-    """Geometric mean over the arms."""
-    by_arm: dict[str, Spread]
-    one_ms: dict[str, Spread]
-    four_ms: dict[str, Spread]
-    difference: dict[str, float]
-    """Largest relative difference of the losses of three steps, in float64, for each arm."""
+    model: Literal["resnet20", "resnet50"]
+    batch: int  # images per process
+    image_size: int  # side of the square images in pixels
+    ghost_batch_size: int
+    channels_last: bool = False
+
+    @property
+    def classes(self) -> int:
+        return 10 if self.model == "resnet20" else 1000
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def variants(config: StepConfig) -> dict[str, Options]:
+    """The normalizations to time: torch's BatchNorm and this package's layers.
+
+    BatchRenorm is in its warm-up, in which r and d are computed and then clipped to 1 and 0. A step costs the same as
+    later on, and its loss is that of local BatchNorm.
+    """
+    return {
+        "local": None,
+        "sync": {"kind": "sync"},
+        "ghost": {"kind": "ghost", "ghost_batch_size": config.ghost_batch_size},
+        "renorm": {"kind": "renorm"},
+    }
+
+
+def build(config: StepConfig, options: Options, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model in training mode; its weights do not depend on the normalization.
+
+    Raises:
+        ImportError: the model is torchvision's, which is not installed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        if config.model == "resnet20":
+            model = cifar_resnet(20, 3, config.classes, 16, nn.BatchNorm2d)
+            initialize(model)
+        else:
+            model = import_torchvision("models").resnet50(weights=None, num_classes=config.classes)
+    if options is not None:
+        convert(model, **options)
+    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=config.memory_format)  # type: ignore[call-overload]
+    return moved
+
+
+def make_batch(
+    config: StepConfig, device: torch.device, dtype: torch.dtype, rank: int = 0, processes: int = 1
+) -> tuple[Tensor, Tensor]:
+    """This process's consecutive part of a global batch of ``processes * config.batch`` images, and their classes.
+
+    The global batch depends on its size alone, so that one process can have the same images as several.
+    """
+    total = config.batch * processes
+    generator = torch.Generator().manual_seed(total)
+    x = torch.randn(total, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64)
+    y = torch.randint(config.classes, (total,), generator=generator)
+    part = slice(rank * config.batch, (rank + 1) * config.batch)
+    return x[part].to(device, dtype).contiguous(memory_format=config.memory_format), y[part].to(device)
+
+
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """The model under DistributedDataParallel, which leaves buffers to the layers, as in training."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    return DistributedDataParallel(model, **options)
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tensor:
+    """Forward, loss and backward; returns this process's part of the global batch's mean loss, ()."""
+    loss = F.cross_entropy(model(x), y, reduction="sum") / (len(y) * processes)
+    # BatchRenorm needs the averages over the ranks in its next forward; other layers have nothing to average here.
+    shared = RunningStatistics(model, BatchRenorm) if processes > 1 else None
+    if shared is not None:
+        shared.start()
+    (loss * processes).backward()  # DistributedDataParallel averages the gradients over the processes
+    if shared is not None:
+        shared.finish()
+    return loss.detach()
+
+
+def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> TrainingStep:
+    """A step of SGD with momentum, always on the same batch; it returns the loss as :func:`backward` does."""
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(model, x, y, processes)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def check_alone(config: StepConfig) -> dict[str, float]:
+    """Compare steps that must be equal, on one process in float64; RuntimeError if they differ.
+
+    Returns:
+        For each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
+    """
+    x, y = make_batch(config, CPU, torch.float64)
+    local = build(config, None, CPU, torch.float64)
+    loss = backward(local, x, y)
+    chunked = build(config, None, CPU, torch.float64)
+    groups = len(y) // config.ghost_batch_size
+    losses = [backward(chunked, a, b) for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)]
+    for parameter in chunked.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= groups
+    whole_batch = {"kind": "ghost", "ghost_batch_size": config.batch}
+    options = variants(config)
+    found = {}
+    for what, here, truth, expected in (
+        ("sync alone = local", options["sync"], local, loss),
+        ("one ghost group = local", whole_batch, local, loss),
+        ("renorm in its warm-up = local", options["renorm"], local, loss),
+        ("ghost groups = local on each chunk", options["ghost"], chunked, torch.stack(losses).mean()),
+    ):
+        model = build(config, here, CPU, torch.float64)
+        found[what] = _difference(model, backward(model, x, y), truth, expected)
+    return checked(found)
+
+
+def check_together(config: StepConfig) -> dict[str, float]:
+    """As :func:`check_alone`, on all processes of a world, against one process with the whole batch."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    x, y = make_batch(config, CPU, torch.float64, rank, processes)
+    all_x, all_y = make_batch(replace(config, batch=config.batch * processes), CPU, torch.float64)
+    found = {}
+    for what, here, there in (
+        ("sync = local on the whole batch", {"kind": "sync"}, None),
+        ("local = a ghost group for each process", None, {"kind": "ghost", "ghost_batch_size": config.batch}),
+    ):
+        model = wrap(build(config, here, CPU, torch.float64))
+        loss = backward(model, x, y, processes)
+        dist.all_reduce(loss)
+        truth = build(config, there, CPU, torch.float64)
+        expected = backward(truth, all_x, all_y)
+        found[f"{processes} processes: {what}"] = _difference(model.module, loss, truth, expected)
+    return checked(found)
+
+
+def checked(differences: dict[str, float]) -> dict[str, float]:
+    """Return ``differences``, or raise RuntimeError if one exceeds :data:`TOLERANCE`."""
+    for what, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
+    return differences
+
+
+def _difference(model: nn.Module, loss: Tensor, truth: nn.Module, expected: Tensor) -> float:
+    """The largest difference of the losses and of the gradients, relative to the largest gradient of each parameter."""
+    largest = abs(float(loss / expected) - 1)
+    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        largest = max(largest, float((p.grad - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)))
+    return largest
+
+
+CONFIGS = {
+    "cpu": (
+        StepConfig("resnet20", 8, 32, 4),
+        # At 64 pixels, not ImageNet's 224, a step takes one second, not ten. The maps are small, so that the overhead
+        # of a layer counts more than in real training.
+        StepConfig("resnet50", 4, 64, 2),
+    ),
+    "cuda": (
+        StepConfig("resnet20", 128, 32, 32, channels_last=True),
+        StepConfig("resnet50", 2, 224, 1, channels_last=True),
+        StepConfig("resnet50", 8, 224, 4, channels_last=True),
+        StepConfig("resnet50", 32, 224, 8, channels_last=True),
+    ),
+}
+CHECKED = StepConfig("resnet20", 4, 16, 2)
+
+LOGICAL_GPUS = 8
+REAL_PROCESSES = 4
+EMULATED = StepConfig("resnet20", 2, 32, 2)
+"""Per logical GPU. Emulation is for batches this small, at which layer overhead and collectives take most of the time.
+With more images convolutions dominate, and four processes have more cores for them than one."""
+ARMS = ("local", "groups", "sync")
+"""Statistics of each logical GPU, of groups of 4, of all 8."""
+
+WORLDS = (1, 2, 4)
+_VARIANTS = tuple(variants(EMULATED))
+STEP_SUITES = (
+    *(Suite(f"step on {n}", f"step, world size {n}", "local", _VARIANTS, rows_on=(), separate=True) for n in WORLDS),
+    Suite(
+        "emulation",
+        f"step of {LOGICAL_GPUS} logical GPUs, emulated on one process or on {REAL_PROCESSES} real ones",
+        baseline="real",
+        needed=("emulated", "real"),
+        rows_on=("cpu",),
+    ),
+)
 
 
 def run_steps(
-    device: torch.device,
-    rounds: int,
-    report: Report,
-    *,
-    models: Sequence[str] = ("resnet20", "resnet50"),
-    worlds: Sequence[int] = (2, 4),
-    precision: Precision = "fp32",
-    emulation: bool = True,
-    shapes: Sequence[Shape] | None = None,
-) -> dict[str, Any]:
-    """Check and time the steps.
+    device: torch.device, rounds: int, worlds: Sequence[int] = WORLDS, configs: Sequence[StepConfig] | None = None
+) -> tuple[list[Measurement], dict[str, float]]:
+    """Check and time the steps on one process and, on the CPU, on several.
 
-    Args:
-        device: of the steps on one process; those on several processes, and the emulation, are the CPU's.
-        rounds: samples of each; half as many of ResNet-50 on the CPU, whose step takes a second, but three at least.
-        report: called with a line of text as each part is done.
-        models: those to measure.
-        worlds: numbers of gloo processes; none on CUDA.
-        precision: ``"bf16"`` runs forward and loss under autocast.
-        emulation: measure :func:`emulation_ratio` too (on the CPU alone).
-        shapes: instead of the device's own.
+    ResNet-50 on the CPU has half as many rounds, at least three: its step takes a second.
 
     Returns:
-        Plain data for JSON: ``steps`` (see :func:`rows`), ``checks``, ``emulation`` (None where it was not measured),
-        ``skipped`` (lines that say what was not, and why), ``precision``, ``device``.
+        The timings, and the largest relative difference between steps that must be equal.
 
     Raises:
-        RuntimeError: what has to be equal is not, a loss is not finite, or it has not fallen.
+        RuntimeError: two steps that must be equal are not, or a loss has not fallen.
     """
-    chosen, skipped = _chosen(device, models, shapes)
-    if device.type == "cuda":
-        worlds, emulation = (), False
-        skipped.append("steps on several processes and the emulation: measured on the CPU, with --device cpu")
-    checks = check_alone(CHECKED)
-    steps: list[dict[str, Any]] = []
-    for shape in chosen:
-        steps += _step_rows(shape, 1, precision, alone(shape, rounds_of(shape, rounds, device), device, precision))
-        report(f"steps: {shape.model}, {shape.batch} images on one process")
-    for world in worlds:
-        known = tuple((shape, rounds_of(shape, rounds, CPU)) for shape in chosen)
-        differences, times = run_processes(together_job, world, CHECKED, known, precision)[0]
+    measurements: list[Measurement] = []
+    checks: dict[str, float] = {}
+    jobs = []
+    for config in configs or CONFIGS[device.type]:
+        try:
+            build(config, None, device, torch.float32)
+        except ImportError as error:
+            measurements.append(_measurement("step on 1", config, {}))
+            measurements[-1].unavailable = dict.fromkeys(variants(config), str(error))
+            continue
+        slow = config.model == "resnet50" and device.type == "cpu"
+        jobs.append((config, max(3, rounds // 2) if slow else rounds, device))
+    for world in worlds if device.type == "cpu" else (1,):
+        progress(f"training steps on {world} processes")
+        differences, timings = steps_job(jobs) if world == 1 else run_processes(steps_job, world, jobs)[0]
         checks |= differences
-        for shape, seconds in zip(chosen, times, strict=True):
-            steps += _step_rows(shape, world, precision, _timings(seconds))
-        report(f"steps: {', '.join(shape.model for shape in chosen)} on {world} processes")
-    found = None
-    if emulation:
-        found = emulation_ratio(rounds)
-        checks |= found.difference
-        report(f"steps: {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
-    return {
-        "device": device.type,
-        "precision": precision,
-        "checks": [{"what": what, "difference": value, "tolerance": TOLERANCE} for what, value in checks.items()],
-        "steps": steps,
-        "emulation": None if found is None else _emulation_json(found),
-        "skipped": skipped,
-    }
+        suite = f"step on {world}"
+        measurements += [_measurement(suite, job[0], found) for job, found in zip(jobs, timings, strict=True)]
+    return measurements, checks
 
 
-def _chosen(
-    device: torch.device, models: Sequence[str], shapes: Sequence[Shape] | None
-) -> tuple[list[Shape], list[str]]:
-    """The shapes to measure, and a line for each model that is not here."""
-    if shapes is None:
-        shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
-    shapes = [shape for shape in shapes if shape.model in models]
-    reasons = {shape.model: missing(shape.model) for shape in shapes}
-    return [s for s in shapes if reasons[s.model] is None], [why for why in reasons.values() if why is not None]
+def _measurement(suite: str, config: StepConfig, timings: dict[str, Timing], arm: str = "") -> Measurement:
+    size = (config.batch, 3, config.image_size, config.image_size)
+    return Measurement(suite, Shape(config.model + arm, size, 1, config.channels_last), "float32", timings)
 
 
-def rounds_of(shape: Shape, rounds: int, device: torch.device) -> int:
-    """Samples of a shape's steps."""
-    return max(3, rounds // 2) if shape.model == "resnet50" and device.type == "cpu" else rounds
+def steps_job(
+    jobs: Iterable[tuple[StepConfig, int, torch.device]], small: StepConfig = CHECKED
+) -> tuple[dict[str, float], list[dict[str, Timing]]]:
+    """Check steps on ``small``, and time jobs with their rounds and devices, alone or on each process of a world.
+
+    Returns:
+        The checks' differences, and the timings of each job.
+    """
+    differences = check_together(small) if dist.is_initialized() else check_alone(small)
+    return differences, [_time_steps(*job) for job in jobs]
 
 
-def _timings(seconds: Seconds) -> dict[str, Timing]:
-    return {name: Timing(samples) for name, samples in seconds.items()}
-
-
-def _step_rows(shape: Shape, ranks: int, precision: str, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
-    part = "one process" if ranks == 1 else "processes"
-    return [
-        _row(part, shape, ranks, precision, name, timing.spread, ratio(timing, timings["local"]))
-        for name, timing in timings.items()
-    ]
-
-
-def _row(
-    part: str, shape: Shape, ranks: int, precision: str, variant: str, seconds: Spread, ratios: Spread
-) -> dict[str, Any]:
-    return {
-        "part": part,
-        "model": shape.model,
-        "batch": shape.batch,
-        "image_size": shape.image_size,
-        "ranks": ranks,
-        "precision": precision,
-        "variant": variant,
-        "ratio": ratios.median,
-        "ratio_low": ratios.low,
-        "ratio_high": ratios.high,
-        "ms": seconds.median * 1e3,
-        "ms_low": seconds.low * 1e3,
-        "ms_high": seconds.high * 1e3,
-    }
-
-
-# ---- times
-
-
-def alone(shape: Shape, rounds: int, device: torch.device, precision: Precision = "fp32") -> dict[str, Timing]:
-    """Steps of each variant on this process, in turns. One thread on the CPU, as the project's processes have."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        steps = _steps(shape, device, precision, 0, 1)
-        first = {name: float(step()) for name, step in steps.items()}
+def _time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
+    together = dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    x, y = make_batch(config, device, torch.float32, rank, processes)
+    steps = {}
+    for name, options in variants(config).items():
+        model = build(config, options, device, torch.float32)
+        steps[name] = make_step(wrap(model) if together else model, x, y, processes)
+    first = {name: _total(step) for name, step in steps.items()}
+    if together:
+        timings = interleaved_together(steps, rounds=rounds, warmup=1)
+    else:
         timings = interleaved(steps, rounds=rounds, device=device)
-        _check_losses(first, {name: float(step()) for name, step in steps.items()})
-    finally:
-        torch.set_num_threads(threads)
+    _check_losses(first, {name: _total(step) for name, step in steps.items()})
     return timings
 
 
-def together_job(
-    small: Shape, shapes: Sequence[tuple[Shape, int]], precision: Precision
-) -> tuple[dict[str, float], list[Seconds]]:
-    """Check and time the variants in the world that this process is in; the slowest rank's seconds, by round.
-
-    Args:
-        small: what :func:`check_together` is run on.
-        shapes: each with its rounds; ``batch`` images a process.
-        precision: as :func:`run_steps`'s.
-    """
-    differences = check_together(small)
-    times = []
-    for shape, rounds in shapes:
-        steps = _steps(shape, CPU, precision, dist.get_rank(), dist.get_world_size())
-        first = {name: _total(step()) for name, step in steps.items()}
-        timings = interleaved_together(steps, rounds=rounds, warmup=1)
-        _check_losses(first, {name: _total(step()) for name, step in steps.items()})
-        times.append({name: timing.samples for name, timing in timings.items()})
-    return differences, times
-
-
-def _steps(shape: Shape, device: torch.device, precision: Precision, rank: int, processes: int) -> dict[str, Step]:
-    x, y = make_batch(shape, device, torch.float32, rank, processes)
-    options = variant_options(shape)
-    steps = {}
-    for variant in VARIANTS:
-        model = build(shape, options.get(variant), device, torch.float32)
-        steps[variant] = make_step(model if processes == 1 else wrap(model), x, y, processes, precision)
-    return steps
-
-
-def _total(loss: Tensor) -> float:
-    dist.all_reduce(loss)
+def _total(step: TrainingStep) -> float:
+    """Take a step; its loss over all processes."""
+    loss = step()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
     return float(loss)
 
 
 def _check_losses(first: Mapping[str, float], last: Mapping[str, float]) -> None:
-    """Training on one batch over and over has to learn it."""
+    """Repeated training on one batch must lower its loss."""
     for name, loss in last.items():
         if not (math.isfinite(loss) and loss < first[name]):
             raise RuntimeError(f"{name}: the loss went from {first[name]:.4g} to {loss:.4g}, expected a lower one")
 
 
-# ---- emulation
-
-
-def emulation_ratio(rounds: int = 7, shape: Shape = EMULATED) -> Emulation:
+def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> tuple[list[Measurement], dict[str, float]]:
     """Time a step of 8 logical GPUs on one process against the same step on 4 processes that host two each.
 
-    Both sides have one thread a process, the same global batch, the same weights and the same statistics, and take
-    turns: while the one process works the others sleep in a barrier. In the arm ``local`` each logical GPU has its own
-    statistics, so on both sides the layers have ghost groups and the 4 processes exchange gradients alone; in
-    ``groups`` 4 logical GPUs share them, which is 2 ghost groups on one process and a collective between two of the 4;
-    in ``sync`` all do.
+    Both sides have one thread per process, the same global batch, weights and statistics, and they take turns: while
+    the one process works, the others wait in a barrier. In the arm ``local`` both sides have ghost groups, and the 4
+    processes exchange only gradients. In ``groups`` one process has 2 ghost groups, and the 4 processes share
+    statistics in pairs. In ``sync`` all share them.
 
-    Args:
-        rounds: samples of each.
-        shape: images of a logical GPU.
-
-    Raises:
-        RuntimeError: the two sides differ in float64.
+    Returns:
+        A measurement for each arm, and the largest relative differences in float64; RuntimeError if they are too large.
     """
-    seconds, difference = run_processes(emulation_job, REAL_PROCESSES, rounds, shape, ARMS)[0]
-    timings = {arm: {side: Timing(samples) for side, samples in seconds[arm].items()} for arm in ARMS}
-    by_arm = {arm: ratio(timings[arm]["one"], timings[arm]["four"]) for arm in ARMS}
-    spreads = {
-        side: {arm: Spread(*(1e3 * value for value in timings[arm][side].spread)) for arm in ARMS}
-        for side in ("one", "four")
-    }
-    return Emulation(
-        geometric_mean_of_ratios(by_arm.values()), by_arm, spreads["one"], spreads["four"], checked(difference)
-    )
+    progress(f"training step of {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
+    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, config, ARMS)[0]
+    return [_measurement("emulation", config, timings[arm], f" {arm}") for arm in ARMS], checked(differences)
 
 
-def emulation_job(rounds: int, shape: Shape, arms: Sequence[str]) -> tuple[dict[str, Seconds], dict[str, float]]:
-    """In a world of 4: for each arm, the seconds of the one process (``one``) and of the world (``four``)."""
-    seconds, difference = {}, {}
+def emulation_job(
+    rounds: int, config: StepConfig, arms: Sequence[str]
+) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
+    """Called on each of 4 processes; for each arm the timings ``emulated`` and ``real``, and the checks."""
+    timings, differences = {}, {}
     for arm in arms:
-        one, four = _sides(arm, shape, torch.float64)
-        difference[f"emulated {arm} = real {arm}"] = _losses_differ(one, four)
-        one, four = _sides(arm, shape, torch.float32)
-        seconds[arm] = _take_turns({"one": one, "four": four}, rounds)
-    return seconds, difference
+        differences[f"emulated {arm} = real {arm}"] = _losses_differ(*_sides(arm, config, torch.float64))
+        emulated, real = _sides(arm, config, torch.float32)
+        # One call per sample: processes that idle would otherwise ask for many.
+        timings[arm] = interleaved_together({"emulated": emulated, "real": real}, rounds=rounds, min_sample=0.0)
+    return timings, differences
 
 
-def _sides(arm: str, shape: Shape, dtype: torch.dtype) -> tuple[Step, Step]:
-    """The step of rank 0 alone, which costs the others nothing, and the step of all."""
+def _sides(arm: str, config: StepConfig, dtype: torch.dtype) -> tuple[TrainingStep, TrainingStep]:
+    """The step of rank 0 with all images, during which the others have nothing to do, and the step of all ranks."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     hosted = LOGICAL_GPUS // processes
     shared = {"local": 1, "groups": LOGICAL_GPUS // 2, "sync": LOGICAL_GPUS}[arm]
-    emulated = {"kind": "ghost", "ghost_batch_size": shared * shape.batch}
-    real: dict[str, Any] = emulated if shared <= hosted else {"kind": "sync", "sync_group_size": shared // hosted}
-    all_of_it, share = (replace(shape, batch=shape.batch * gpus) for gpus in (LOGICAL_GPUS, hosted))
-    x, y = make_batch(share, CPU, dtype, rank, processes)
-    four = make_step(wrap(build(shape, real, CPU, dtype)), x, y, processes)
+    one: dict[str, Any] = {"kind": "ghost", "ghost_batch_size": shared * config.batch}
+    several = one if shared <= hosted else {"kind": "sync", "sync_group_size": shared // hosted}
+    x, y = make_batch(replace(config, batch=config.batch * hosted), CPU, dtype, rank, processes)
+    real = make_step(wrap(build(config, several, CPU, dtype)), x, y, processes)
     if rank != 0:
-        return lambda: torch.zeros((), dtype=dtype), four
-    x, y = make_batch(all_of_it, CPU, dtype)
-    return make_step(build(shape, emulated, CPU, dtype), x, y), four
+        return lambda: torch.zeros((), dtype=dtype), real
+    x, y = make_batch(replace(config, batch=config.batch * LOGICAL_GPUS), CPU, dtype)
+    return make_step(build(config, one, CPU, dtype), x, y), real
 
 
-def _losses_differ(one: Step, four: Step, steps: int = 3) -> float:
-    """The largest relative difference of the losses of some steps; from the second on they tell of the updates too."""
-    largest = 0.0
-    for _ in range(steps):
-        alone, all_of_them = one(), four()
-        for loss in (alone, all_of_them):
-            dist.all_reduce(loss)
-        largest = max(largest, abs(float(all_of_them / alone) - 1))
-    return largest
-
-
-def _take_turns(steps: Mapping[str, Step], rounds: int) -> Seconds:
-    # One call a sample: ranks that have nothing to do must not ask for a thousand.
-    timings = interleaved(steps, rounds=rounds, device=CPU, before=dist.barrier, min_sample=0.0)
-    seconds: Seconds = {}
-    for name, timing in timings.items():
-        slowest = torch.tensor(timing.samples, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        seconds[name] = tuple(slowest.tolist())
-    return seconds
-
-
-def _emulation_json(found: Emulation) -> dict[str, Any]:
-    arms = {
-        arm: {"ratio": list(found.by_arm[arm]), "one_ms": list(found.one_ms[arm]), "four_ms": list(found.four_ms[arm])}
-        for arm in ARMS
-    }
-    return {
-        "ratio": list(found.ratio),
-        "arms": arms,
-        "model": EMULATED.model,
-        "batch": EMULATED.batch,
-        "image_size": EMULATED.image_size,
-        "logical_gpus": LOGICAL_GPUS,
-        "processes": REAL_PROCESSES,
-    }
-
-
-# ---- text
-
-
-def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One flat row for each timed step of :func:`run_steps`'s result, for CSV.
-
-    Keys: ``part`` (``one process``, ``processes``, ``emulation``), ``model``, ``batch`` (images of a process; of a
-    logical GPU in the emulation), ``image_size``, ``ranks``, ``precision``, ``variant`` (an arm in the emulation),
-    ``ratio`` with its quartiles ``ratio_low`` and ``ratio_high`` (to local BatchNorm; in the emulation one process over
-    4), ``ms`` with ``ms_low`` and ``ms_high`` (in the emulation of the one process).
-    """
-    found = list(result["steps"])
-    if result["emulation"] is not None:
-        for arm, values in result["emulation"]["arms"].items():
-            seconds = Spread(*(ms / 1e3 for ms in values["one_ms"]))
-            found.append(_row("emulation", EMULATED, REAL_PROCESSES, "fp32", arm, seconds, Spread(*values["ratio"])))
-    return found
-
-
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """The text of :func:`run_steps`'s result."""
-    text = [
-        f"Training steps ({result['device']}, {result['precision']}): forward, loss, backward, SGD; median (quartiles)",
-        "  / local  time over that of torch's BatchNorm in the same round, first of all",
-        "  batch    images of each process; on several, of the slowest process, under DistributedDataParallel",
-        f"{'model':<9} {'batch':>5} {'pixels':>6} {'processes':>9}  {'norm':<7} {'/ local':<20} ms",
-    ]
-    text += [
-        f"{row['model']:<9} {row['batch']:>5} {row['image_size']:>6} {row['ranks']:>9}  {row['variant']:<7} "
-        f"{_spread(row, 'ratio', 2):<20} {_spread(row, 'ms', 1)}"
-        for row in result["steps"]
-    ]
-    text += ["", *(_emulation_lines(result["emulation"]) if result["emulation"] is not None else ())]
-    text.append("Checked in float64, largest relative difference of loss and gradients:")
-    text += [f"  {check['what']}: {check['difference']:.1e}" for check in result["checks"]]
-    return text + ["Not measured:", *(f"  {line}" for line in result["skipped"])] * bool(result["skipped"])
-
-
-def _spread(row: Mapping[str, Any], name: str, digits: int) -> str:
-    return f"{row[name]:.{digits}f} ({row[name + '_low']:.{digits}f}-{row[name + '_high']:.{digits}f})"
-
-
-def _emulation_lines(found: Mapping[str, Any]) -> list[str]:
-    text = [
-        f"{found['logical_gpus']} logical GPUs of {found['batch']} images emulated by one process, against the same "
-        f"step ({found['model']}, {found['image_size']} pixels) on {found['processes']} processes; one thread each"
-    ]
-    for arm, values in found["arms"].items():
-        one, four = values["one_ms"][0], values["four_ms"][0]
-        text.append(f"  {arm:<7} {Spread(*values['ratio'])}: {one:.1f} ms against {four:.1f} ms")
-    return [*text, f"  geometric mean {Spread(*found['ratio'])}", ""]
+def _losses_differ(one: TrainingStep, other: TrainingStep) -> float:
+    """The largest relative difference of the losses of three steps, of which two depend on updates of the weights."""
+    differences = []
+    for _ in range(3):
+        expected = _total(one)
+        differences.append(abs(_total(other) / expected - 1))
+    return max(differences)

@@ -1,79 +1,74 @@
-"""Formulas as they stand in textbooks and in most projects, one eager operation after another.
+"""The formulas as textbooks and most projects have them, one eager operation after another.
 
-They are what the layers are measured against, and what ``torch.compile`` is given. Written for plainness, not for
-numerical care: E[x^2] - E[x]^2 loses the variance where the mean is large, which is part of the comparison.
+The layers are compared with them, and ``torch.compile`` is given them. They take no numerical care: E[x^2] - E[x]^2
+loses the variance if the mean is large, and the bench shows that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Reduce = Callable[[Tensor], Tensor]
+from syncbn.bench.problem import D_MAX, EPS, MOMENTUM, R_MAX
+
+
+class LayerTensors(NamedTuple):
+    """(C,) float32 each; the running statistics are updated in place."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
 
 def batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: int,
-    eps: float,
-    momentum: float,
-    average: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor, layer: LayerTensors, count: int, average: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 ) -> Tensor:
-    """Batch normalization of (N, C, *) by means of x and of its square, averaged over the processes.
+    """Batch normalization of x (N, C, *), of the same size on all processes.
 
     Args:
-        x: (N, C, *), all processes' of one size.
-        weight, bias, running_mean, running_var: (C,); the latter two are updated.
-        count: elements a channel, over all processes.
-        eps, momentum: as a layer's.
-        average: both means (C,) to their averages over the processes.
+        x, layer: of this process.
+        count: elements per channel over all processes.
+        average: maps the means (C,) of x and of its square to their averages over the processes.
     """
-    dims = (0, *range(2, x.dim()))
-    view = (1, -1, *(1,) * (x.dim() - 2))
+    dims, view = _dims(x)
     wide = x.float()
     mean, square = average(wide.mean(dims), wide.square().mean(dims))
     var = square - mean.square()
-    with torch.no_grad():
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * (count / max(1, count - 1)), momentum)
-    scale = weight * torch.rsqrt(var + eps)
-    return ((wide - mean.view(view)) * scale.view(view) + bias.view(view)).to(x.dtype)
+    _update(layer, mean, var, count)
+    scale = layer.weight * torch.rsqrt(var + EPS)
+    return ((wide - mean.view(view)) * scale.view(view) + layer.bias.view(view)).to(x.dtype)
 
 
-def batch_renorm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    momentum: float,
-    r_max: float,
-    d_max: float,
-) -> Tensor:
-    """Batch renormalization (Ioffe 2017) of (N, C, *) on one process, after its ramps. Arguments as above."""
-    dims = (0, *range(2, x.dim()))
-    view = (1, -1, *(1,) * (x.dim() - 2))
+def batch_renorm(x: Tensor, layer: LayerTensors) -> Tensor:
+    """Batch renormalization (Ioffe 2017, arXiv 1702.03275) of (N, C, *) on one process, after its warm-up."""
+    dims, view = _dims(x)
     wide = x.float()
     var, mean = torch.var_mean(wide, dims, correction=0)
-    sigma_batch = torch.sqrt(var + eps)
+    sigma_batch = torch.sqrt(var + EPS)
     with torch.no_grad():
-        sigma = torch.sqrt(running_var + eps)
-        r = (sigma_batch / sigma).clamp(1 / r_max, r_max)
-        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
-        count = x.numel() // max(1, x.shape[1])
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * (count / max(1, count - 1)), momentum)
+        sigma = torch.sqrt(layer.running_var + EPS)
+        r = (sigma_batch / sigma).clamp(1 / R_MAX, R_MAX)
+        d = ((mean - layer.running_mean) / sigma).clamp(-D_MAX, D_MAX)
+    _update(layer, mean, var, x.numel() // max(1, x.shape[1]))
     normalized = (wide - mean.view(view)) / sigma_batch.view(view) * r.view(view) + d.view(view)
-    return (normalized * weight.view(view) + bias.view(view)).to(x.dtype)
+    return (normalized * layer.weight.view(view) + layer.bias.view(view)).to(x.dtype)
 
 
 def ghost_loop(x: Tensor, layer: nn.Module, groups: int) -> Tensor:
-    """A layer called on each of ``groups`` consecutive parts of the batch, as ghost batch normalization is pasted."""
+    """Ghost batch normalization by a loop: the layer is called on each of ``groups`` consecutive parts of the batch."""
     return torch.cat([layer(chunk) for chunk in x.chunk(groups)])
+
+
+def _dims(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimensions to reduce over, and the shape in which a tensor (C,) broadcasts over x."""
+    return (0, *range(2, x.dim())), (1, -1, *(1,) * (x.dim() - 2))
+
+
+def _update(layer: LayerTensors, mean: Tensor, var: Tensor, count: int) -> None:
+    with torch.no_grad():
+        layer.running_mean.lerp_(mean, MOMENTUM)
+        layer.running_var.lerp_(var * (count / max(1, count - 1)), MOMENTUM)

@@ -1,7 +1,7 @@
-"""What follows the normalization in the same pass over memory: a residual added, an activation applied.
+"""The operations after the normalization, in the same pass over memory: add a residual, apply an activation.
 
-Shapes as in :mod:`syncbn.functional.stats`. With z the normalized, scaled and shifted input plus the residual, the
-output is ``activation(z)``; the gradient with respect to z is ``dz = grad_output * activation'(z)``.
+Shapes as in :mod:`syncbn.functional.statistics`. z is the normalized, scaled and shifted input plus the residual, the
+output is ``activation(z)``, and the gradient with respect to z is ``dz = grad_output * activation'(z)``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)
 
 
 class Epilogue(NamedTuple):
-    """The operations fused behind :func:`~syncbn.functional.normalize.normalize`. The default is none."""
+    """The operations after :func:`~syncbn.functional.normalize.normalize`. The default is none."""
 
     residual: Tensor | None = None
-    """Added before the activation; shape and dtype of x."""
+    """Added before the activation; it has the shape and dtype of x."""
     activation: ActivationName | None = None
     negative_slope: float = 0.01
     """Of ``leaky_relu``."""
@@ -44,7 +44,7 @@ def activate(z: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def activation_grad(grad_output: Tensor, z: Tensor, epilogue: Epilogue) -> Tensor:
-    """``grad_output * activation'(z)``; at the kink of ReLU and leaky ReLU the derivative from below, as torch's."""
+    """``grad_output * activation'(z)``. At 0, ReLU and leaky ReLU have the derivative from below, as in torch."""
     if epilogue.activation == "relu":
         return torch.where(z > 0, grad_output, 0.0)
     if epilogue.activation == "leaky_relu":
@@ -56,9 +56,9 @@ def activation_grad(grad_output: Tensor, z: Tensor, epilogue: Epilogue) -> Tenso
 
 
 def invert(y: Tensor, epilogue: Epilogue) -> Tensor:
-    """z from the output, for an activation that has an inverse: none, or ``leaky_relu`` of positive slope."""
+    """z from the output, for an activation with an inverse: None, or ``leaky_relu`` with a positive slope."""
     if epilogue.activation is None:
         return y
     assert epilogue.activation == "leaky_relu", "no other activation is invertible"
-    assert epilogue.negative_slope > 0, "a slope of 0 forgets its input"
+    assert epilogue.negative_slope > 0, "with a slope of 0 there is no inverse"
     return torch.where(y > 0, y, y / epilogue.negative_slope)

@@ -1,13 +1,44 @@
-"""Running statistics: one update of the exponential (or cumulative) moving averages from a step's groups."""
+"""Running statistics: the update of the exponential (or cumulative) moving averages from a step's groups."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from syncbn.functional.renorm import Limits
+
 RunningUpdate = Literal["mean", "sequential", "total"]
+"""How a step's groups enter the running statistics:
+
+* ``mean``: one update with the average over groups of mean and unbiased variance;
+* ``sequential``: one update for each group in turn, as gradient accumulation over ghost batches would do (Hoffer et al.
+  2017, arXiv 1705.08741, algorithm 1);
+* ``total``: one update with the mean and variance of all samples together.
+"""
+
+
+class Running(NamedTuple):
+    """A layer's running statistics, and how a step updates and uses them."""
+
+    mean: Tensor
+    """(C,) floating."""
+    var: Tensor
+    """(C,) floating."""
+    num_batches_tracked: Tensor
+    """() int64."""
+    num_nonfinite_batches: Tensor
+    """() int64."""
+    momentum: float | None
+    """Weight of the new value; None is a cumulative average."""
+    mode: RunningUpdate = "mean"
+    divisor: float | None = None
+    """See :func:`group_average`. If given, the step counts as one with samples even if this process has none."""
+    limits: Limits | None = None
+    """If given, batch renormalization's r and d are computed, from the values before this step's update."""
+    update: bool = True
+    """Whether this step updates the statistics."""
 
 
 def unbiased(var: Tensor, count: Tensor) -> Tensor:
@@ -16,10 +47,10 @@ def unbiased(var: Tensor, count: Tensor) -> Tensor:
 
 
 def group_average(count: Tensor, mean: Tensor, var: Tensor, divisor: float | None = None) -> tuple[Tensor, Tensor]:
-    """Mean over the groups that hold samples of their means and of their unbiased variances, each (C,).
+    """The average mean and the average unbiased variance of the groups that have samples, each (C,).
 
-    ``divisor`` replaces the number of such groups: where the processes of a run hold different numbers of groups, each
-    divides by the average number, so that the mean over processes is the mean over all groups.
+    ``divisor`` replaces the number of such groups. If the processes of a run hold different numbers of groups, each
+    divides by the average number: the mean over processes is then the mean over all groups.
     """
     filled = (count > 0).to(mean.dtype)
     number = filled.sum().clamp(min=1) if divisor is None else divisor
@@ -28,7 +59,7 @@ def group_average(count: Tensor, mean: Tensor, var: Tensor, divisor: float | Non
 
 
 def group_total(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of all groups' samples together, each (C,): within plus between."""
+    """The mean and the unbiased variance, within plus between groups, of all samples together, each (C,)."""
     total = count.sum()
     weight = count / total.clamp(min=1)
     overall = (mean * weight).sum(0)
@@ -37,10 +68,10 @@ def group_total(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tenso
 
 
 def sequential_weights(filled: Tensor, momentum: float | None, tracked: Tensor) -> tuple[Tensor, Tensor]:
-    """What G updates in a row amount to: the weight that the old value keeps, and each group's weight (G, 1).
+    """The weights of G updates in a row: the weight that the old value keeps, and each group's weight (G, 1).
 
-    ``filled`` (G, 1) is 1 for groups that hold samples and 0 for those that do not, which update nothing. ``tracked``
-    is the number of updates so far, which a cumulative average (``momentum`` None) needs.
+    ``filled`` (G, 1) is 1 for groups that have samples and 0 for the others, which update nothing. ``tracked`` is the
+    number of updates so far, which a cumulative average (``momentum`` None) needs.
     """
     number = filled.sum()
     if momentum is None:
@@ -50,54 +81,38 @@ def sequential_weights(filled: Tensor, momentum: float | None, tracked: Tensor) 
     return keep**number, filled * momentum * keep**later
 
 
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    num_nonfinite_batches: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | None,
-    mode: RunningUpdate = "mean",
-    divisor: float | None = None,
-) -> None:
-    """Update the four buffers in place, without a host synchronization.
+def update_running(running: Running, count: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Update the four buffers of ``running`` in place, without a host synchronization.
+
+    A step without any sample changes nothing. A step with a non-finite statistic is counted in
+    ``num_nonfinite_batches`` and changes nothing else.
 
     Args:
-        running_mean, running_var: (C,) floating.
-        num_batches_tracked, num_nonfinite_batches: () int64.
+        running: the buffers, and how they are updated.
         count, mean, var: (G, 1), (G, C), (G, C) float64; the biased variance.
-        momentum: weight of the new value; None is the cumulative average.
-        mode: ``mean`` takes one update with the average over groups of mean and unbiased variance; ``sequential`` one
-            update for each group in turn, as gradient accumulation over ghost batches would (Hoffer et al. 2017, arXiv
-            1705.08741, algorithm 1); ``total`` one update with the mean and variance of all samples together.
-        divisor: see :func:`group_average`; given, the step counts as one with samples even if this process has none.
-
-    A step without any sample changes nothing. A step with a non-finite statistic changes nothing either, save that it
-    is counted in ``num_nonfinite_batches``.
     """
-    tracked = num_batches_tracked.to(mean.dtype)
+    tracked = running.num_batches_tracked.to(mean.dtype)
     filled = (count > 0).to(mean.dtype)
-    if mode == "sequential":
-        keep, weights = sequential_weights(filled, momentum, tracked)
-        new_mean = running_mean * keep + (mean * weights).sum(0)
-        new_var = running_var * keep + (unbiased(var, count) * weights).sum(0)
+    if running.mode == "sequential":
+        keep, weights = sequential_weights(filled, running.momentum, tracked)
+        new_mean = running.mean * keep + (mean * weights).sum(0)
+        new_var = running.var * keep + (unbiased(var, count) * weights).sum(0)
         updates = filled.sum()
     else:
-        step_mean, step_var = (
-            group_total(count, mean, var) if mode == "total" else group_average(count, mean, var, divisor)
-        )
-        factor = 1.0 / (tracked + 1.0) if momentum is None else momentum
-        new_mean = running_mean + factor * (step_mean - running_mean)
-        new_var = running_var + factor * (step_var - running_var)
+        if running.mode == "total":
+            step_mean, step_var = group_total(count, mean, var)
+        else:
+            step_mean, step_var = group_average(count, mean, var, running.divisor)
+        factor = 1.0 / (tracked + 1.0) if running.momentum is None else running.momentum
+        new_mean = running.mean + factor * (step_mean - running.mean)
+        new_var = running.var + factor * (step_var - running.var)
         updates = torch.ones_like(tracked)
-    present = count.sum() > 0 if divisor is None else torch.ones_like(tracked, dtype=torch.bool)
-    # Finite in the buffers' own dtype: a float64 statistic may overflow the float32 that keeps it.
-    new_mean, new_var = new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
+    present = count.sum() > 0 if running.divisor is None else torch.ones_like(tracked, dtype=torch.bool)
+    # Checked in the buffers' own dtype: a float64 statistic may overflow the float32 buffer.
+    new_mean, new_var = new_mean.to(running.mean.dtype), new_var.to(running.var.dtype)
     finite = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
     accept = finite & present
-    running_mean.copy_(torch.where(accept, new_mean, running_mean))
-    running_var.copy_(torch.where(accept, new_var, running_var))
-    num_batches_tracked.add_(torch.where(accept, updates, 0.0).to(num_batches_tracked.dtype))
-    num_nonfinite_batches.add_((present & ~finite).to(num_nonfinite_batches.dtype))
+    running.mean.copy_(torch.where(accept, new_mean, running.mean))
+    running.var.copy_(torch.where(accept, new_var, running.var))
+    running.num_batches_tracked.add_(torch.where(accept, updates, 0.0).to(running.num_batches_tracked.dtype))
+    running.num_nonfinite_batches.add_((present & ~finite).to(running.num_nonfinite_batches.dtype))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.buffers import reconcile
+from syncbn.population import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
 from syncbn.train.config import ConfigError, LocalError, RunConfig
 from syncbn.train.config_io import config_to_dict

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.buffers import RunningStatistics
 from syncbn.layers import BatchRenorm, SmallBatchNorm
+from syncbn.population import RunningStatistics
 from syncbn.train.checkpoint import load_checkpoint
 from syncbn.train.config import RunConfig
 from syncbn.train.config_io import save_config

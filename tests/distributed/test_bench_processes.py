@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from syncbn.bench import suites
-from syncbn.bench.correctness import References, errors, tolerances
-from syncbn.bench.peers import CONTENDERS, Contender, Step, UnavailableError
+from syncbn.bench.correctness import errors, references, tolerances
+from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import make_problem
 from syncbn.bench.processes import ProcessError, interleaved_together, run_processes
 from syncbn.bench.shapes import Shape
@@ -53,8 +53,8 @@ def all_errors():
     """The contenders' errors against one process on the concatenated batch."""
     group, rank = dist.group.WORLD, dist.get_rank()
     parts = [make_problem(SHAPE, torch.float32, torch.device("cpu"), rank=r, group=group) for r in range(group.size())]
-    references = References(parts, rank)
-    return {name: errors(CONTENDERS[name].make(parts[rank])(), references.of(CONTENDERS[name].kind)) for name in KINDS}
+    expected = references(parts, rank)
+    return {name: errors(CONTENDERS[name].make(parts[rank])(), expected(CONTENDERS[name].kind)) for name in KINDS}
 
 
 def left_out(problem):
@@ -68,7 +68,7 @@ def biased_on_one_rank():
 
         def biased(problem):
             step = make(problem)
-            return Step(lambda x: step.function(x) + 1e-3, step.known, step.grad_output)
+            return LayerStep(lambda x: step.function(x) + 1e-3, step.known, step.grad_output)
 
         CONTENDERS["SyncBatchNorm"] = Contender("SyncBatchNorm", "batch", biased, ours=True)
     CONTENDERS["textbook compiled"] = Contender("textbook compiled", "batch", left_out)  # compiling takes long
@@ -95,7 +95,8 @@ def test_a_sample_is_the_slowest_process_on_all_of_them():
 
 
 @pytest.mark.parametrize(
-    ("function", "message"), [(raises, "rank 1: Traceback.*this rank has had enough"), (ends, "rank 1: .*exit code 3")]
+    ("function", "message"),
+    [(raises, "rank 1: .*Traceback.*this rank has had enough"), (ends, "rank 1: .*exit code 3")],
 )
 def test_a_failing_process_is_an_error_with_its_reason(function, message):
     start = time.monotonic()

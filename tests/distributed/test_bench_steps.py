@@ -1,20 +1,29 @@
-"""The benchmarked steps and collectives, tiny, on one process and on two and four."""
+"""The benchmarked training steps, tiny, on one process and on two and four."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from pool import Pool
 
-from syncbn.bench import growth, steps
-from syncbn.bench.step_models import CPU, TOLERANCE, Shape, backward, build, check_alone, check_together, make_batch
+from syncbn.bench import steps
+from syncbn.bench.report import summary
+from syncbn.bench.rows import BenchResults
+from syncbn.bench.steps import (
+    CPU,
+    TOLERANCE,
+    StepConfig,
+    backward,
+    build,
+    check_alone,
+    check_together,
+    make_batch,
+)
 
-TINY = Shape("resnet20", 4, 8, 2)
+TINY = StepConfig("resnet20", 4, 8, 2)
 
 
 def test_variants_are_equal_where_they_should_be() -> None:
@@ -46,37 +55,32 @@ def test_shares_make_up_the_global_batch() -> None:
     assert torch.equal(torch.cat([share[1] for share in shares]), y)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_on_one_process(precision: Any) -> None:
-    said: list[str] = []
-    result = steps.run_steps(
-        CPU, 2, said.append, models=["resnet20"], worlds=(), precision=precision, emulation=False, shapes=[TINY]
-    )
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert [row["variant"] for row in steps.rows(result)] == ["local", "sync", "ghost", "renorm"]
-    assert steps.rows(result)[0]["ratio"] == 1
-    assert all(row["ms"] > 0 and row["precision"] == precision for row in steps.rows(result))
-    assert len(said) == 1
-    assert "renorm" in "\n".join(steps.lines(result))
+def test_steps_on_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    (found,), checks = steps.run_steps(CPU, 2, worlds=(1,), configs=[TINY])
+    assert list(found.timings) == ["local", "sync", "ghost", "renorm"]
+    assert found.ratio("local", "local").median == 1
+    assert all(timing.median > 0 for timing in found.timings.values())
+    assert len(checks) == 4
+    assert capsys.readouterr().err.count("\n") == 1
+    text = summary(BenchResults("cpu", [found], step_checks=checks))
+    assert "step, world size 1: resnet20 N=4 3x8x8, float32" in text
+    assert any("renorm" in line and "ms" in line for line in text)
+    assert max(map(len, text)) <= 100
 
 
 def test_steps_on_two_processes(pools: Callable[[int], Pool]) -> None:
-    differences, times = pools(2).run(steps.together_job, TINY, [(TINY, 2)], "fp32")[0]
+    differences, times = pools(2).run(steps.steps_job, [(TINY, 2, CPU)], TINY)[0]
     assert len(differences) == 2
-    assert {name: len(samples) for name, samples in times[0].items()} == {
-        "local": 2,
-        "sync": 2,
-        "ghost": 2,
-        "renorm": 2,
-    }
+    samples = {name: len(timing.samples) for name, timing in times[0].items()}
+    assert samples == {"local": 2, "sync": 2, "ghost": 2, "renorm": 2}
 
 
 def test_emulation_is_the_same_step(pools: Callable[[int], Pool]) -> None:
     results = pools(4).run(steps.emulation_job, 1, replace(TINY, batch=2), ("local", "groups"))
-    for seconds, difference in results:
+    for timings, difference in results:
         assert max(difference.values()) < TOLERANCE
-        assert set(seconds) == {"local", "groups"}
-        assert all(samples[side][0] > 0 for samples in seconds.values() for side in ("one", "four"))
+        assert set(timings) == {"local", "groups"}
+        assert all(timing[side].samples[0] > 0 for timing in timings.values() for side in ("emulated", "real"))
     assert results[0] == results[1]  # the slowest rank's, on all
 
 
@@ -85,10 +89,3 @@ def test_losses_must_fall() -> None:
     for last in (2.5, float("nan")):
         with pytest.raises(RuntimeError, match="sync"):
             steps._check_losses({"sync": 2.0}, {"sync": last})
-
-
-def test_all_reduces_are_timed(pools: Callable[[int], Pool]) -> None:
-    results = pools(2).run(growth.all_reduce_job, (64,), (64, 128), 2)
-    assert results[0] == results[1]
-    assert set(results[0]) == {"1024", "1032", "network"}
-    assert all(len(samples) == 2 and min(samples) > 0 for samples in results[0].values())

@@ -110,7 +110,7 @@ def test_renorm_of_synchronized_ghost_batches(pools, sizes):
     single = syncbn.BatchRenorm(3, **RENORM, dtype=torch.float64)
     set_affine(single, torch.float64)
     index = ghost_index(case)
-    single.sample_groups = syncbn.SampleGroups(index, int(index.max()) + 1)
+    single.sample_groups = syncbn.layers.SampleGroups(index, int(index.max()) + 1)
     check_against(pools(len(sizes)).run(train_layer, case), reference(case, single), **EXACT)
 
 

@@ -71,3 +71,26 @@ def test_synchronized_batches_diverge_as_the_larger_batch_they_are(pools, world)
         assert count == 16 * world
         assert kl == pytest.approx(gaussian_divergence(16 * world), rel=0.05)
         assert effective == pytest.approx(16 * world, rel=0.05)
+
+
+def reconciled():
+    """Running statistics of two layers before and after :func:`syncbn.reconcile`, and of a layer of torch's."""
+    model = nn.Sequential(syncbn.GhostBatchNorm(3, 2), syncbn.BatchRenorm(3), nn.BatchNorm1d(3))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(3):
+        model(torch.randn(4, 3, generator=generator) + dist.get_rank())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    syncbn.reconcile(model)
+    return before, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_reconciled_running_statistics_are_the_mean_over_the_ranks(pools, world):
+    results = pools(world).run(reconciled)
+    for name in results[0][0]:
+        mean = torch.stack([before[name] for before, _ in results]).double().mean(0)
+        for before, after in results:
+            averaged = "running" in name and not name.startswith("2.")
+            # The mean is taken in float64 and rounded to float32 once.
+            expected = mean.to(before[name].dtype) if averaged else before[name]
+            assert torch.equal(after[name], expected), name

@@ -12,8 +12,9 @@ from pool import Pool
 from torch import nn
 
 import syncbn
-from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.collectives import all_reduce_sum
+from syncbn.layers import SampleGroups
 
 CUDA = torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device: those of Triton by the same tests as in its interpreter, and torch's native ones."""
+"""The kernels on a CUDA device: the same tests as in Triton's interpreter, and what only a device shows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ pytest.importorskip("triton", reason="a CPU build of torch does not bring Triton
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from triton_cases import *  # noqa: F403
-from triton_cases import close, groupings, kernels, on, sample
+from triton_cases import close, kernels, sample
 from triton_finish_cases import *  # noqa: F403
 
 from syncbn import GhostBatchNorm, SyncBatchNorm
-from syncbn.functional import normalize as twin
-from syncbn.functional import stats
-from syncbn.functional.stats import moments
-from syncbn.kernels import native_cuda, pick
+from syncbn.functional import statistics
+from syncbn.functional.normalize import Affine
+from syncbn.functional.statistics import moments
+from syncbn.kernels.dispatch import pick
 
 CUDA = torch.device("cuda")
 
@@ -54,8 +54,7 @@ def no_synchronization():
 
 
 def test_they_are_what_is_picked():
-    with torch.no_grad():
-        assert pick(torch.ones(1, device=CUDA)).name == "triton"
+    assert pick(torch.ones(1, device=CUDA), differentiable=False).name == "triton"
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["sync", "ghost"])
@@ -125,16 +124,17 @@ def test_more_elements_than_an_int32_counts(layout, monkeypatch):
     expected = torch.tensor([each, *[each] * (c - 1), each + 2 * marked, *[each] * (c - 1), each + 8 * marked])
     torch.testing.assert_close(sums[0].cpu(), expected.double(), rtol=1e-9, atol=0)
     _, mean, var = moments(sums)
-    given = mean, torch.rsqrt(var + 1.0), None, None, None
-    y = kernels.normalize(x, *given)
-    last = (3.0 - mean[0, -1]) * given[1][0, -1]
+    affine = Affine(mean, torch.rsqrt(var + 1.0))
+    y = kernels.normalize(x, affine)
+    last = (3.0 - mean[0, -1]) * affine.invstd[0, -1]
     close(y[-1, -1].flatten()[-1], last.cpu(), torch.bfloat16, "y")
     close(y[0, 0].flatten()[:1], torch.zeros(1), torch.bfloat16, "y")
     del y
-    dz, rest, sums = kernels.backward_sums(x, x, *given, 1)
+    dz, rest, sums = kernels.backward_sums(x, x, affine)
     torch.testing.assert_close(sums[0, 0, -1].item(), float(each + 2 * marked), rtol=1e-6, atol=0)
-    dx = kernels.grad_input(dz, x, *given[:-1], torch.zeros(1, 2, c, dtype=torch.float64, device=CUDA), None, rest)
-    close(dx[-1, -1].flatten()[-1], 3 * given[1][0, -1].cpu(), torch.bfloat16, "dx")
+    means = torch.zeros(1, 2, c, dtype=torch.float64, device=CUDA)
+    dx = kernels.grad_input(dz, x, affine, means, epilogue=rest)
+    close(dx[-1, -1].flatten()[-1], 3 * affine.invstd[0, -1].cpu(), torch.bfloat16, "dx")
 
 
 def test_another_device_than_the_current():
@@ -142,63 +142,5 @@ def test_another_device_than_the_current():
         pytest.skip("needs two devices")
     x = sample((4, 3, 5, 5), 0)
     found = kernels.group_sums(x.to("cuda:1"))
-    torch.testing.assert_close(found.cpu(), stats.group_sums(x.double()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.cpu(), statistics.group_sums(x.double()), rtol=1e-6, atol=1e-6)
     assert torch.cuda.current_device() == 0
-
-
-# -- torch's native kernels --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(37, 5), (6, 3, 17), (6, 7, 9, 11), (4, 3, 4, 5, 6)], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_native_kernels(shape, dtype, channels_last):
-    x, dy = (sample(shape, seed, dtype, loc=3.0) for seed in range(2))
-    given_x = x.to(CUDA)
-    if channels_last and x.dim() > 3:
-        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        given_x = given_x.contiguous(memory_format=last)
-    for label, groups, number in groupings(len(x)):
-        found = moments(native_cuda.group_sums(given_x, *on(CUDA, groups), number).cpu())
-        count, mean, var = moments(stats.group_sums(x.double(), groups, number))
-        exact = dtype == torch.float64
-        for a, b in zip(found, (count, mean, var), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-6)
-        scale = torch.linspace(0, 2, shape[1], dtype=torch.float64).expand(number, -1)  # a scale of 0 too
-        given = mean, torch.rsqrt(var + 1e-5), scale, scale - 1, groups
-        given_on = on(CUDA, *given)
-        y = native_cuda.normalize(given_x, *given_on)
-        close(y, twin.normalize(x.double(), *given), dtype, f"{label}, y", scale=4.0)
-        dz, rest, sums = native_cuda.backward_sums(dy.to(CUDA), given_x, *given_on, number)
-        _, _, sums_twin = twin.backward_sums(dy.double(), x.double(), *given, number)
-        bound = 1e-11 if exact else 1e-5
-        torch.testing.assert_close(sums.cpu(), sums_twin, rtol=bound, atol=bound * x.numel() / shape[1])
-        means = (scale + 0.5).unsqueeze(1) * sums_twin / count.clamp(min=1).unsqueeze(1)
-        dx = native_cuda.grad_input(dz, given_x, *given_on[:-1], means.to(CUDA), given_on[-1], rest)
-        truth = twin.grad_input(dy.double(), x.double(), *given[:-1], means, groups)
-        close(dx, truth, dtype, f"{label}, dx", scale=max(8.0, given[1][count[:, 0] > 0].max().item()))
-        assert y.dtype == dx.dtype == dtype
-        assert y.stride() == dx.stride() == given_x.stride()
-
-
-@pytest.mark.parametrize("shape", [(64, 3), (8, 3, 40, 41)], ids=str)
-def test_native_kernels_far_from_zero(shape):
-    x = sample(shape, 0, loc=1e4)
-    _, mean, var = moments(native_cuda.group_sums(x.to(CUDA)))
-    given = mean, torch.rsqrt(var), None, None
-    y = native_cuda.normalize(x.to(CUDA), *given)
-    expected = twin.normalize(x.double(), *(None if t is None else t.cpu() for t in given))
-    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(var.cpu(), moments(stats.group_sums(x.double()))[2], rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("value", [0.0, 2.0])
-def test_native_statistics_of_a_constant(value):
-    _, mean, var = moments(native_cuda.group_sums(torch.full((8, 3, 5), value, dtype=torch.bfloat16, device=CUDA)))
-    assert torch.equal(mean.cpu(), torch.full((1, 3), value, dtype=torch.float64))
-    assert torch.equal(var.cpu(), torch.zeros(1, 3, dtype=torch.float64))
-
-
-def test_native_statistics_of_an_overflow():
-    x = torch.tensor([1e30, -1e30], dtype=torch.bfloat16, device=CUDA).repeat(8).reshape(16, 1)
-    assert not torch.isfinite(native_cuda.group_sums(x)).all()

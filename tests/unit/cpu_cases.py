@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from syncbn.kernels.compiled import build
-from syncbn.kernels.rule import Kernels, compiled_kernels
+from syncbn.functional.normalize import Affine
+from syncbn.functional.statistics import Groups
+from syncbn.kernels import dispatch
+from syncbn.kernels.cpu import build
+from syncbn.kernels.dispatch import Kernels
 
 SHAPES = {
     "mlp": (12, 5),
@@ -36,14 +39,14 @@ EPILOGUES = {
 
 def compiled() -> Kernels:
     """The compiled kernels; a test that wants them is skipped where nothing could have built them."""
-    try:
-        return compiled_kernels()
-    except ImportError:
+    kernels = dispatch.cpu()
+    if kernels is dispatch.REFERENCE:
         try:
             build.compiler()
         except build.BuildError as error:
             pytest.skip(str(error), allow_module_level=True)
-        raise
+        raise AssertionError("there is a compiler, and the kernels cannot be loaded")
+    return kernels
 
 
 def sample(shape, seed, dtype=torch.float32, loc=0.0):
@@ -63,13 +66,13 @@ def tensors(name, dtype, loc=0.0):
 
 
 def groupings(n):
-    yield "one", None, 1
-    yield "equal runs", torch.arange(n) // (n // 2), 2
-    yield "a group each", torch.arange(n), n
-    yield "each its own, shuffled", torch.arange(n).flip(0), n
-    yield "any, one empty", torch.arange(n) * 7 % 3 + (torch.arange(n) * 7 % 3 > 1), 4
-    yield "runs, one empty", torch.arange(n) // (n // 2) * 2, 3
-    yield "runs, the last smaller", torch.arange(n) // (n - 2 + (n == 2)), 2
+    yield "one", Groups()
+    yield "equal runs", Groups(torch.arange(n) // (n // 2), 2)
+    yield "a group each", Groups(torch.arange(n), n)
+    yield "each its own, shuffled", Groups(torch.arange(n).flip(0), n)
+    yield "any, one empty", Groups(torch.arange(n) * 7 % 3 + (torch.arange(n) * 7 % 3 > 1), 4)
+    yield "runs, one empty", Groups(torch.arange(n) // (n // 2) * 2, 3)
+    yield "runs, the last smaller", Groups(torch.arange(n) // (n - 2 + (n == 2)), 2)
 
 
 def tolerance(dtype, wide=8):
@@ -83,17 +86,21 @@ each_shape = pytest.mark.parametrize("name", SHAPES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-def affine(num_groups, c):
+def scale_and_shift(num_groups, c):
     generator = torch.Generator().manual_seed(9)
     scale, shift = torch.rand(2, num_groups, c, generator=generator, dtype=torch.float64)
     return scale + 0.5, shift - 0.5
 
 
-def passes(kernels, x, dy, groups, number, epilogue, statistics):
+def affine_of(mean, var, c):
+    """The normalization by these moments, with some scale and shift."""
+    return Affine(mean, torch.rsqrt(var + 1e-5), *scale_and_shift(len(mean), c))
+
+
+def passes(kernels, x, dy, groups, epilogue, affine, count):
     """y, then dz (None where kernels leave the activation to the last pass), the sums and x's gradient."""
-    mean, invstd, scale, shift, count = statistics
-    y = kernels.normalize(x, mean, invstd, scale, shift, groups, epilogue)
-    dz, rest, sums = kernels.backward_sums(dy, x, mean, invstd, scale, shift, groups, number, epilogue)
-    means = sums * scale.unsqueeze(1) / count.clamp(min=1).unsqueeze(1)
-    grad = kernels.grad_input(dz, x, mean, invstd, scale, shift, means, groups, rest)
+    y = kernels.normalize(x, affine, groups, epilogue)
+    dz, rest, sums = kernels.backward_sums(dy, x, affine, groups, epilogue)
+    means = sums * affine.scale.unsqueeze(1) / count.clamp(min=1).unsqueeze(1)
+    grad = kernels.grad_input(dz, x, affine, means, groups, rest)
     return y, None if rest.activation else dz, sums, grad

@@ -8,13 +8,16 @@ import sys
 
 import pytest
 import torch
-from cpu_cases import EPILOGUES, affine, compiled, each_dtype, groupings, passes, sample, tensors, tolerance
+from cpu_cases import EPILOGUES, compiled, each_dtype, groupings, passes, sample, scale_and_shift, tensors, tolerance
 
 from syncbn.functional import finish as reference_finish
-from syncbn.functional import stats
-from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.finish import Limits, Running
-from syncbn.kernels.compiled import build
+from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
+from syncbn.functional.finish import LocalStatistics
+from syncbn.functional.normalize import Affine
+from syncbn.functional.renorm import Limits
+from syncbn.functional.running import Running
+from syncbn.functional.statistics import Groups, group_sums
+from syncbn.kernels.cpu import build
 
 cpu = compiled()
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -28,20 +31,20 @@ def test_at_once(name, dtype, activation):
     x, dy = tensors(name, dtype, 1.0)
     kind, with_residual = EPILOGUES[activation]
     epilogue = Epilogue(sample(x.shape, 5, dtype) if with_residual else None, kind, 0.2)
-    for label, groups, number in groupings(len(x)):
-        if x[0, 0].numel() == 1 and number == len(x):
+    for label, groups in groupings(len(x)):
+        if x[0, 0].numel() == 1 and groups.number == len(x):
             continue
-        weight, bias = (t[0] for t in affine(number, x.shape[1]))
-        scale, shift = (t.expand(number, -1) for t in (weight, bias))
-        y, found = cpu.forward_alone(x, weight, bias, None, 1e-5, None, False, groups, number, epilogue)
-        expected = cpu.finish(cpu.group_sums(x, groups, number), 1e-5)
-        for field in ("count", "mean", "var", "invstd"):
-            assert torch.equal(getattr(found, field), getattr(expected, field)), (label, field)
-        statistics = (found.mean, found.invstd, scale, shift, found.count)
-        single = passes(cpu, x, dy, groups, number, epilogue, statistics)
-        dtypes = (torch.float64, torch.float32)
-        grad, grad_weight, grad_bias, dz = cpu.backward_alone(
-            dy, x, weight, bias, None, None, *statistics[:2], found.count, groups, epilogue, dtypes, [True] * 4
+        weight, bias = (t[0] for t in scale_and_shift(groups.number, x.shape[1]))
+        bias = bias.float().double()
+        y, moments, _ = cpu.local_forward(x, weight, bias, 1e-5, None, groups, epilogue)
+        expected = cpu.finish(cpu.group_sums(x, groups), 1e-5, None)
+        assert torch.equal(moments, torch.stack((expected.mean, expected.invstd))), label
+        affine = Affine(*moments, *(t.expand(groups.number, -1) for t in (weight, bias)))
+        single = passes(cpu, x, dy, groups, epilogue, affine, expected.count)
+        found = LocalStatistics(moments, None)
+        narrow = bias.float()  # the same values; the gradients have the dtypes of their parameters
+        grad, grad_weight, grad_bias, dz = cpu.local_backward(
+            dy, x, (weight, narrow), found, groups, epilogue, [True] * 4
         )
         assert torch.equal(y, single[0]), label
         torch.testing.assert_close(grad_weight, single[2][:, 1].sum(0), rtol=1e-13, atol=1e-13)
@@ -59,9 +62,9 @@ def test_every_value_of_half_precision(dtype):
     """All 65,536: read as torch reads them, and written as torch rounds what lies between them."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 256, 256)
     zero, one = torch.zeros(1, 256, dtype=torch.float64), torch.ones(1, 256, dtype=torch.float64)
-    assert torch.equal(cpu.normalize(x, zero, one, None, None).nan_to_num(7.0), x.nan_to_num(7.0))
+    assert torch.equal(cpu.normalize(x, Affine(zero, one), Groups(), NO_EPILOGUE).nan_to_num(7.0), x.nan_to_num(7.0))
     for factor in (1.0009765625, 1.3, 0.5, 3e-5, 1000.0):
-        found = cpu.normalize(x, zero, one, one * factor, None)
+        found = cpu.normalize(x, Affine(zero, one, one * factor), Groups(), NO_EPILOGUE)
         expected = (x.float() * torch.tensor(factor, dtype=torch.float32)).to(dtype)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -71,19 +74,17 @@ def test_the_number_of_threads_shows_in_no_bit():
     for name in ("many blocks", "large channels_last", "wide mlp", "images"):
         for copies in (1, 5):
             x, dy = (t.repeat(copies, *[1] * (t.dim() - 1)) for t in tensors(name, torch.float32))
-            for _, groups, number in groupings(len(x)):
+            for _, groups in groupings(len(x)):
                 results = []
                 for threads in (1, 3):
                     torch.set_num_threads(threads)
                     try:
-                        y, found = cpu.forward_alone(x, None, None, None, 1e-5, None, False, groups, number)
-                        statistics = (found.mean, found.invstd, None, None)
-                        _, _, sums = cpu.backward_sums(dy, x, *statistics, groups, number)
-                        alone = cpu.backward_alone(
-                            dy, x, None, None, None, None, *statistics[:2], found.count, groups, Epilogue(),
-                            (torch.float32, torch.float32), [True] * 4,
-                        )  # fmt: skip
-                        results.append((y, found.mean, found.var, sums, *alone))
+                        y, moments, _ = cpu.local_forward(x, None, None, 1e-5, None, groups, NO_EPILOGUE)
+                        _, _, sums = cpu.backward_sums(dy, x, Affine(*moments), groups, NO_EPILOGUE)
+                        found = LocalStatistics(moments, None)
+                        needs = [True, False, False, False]
+                        grad, *_ = cpu.local_backward(dy, x, (None, None), found, groups, NO_EPILOGUE, needs)
+                        results.append((y, moments, sums, grad))
                     finally:
                         torch.set_num_threads(before)
                 assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
@@ -93,15 +94,15 @@ def test_a_group_that_does_not_exist():
     x = torch.ones(2, 3, 4)
     for wrong in (-1, 2):
         with pytest.raises(ValueError, match="group"):
-            cpu.group_sums(x, torch.tensor([0, wrong]), 2)
+            cpu.group_sums(x, Groups(torch.tensor([0, wrong]), 2))
 
 
 # -- the small step ----------------------------------------------------------------------------------------------------
 
 
-def running(momentum, mode="mean", divisor=None, dtype=torch.float32):
-    mean, var = torch.tensor([0.5, -1.0, 2.0], dtype=dtype), torch.tensor([1.0, 0.3, 4.0], dtype=dtype)
-    return Running(mean, var, torch.tensor(3), torch.tensor(0), momentum, mode, divisor)
+def running(momentum, mode="mean", divisor=None, limits=None, update=True):
+    mean, var = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.3, 4.0])
+    return Running(mean, var, torch.tensor(3), torch.tensor(0), momentum, mode, divisor, limits, update)
 
 
 @pytest.mark.parametrize("case", ["plain", "small", "large", "infinite", "nan", "overflow", "empty"])
@@ -117,10 +118,10 @@ def test_finish(case, limits, momentum, mode, divisor, number):
     if case in ("infinite", "nan"):
         x[0, 1, 0] = float("inf") if case == "infinite" else float("nan")
     kept = 0 if case == "empty" else len(x)
-    sums = stats.group_sums(x[:kept], None if groups is None else groups[:kept], number)
-    ours, theirs = running(momentum, mode, divisor), running(momentum, mode, divisor)
-    found = cpu.finish(sums, 1e-5, ours, limits)
-    expected = reference_finish.finish(sums, 1e-5, theirs, limits)
+    sums = group_sums(x[:kept], Groups(None if groups is None else groups[:kept], number))
+    ours, theirs = (running(momentum, mode, divisor, limits) for _ in range(2))
+    found = cpu.finish(sums, 1e-5, ours)
+    expected = reference_finish.finish(sums, 1e-5, theirs)
     for name in ("count", "mean", "var", "invstd", "r", "d"):
         # float64 throughout, in another order.
         torch.testing.assert_close(
@@ -131,8 +132,8 @@ def test_finish(case, limits, momentum, mode, divisor, number):
 
 
 def test_finish_without_update():
-    ours = running(0.1)
-    cpu.finish(stats.group_sums(sample((6, 3, 4), 0)), 1e-5, ours, None, update=False)
+    ours = running(0.1, update=False)
+    cpu.finish(group_sums(sample((6, 3, 4), 0)), 1e-5, ours)
     assert all(torch.equal(a, b) for a, b in zip(ours[:4], running(0.1)[:4], strict=True))
 
 
@@ -141,13 +142,15 @@ def test_finish_without_update():
 
 OTHER_LIBRARY = """
 import sys, torch
-from syncbn.kernels.library import load
-from syncbn.kernels.rule import compiled_kernels
-x, y, mean, var = torch.load(sys.argv[1])
+from syncbn.functional.epilogue import NO_EPILOGUE
+from syncbn.functional.statistics import Groups
+from syncbn.kernels import dispatch
+from syncbn.kernels.cpu.library import load
+x, y, moments = torch.load(sys.argv[1])
 assert sys.argv[2] in load()._name, load()._name
-found = compiled_kernels().forward_alone(x, None, None, None, 1e-5, None, False, None, 1)
+found = dispatch.cpu().local_forward(x, None, None, 1e-5, None, Groups(), NO_EPILOGUE)
 torch.testing.assert_close(found[0], y, rtol=1e-6, atol=1e-6)
-torch.testing.assert_close((found[1].mean, found[1].var), (mean, var), rtol=1e-6, atol=1e-6)
+torch.testing.assert_close(found[1], moments, rtol=1e-6, atol=1e-6)
 """
 
 
@@ -156,8 +159,8 @@ torch.testing.assert_close((found[1].mean, found[1].var), (mean, var), rtol=1e-6
 def test_fewer_vector_instructions(capability, tmp_path):
     """Another library is taken where torch is told to use less, and gives the same."""
     x, _ = tensors("many blocks", torch.float32)
-    y, found = cpu.forward_alone(x, None, None, None, 1e-5, None, False, None, 1)
-    torch.save((x, y, found.mean, found.var), tmp_path / "expected.pt")
+    y, moments, _ = cpu.local_forward(x, None, None, 1e-5, None, Groups(), NO_EPILOGUE)
+    torch.save((x, y, moments), tmp_path / "expected.pt")
     command = [sys.executable, "-c", OTHER_LIBRARY, str(tmp_path / "expected.pt"), capability]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -25,6 +25,8 @@ from torch import nn
 
 import syncbn
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm, convert, revert
+from syncbn.convert import GhostOptions, RenormOptions, SyncOptions
+from syncbn.convert_layer import options_of
 from syncbn.layers import SmallBatchNorm
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -57,6 +59,20 @@ def test_revert_restores_every_attribute(kind: str) -> None:
 
 def test_a_class_is_a_kind_as_well() -> None:
     assert type(convert(nn.BatchNorm2d(3), GhostBatchNorm, ghost_batch_size=2)) is GhostBatchNorm
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("sync", SyncOptions), ("ghost", GhostOptions), ("renorm", RenormOptions)]
+)
+def test_the_types_for_editors_are_the_layers_own(kind: str, options: Any) -> None:
+    cls, typed = LAYERS[kind], get_type_hints(options, include_extras=True)
+    required = {name for name, hint in typed.items() if get_origin(hint) is Required}
+    known = options_of(cls)
+    assert required == {name for name, parameter in known.items() if parameter.default is parameter.empty}
+    hints = get_type_hints(cls.__init__)
+    assert {name: hints[name] for name in known} == {
+        name: get_args(hint)[0] if name in required else hint for name, hint in typed.items()
+    }
 
 
 @every_kind

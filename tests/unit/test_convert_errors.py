@@ -234,7 +234,7 @@ def test_compiled() -> None:
 
 def test_scripted() -> None:
     wrapped = torch.jit.script(make_model(nn.BatchNorm2d(4)))
-    refuses_wrapped(wrapped, r"its code is fixed.*syncbn.{} that")
+    refuses_wrapped(wrapped, r"its code is fixed.*syncbn.{}\(model\) first, then script it")
 
 
 # -- converted layers speak of themselves ------------------------------------------------------------------------------

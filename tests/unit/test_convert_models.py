@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from convert_cases import snapshot
 from torch import Tensor, nn
 
-import syncbn
-from syncbn import SyncBatchNorm, convert, revert
+from syncbn import SyncBatchNorm, convert, convert_layer, revert
 from syncbn.compat import import_torchvision
 
 import_torchvision()  # timm needs it, and may fail to import it by itself
@@ -164,6 +164,53 @@ def test_timm_layer_keeps_drop_and_activation(act: type[nn.Module] | None) -> No
     assert [name for name, _ in layer.named_children()] == ["drop", "act"]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "relu"),
+        ({"act_layer": nn.SiLU}, "silu"),
+        ({"act_layer": nn.LeakyReLU, "act_kwargs": {"negative_slope": 0.3}}, "leaky_relu"),
+        ({"act_layer": nn.GELU}, None),
+        ({"drop_layer": nn.Dropout}, None),
+        ({"apply_act": False}, None),
+    ],
+    ids=str,
+)
+def test_timm_layer_applies_its_activation_itself(options: dict[str, Any], expected: str | None) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(norm_act.BatchNormAct2d(3, **options)).double()
+    nn.init.uniform_(plain[0].weight, 0.5, 1.5)
+    nn.init.uniform_(plain[0].bias, -0.5, 0.5)
+    model = copy.deepcopy(plain)
+    before = snapshot(model)
+    layer = convert(model, "sync")[0]
+    assert layer.activation == expected
+    assert (layer.after is None) == (expected is not None)
+    conversion = vars(layer)["_conversion"]
+    assert vars(convert(model, "sync")[0])["_conversion"] is conversion, "the same again changes nothing"
+    x = images(8)
+    with torch.no_grad():
+        assert torch.equal(outputs(model.eval(), x)[0], outputs(plain.eval(), x)[0])
+    for mode in (False, True):
+        model.zero_grad(), plain.zero_grad()
+        wanted = train_step(plain.train(mode), x)
+        for what, actual in train_step(model.train(mode), x).items():
+            assert_near(actual, wanted[what], what)
+    assert snapshot(revert(model)) == before
+
+
+def test_timm_activation_that_does_more_than_its_class() -> None:
+    hooked, replaced = norm_act.BatchNormAct2d(3), norm_act.BatchNormAct2d(3)
+    hooked.act.register_forward_hook(lambda *_: None)
+    replaced.act.forward = lambda x: x
+    assert [layer.activation for layer in convert(nn.Sequential(hooked, replaced), "sync")] == [None, None]
+
+
+def test_timm_activation_that_the_output_cannot_be_inverted_through() -> None:
+    layers = nn.Sequential(norm_act.BatchNormAct2d(3), norm_act.BatchNormAct2d(3, act_layer=nn.LeakyReLU))
+    assert [layer.activation for layer in convert(layers, "sync", save="output")] == [None, "leaky_relu"]
+
+
 def test_timm_synchronized_layer() -> None:
     model = norm_act.convert_sync_batchnorm(nn.Sequential(norm_act.BatchNormAct2d(3), nn.BatchNorm2d(3)))
     x = torch.randn(4, 3, 5, 5)
@@ -188,7 +235,7 @@ def test_timm_split_layer_is_not_known() -> None:
 
 
 def test_timm_is_not_imported_for_its_registration() -> None:
-    assert "timm" not in vars(syncbn.registry)
-    assert all(isinstance(name, str) for name in syncbn.registry._KNOWN_BY_NAME)
-    for name in syncbn.registry._KNOWN_BY_NAME:
+    assert "timm" not in vars(convert_layer)
+    assert all(isinstance(name, str) for name in convert_layer._KNOWN_BY_NAME)
+    for name in convert_layer._KNOWN_BY_NAME:
         assert hasattr(norm_act, name.rpartition(".")[2]), f"timm has no {name} any more"

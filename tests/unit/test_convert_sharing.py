@@ -22,7 +22,7 @@ from torch import nn
 import syncbn
 from syncbn import SyncBatchNorm, convert, revert
 from syncbn.collectives import Scope
-from syncbn.registry import drop_then_act
+from syncbn.convert_layer import drop_then_act
 
 # -- who shares statistics ---------------------------------------------------------------------------------------------
 
@@ -85,6 +85,24 @@ def test_a_registered_class_keeps_its_behaviour(kind: str) -> None:
     torch.testing.assert_close(layer(x), plain(x))
     torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
     assert type(revert(layer)) is ScaledBatchNorm
+
+
+class OddBatchNorm(nn.BatchNorm2d):
+    """Its attributes have the names of options."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.scope, self.activation, self.save = "all", "gelu", True
+
+
+@every_kind
+def test_attributes_with_the_names_of_options(kind: str) -> None:
+    syncbn.register_batchnorm(OddBatchNorm)
+    layer = OddBatchNorm(3)
+    before = snapshot(layer)
+    convert(layer, kind, **KINDS[kind])
+    assert (layer.scope, layer.activation, layer.save) == (Scope() if kind == "sync" else None, None, "input")
+    assert snapshot(revert(layer)) == before
 
 
 def test_a_registration_is_for_the_class_alone() -> None:

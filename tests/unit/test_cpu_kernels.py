@@ -7,22 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_cases import EPILOGUES, affine, compiled, each_dtype, each_shape, groupings, passes, sample, tensors, tolerance
+from cpu_cases import (
+    EPILOGUES,
+    affine_of,
+    compiled,
+    each_dtype,
+    each_shape,
+    groupings,
+    passes,
+    sample,
+    tensors,
+    tolerance,
+)
 
-from syncbn.functional import normalize as reference
-from syncbn.functional import stats
+from syncbn.functional import statistics
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.stats import moments
-from syncbn.kernels import pick
-from syncbn.kernels.compiled import build
-from syncbn.kernels.rule import Kernels, cpu_kernels, native_cpu_kernels
+from syncbn.functional.statistics import Groups, moments
+from syncbn.kernels import dispatch
+from syncbn.kernels.cpu import build
+from syncbn.kernels.dispatch import REFERENCE, pick
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=["compiled", "native"])
-def cpu(request) -> Kernels:
-    return compiled() if request.param == "compiled" else native_cpu_kernels()
+@pytest.fixture(scope="module")
+def cpu():
+    return compiled()
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -35,9 +45,9 @@ def test_statistics(cpu, name, dtype, loc):
     if dtype in (torch.float16, torch.bfloat16) and loc > 100:
         pytest.skip("half precision does not resolve a standard deviation of 1 there")
     x, _ = tensors(name, dtype, loc)
-    for label, groups, number in groupings(len(x)):
-        found = moments(cpu.group_sums(x, groups, number))
-        expected = moments(stats.group_sums(x.double(), groups, number))
+    for label, groups in groupings(len(x)):
+        found = moments(cpu.group_sums(x, groups))
+        expected = moments(statistics.group_sums(x.double(), groups))
         assert torch.equal(found[0], expected[0]), label
         # float32 sums, one after the other, of up to 4,096 values about a centre that is not quite their mean; in units
         # of the standard deviation.
@@ -56,7 +66,7 @@ def test_values_that_are_worst_for_a_probe(cpu, size, far):
         x = sample((4, 8, size, size), 0, loc=1000.0)
         x.flatten(2)[..., far] = -500.0
         x = x.contiguous(memory_format=memory_format)
-        _, mean, var = moments(cpu.group_sums(x))
+        _, mean, var = moments(cpu.group_sums(x, Groups()))
         torch.testing.assert_close(mean[0], x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
         torch.testing.assert_close(var[0], x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-9)
 
@@ -66,7 +76,7 @@ def test_nonfinite_values_show(cpu, bad):
     for name in ("images", "channels_last"):
         x, _ = tensors(name, torch.float32)
         x[1, 2, 3, 4] = bad
-        sums = cpu.group_sums(x)
+        sums = cpu.group_sums(x, Groups())
         assert not torch.isfinite(sums[0, 1 + 2])
         assert torch.isfinite(sums[0, 1])
 
@@ -75,7 +85,7 @@ def test_a_constant_channel_has_no_variance(cpu):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.full((4, 3, 30, 30), 3.3).contiguous(memory_format=memory_format)
         x[:, 1] = 0.0
-        _, mean, var = moments(cpu.group_sums(x))
+        _, mean, var = moments(cpu.group_sums(x, Groups()))
         torch.testing.assert_close(mean[0], torch.tensor([x[0, 0, 0, 0], 0.0, x[0, 0, 0, 0]]).double())
         assert var.max() < 1e-12
 
@@ -85,15 +95,14 @@ def test_a_constant_channel_has_no_variance(cpu):
 
 def check_passes(cpu, x, dy, epilogue):
     residual = None if epilogue.residual is None else epilogue.residual.double()
-    for label, groups, number in groupings(len(x)):
-        if x[0, 0].numel() == 1 and number == len(x):
+    for label, groups in groupings(len(x)):
+        if x[0, 0].numel() == 1 and groups.number == len(x):
             continue  # one value has no variance, and an error of its own in the layers
-        count, mean, var = moments(stats.group_sums(x.double(), groups, number))
-        statistics = (mean, torch.rsqrt(var + 1e-5), *affine(number, x.shape[1]), count)
-        found = passes(cpu, x, dy, groups, number, epilogue, statistics)
-        expected = passes(
-            reference, x.double(), dy.double(), groups, number, epilogue._replace(residual=residual), statistics
-        )
+        count, mean, var = moments(statistics.group_sums(x.double(), groups))
+        affine = affine_of(mean, var, x.shape[1])
+        found = passes(cpu, x, dy, groups, epilogue, affine, count)
+        exact = epilogue._replace(residual=residual)
+        expected = passes(REFERENCE, x.double(), dy.double(), groups, exact, affine, count)
         for index, (a, b) in enumerate(zip(found, expected, strict=True)):
             close = tolerance(x.dtype, wide=40)
             if a is None:
@@ -141,10 +150,10 @@ def test_odd_memory(cpu):
 
 
 def check_passes_of_values(cpu, x, dy):
-    count, mean, var = moments(cpu.group_sums(x))
-    statistics = (mean, torch.rsqrt(var + 1e-5), *affine(1, x.shape[1]), count)
-    found = passes(cpu, x, dy, None, 1, Epilogue(), statistics)
-    expected = passes(reference, x.contiguous().double(), dy.double(), None, 1, Epilogue(), statistics)
+    count, mean, var = moments(cpu.group_sums(x, Groups()))
+    affine = affine_of(mean, var, x.shape[1])
+    found = passes(cpu, x, dy, Groups(), Epilogue(), affine, count)
+    expected = passes(REFERENCE, x.contiguous().double(), dy.double(), Groups(), Epilogue(), affine, count)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -153,10 +162,10 @@ def check_passes_of_values(cpu, x, dy):
 def test_empty(cpu, shape):
     x = torch.empty(shape)
     c = shape[1]
-    sums = cpu.group_sums(x)
-    assert torch.equal(sums, stats.group_sums(x))
-    statistics = (torch.zeros(1, c).double(), torch.ones(1, c).double(), *affine(1, c), sums[:, :1])
-    y, _, sums, grad = passes(cpu, x, x, None, 1, Epilogue(None, "relu"), statistics)
+    sums = cpu.group_sums(x, Groups())
+    assert torch.equal(sums, statistics.group_sums(x))
+    affine = affine_of(torch.zeros(1, c).double(), torch.ones(1, c).double(), c)
+    y, _, sums, grad = passes(cpu, x, x, Groups(), Epilogue(None, "relu"), affine, sums[:, :1])
     assert y.shape == grad.shape == shape
     assert not sums.any()
 
@@ -170,23 +179,24 @@ def test_the_memory_is_poisoned():
 
 def test_which_kernels_run():
     x = torch.ones(2, 3)
-    with torch.no_grad():
-        assert pick(x) is cpu_kernels()
-        assert torch.func.vmap(lambda t: torch.tensor(pick(t).name == "reference"))(x).all()
-        assert pick(x.to("meta")).name == "reference"
-    assert pick(x).name == "reference"  # derivatives are recorded
+    assert pick(x, differentiable=False) is dispatch.cpu()
+    assert pick(x, differentiable=True) is REFERENCE
+    assert pick(x.to("meta"), differentiable=False) is REFERENCE
+    transformed = torch.func.vmap(lambda t: torch.tensor(pick(t, differentiable=False) is REFERENCE))
+    assert transformed(x).all()
 
 
 def test_without_the_library(monkeypatch, caplog):
-    """torch's kernels serve, and one line says so and what to do."""
+    """The twins serve, and one line says so and how to build the library."""
     monkeypatch.setattr(build, "library", lambda kind: Path("nowhere") / kind)
-    for name in ("cpu_call", "cpu_compiled"):
-        monkeypatch.delitem(sys.modules, f"syncbn.kernels.{name}", raising=False)
-    cpu_kernels.cache_clear()
+    for name in ("call", "functions"):
+        monkeypatch.delitem(sys.modules, f"syncbn.kernels.cpu.{name}", raising=False)
+        monkeypatch.delattr(f"syncbn.kernels.cpu.{name}", raising=False)
+    dispatch.cpu.cache_clear()
     try:
-        with torch.no_grad(), caplog.at_level("WARNING", logger="syncbn"):
-            assert pick(torch.ones(2, 3)).name == "native"
-            assert pick(torch.ones(2, 3)).name == "native"
-        assert [record.message.count("syncbn.kernels.compiled.build") for record in caplog.records] == [1]
+        with caplog.at_level("WARNING", logger="syncbn"):
+            assert pick(torch.ones(2, 3), differentiable=False) is REFERENCE
+            assert pick(torch.ones(2, 3), differentiable=False) is REFERENCE
+        assert [record.message.count("syncbn.kernels.cpu.build") for record in caplog.records] == [1]
     finally:
-        cpu_kernels.cache_clear()
+        dispatch.cpu.cache_clear()

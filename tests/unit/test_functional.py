@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn.functional.normalize import backward_sums, grad_input, normalize
-from syncbn.functional.renorm import correction_limits, corrections, ramp
-from syncbn.functional.running import update_running
-from syncbn.functional.stats import group_sums, moments
+from syncbn.functional.normalize import Affine, backward_sums, grad_input, normalize
+from syncbn.functional.renorm import Limits, correction_limits, corrections, ramp
+from syncbn.functional.running import Running, update_running
+from syncbn.functional.statistics import Groups, group_sums, moments
 
 # Sums of some hundred float64 terms, taken in two orders.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -115,12 +115,12 @@ def test_parts_of_an_image_add_up():
 def test_groups_by_index_in_any_order(shape):
     x = sample(shape, 5.0)
     groups = torch.tensor([2, 0, 0, 4, 2, 0, 1, 4, 2])
-    merged = group_sums(x, groups, 5)
+    merged = group_sums(x, Groups(groups, 5))
     for group in range(5):
         torch.testing.assert_close(merged[group : group + 1], group_sums(x[groups == group]), **EXACT)
     assert torch.equal(merged[3], torch.zeros(7, dtype=torch.float64))  # a group without samples
     order = torch.tensor([8, 1, 6, 0, 3, 7, 5, 2, 4])
-    torch.testing.assert_close(group_sums(x[order], groups[order], 5), merged, **EXACT)
+    torch.testing.assert_close(group_sums(x[order], Groups(groups[order], 5)), merged, **EXACT)
 
 
 # -- the elementwise step ----------------------------------------------------------------------------------------------
@@ -142,12 +142,12 @@ def test_normalize_and_gradient_in_float32_far_from_zero(shape, loc):
     x, dy = sample(shape, loc, torch.float32), sample(shape, dtype=torch.float32, seed=1)
     weight, bias = torch.tensor([[0.5, 1.0, 2.0]]).double(), torch.tensor([[1.0, 0.0, -1.0]]).double()
     count, mean, var = moments(group_sums(x))
-    invstd = torch.rsqrt(var + 1e-5)
-    y = normalize(x, mean, invstd, weight, bias)
-    dz, rest, sums = backward_sums(dy, x, mean, invstd, weight, bias, None, 1)
+    affine = Affine(mean, torch.rsqrt(var + 1e-5), weight, bias)
+    y = normalize(x, affine)
+    dz, rest, sums = backward_sums(dy, x, affine)
     assert dz is dy
     assert not rest
-    dx = grad_input(dy, x, mean, invstd, weight, bias, weight * sums / count)
+    dx = grad_input(dy, x, affine, weight * sums / count)
     expected_y, expected_dx = autograd_truth(x, dy, weight, bias)
     # Values of at most some 8 after two or three float32 roundings of 6e-8 each, wherever the input lies.
     torch.testing.assert_close(y.double(), expected_y, rtol=1e-6, atol=1e-6)
@@ -184,7 +184,7 @@ STEPS = [[3, 2, 4], [1, 5], [4, 4, 4]]
 def step_statistics(sizes, seed):
     x = sample((sum(sizes), 3, 2, 2), 3.0, seed=seed)
     groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    return x.split(sizes), moments(group_sums(x, groups, len(sizes)))
+    return x.split(sizes), moments(group_sums(x, Groups(groups, len(sizes))))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
@@ -192,7 +192,7 @@ def test_sequential_update_is_batchnorm_on_each_group_in_turn(momentum):
     state, layer = buffers(), batchnorm(momentum)
     for seed, sizes in enumerate(STEPS):
         chunks, statistics = step_statistics(sizes, seed)
-        update_running(*state, *statistics, momentum, "sequential")
+        update_running(Running(*state, momentum, "sequential"), *statistics)
         for chunk in chunks:
             layer(chunk)
         check_buffers(state, layer)
@@ -204,7 +204,7 @@ def test_mean_update_is_the_mean_of_batchnorms_on_one_group_each(momentum):
     state, layer = buffers(), batchnorm(momentum)
     for seed, sizes in enumerate(STEPS):
         chunks, statistics = step_statistics(sizes, seed)
-        update_running(*state, *statistics, momentum, "mean")
+        update_running(Running(*state, momentum, "mean"), *statistics)
         replicas = [copy.deepcopy(layer) for _ in chunks]
         for replica, chunk in zip(replicas, chunks, strict=True):
             replica(chunk)
@@ -220,7 +220,7 @@ def test_total_update_is_batchnorm_on_the_whole_batch(momentum):
     state, layer = buffers(), batchnorm(momentum)
     for seed, sizes in enumerate(STEPS):
         chunks, statistics = step_statistics(sizes, seed)
-        update_running(*state, *statistics, momentum, "total")
+        update_running(Running(*state, momentum, "total"), *statistics)
         layer(torch.cat(chunks))
         check_buffers(state, layer)
     assert state[2] == layer.num_batches_tracked == 3
@@ -231,8 +231,8 @@ def test_groups_without_samples_do_not_count(mode):
     plain, padded = buffers(), buffers()
     chunks, statistics = step_statistics([3, 2, 4], 0)
     groups = torch.repeat_interleave(torch.tensor([1, 3, 4]), torch.tensor([3, 2, 4]))
-    update_running(*plain, *statistics, 0.1, mode)
-    update_running(*padded, *moments(group_sums(torch.cat(chunks), groups, 6)), 0.1, mode)
+    update_running(Running(*plain, 0.1, mode), *statistics)
+    update_running(Running(*padded, 0.1, mode), *moments(group_sums(torch.cat(chunks), Groups(groups, 6))))
     for a, b in zip(plain, padded, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -241,11 +241,11 @@ def test_divisor_makes_the_mean_over_processes_the_mean_over_groups():
     """Five groups on three processes, three, two and none: each divides by 5/3."""
     together = buffers()
     _, (count, mean, var) = step_statistics([3, 2, 4, 1, 2], 0)
-    update_running(*together, count, mean, var, 0.1)
+    update_running(Running(*together, 0.1), count, mean, var)
     states = []
     for rows in (slice(0, 3), slice(3, 5), slice(5, 5)):
         states.append(buffers())
-        update_running(*states[-1], count[rows], mean[rows], var[rows], 0.1, divisor=5 / 3)
+        update_running(Running(*states[-1], 0.1, divisor=5 / 3), count[rows], mean[rows], var[rows])
     for index in range(3):
         values = torch.stack([state[index] for state in states]).double()
         torch.testing.assert_close(values.mean(0), together[index].double(), **EXACT)
@@ -260,7 +260,7 @@ def test_nonfinite_statistics_are_counted_and_kept_out(bad, dtype, mode):
     state = buffers(dtype)
     before = [b.clone() for b in state]
     groups = torch.arange(6) // 3
-    update_running(*state, *moments(group_sums(x, groups, 2)), 0.1, mode)
+    update_running(Running(*state, 0.1, mode), *moments(group_sums(x, Groups(groups, 2))))
     if bad == 1e25 and dtype == torch.float64:  # its square fits, in a buffer of this width
         assert state[2] > 0
         assert torch.isfinite(state[1]).all()
@@ -273,9 +273,8 @@ def test_nonfinite_statistics_are_counted_and_kept_out(bad, dtype, mode):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_step_without_samples_changes_nothing(mode, momentum):
     state = buffers()
-    update_running(
-        *state, *moments(group_sums(torch.empty(0, 3, 2), torch.empty(0, dtype=torch.int64), 2)), momentum, mode
-    )
+    groups = Groups(torch.empty(0, dtype=torch.int64), 2)
+    update_running(Running(*state, momentum, mode), *moments(group_sums(torch.empty(0, 3, 2), groups)))
     assert all(torch.equal(a, b) for a, b in zip(state, buffers(), strict=True))
 
 
@@ -294,7 +293,7 @@ def test_limits_of_the_paper():
         10**12: (3, 5),
     }
     for steps, limits in expected.items():
-        found = correction_limits(torch.tensor(steps), 3.0, 5.0, 5_000, 40_000, 25_000)
+        found = correction_limits(torch.tensor(steps), Limits(3.0, 5.0, 5_000, 40_000, 25_000))
         assert [v.item() for v in found] == pytest.approx(limits, rel=1e-15)
 
 

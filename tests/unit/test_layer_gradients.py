@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn.layers import SampleGroups
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

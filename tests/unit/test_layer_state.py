@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn.layers import SampleGroups
 
 LAYERS = {
     "sync": lambda c=3, **options: SyncBatchNorm(c, **options),

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import BatchRenorm, GhostBatchNorm, SampleGroups, SyncBatchNorm
+from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn.layers import SampleGroups
 
 # float64 with |mean|/std up to 10: the statistics lose (mean/std)^2 * 1e-16, so two digits are left for summation.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from syncbn.kernels.compiled import build
+from syncbn.kernels.cpu import build
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -99,6 +99,8 @@ def test_what_cannot_be_recomputed():
         update_population_statistics(nn.Linear(2, 2), [torch.ones(1, 2)])
     with pytest.raises(ValueError, match="non-empty batch"):
         update_population_statistics(network(), [])
+    with pytest.raises(ValueError, match="estimator must be 'mean' or 'total', got 'median'"):
+        update_population_statistics(network(), batches(), estimator="median")
 
 
 @pytest.mark.parametrize("m", [8, 16, 64, 512])

@@ -14,12 +14,12 @@ from cpu_cases import EPILOGUES, sample
 
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.functional import normalize as twin
-from syncbn.functional import stats
+from syncbn.functional import statistics
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.stats import moments
-from syncbn.kernels import Kernels
-from syncbn.kernels import triton as kernels
-from syncbn.kernels.rule import REFERENCE
+from syncbn.functional.normalize import Affine
+from syncbn.functional.statistics import Groups, moments
+from syncbn.kernels.cuda import functions as kernels
+from syncbn.kernels.dispatch import REFERENCE, Kernels
 
 SHAPES = {
     "mlp": (37, 5),
@@ -69,14 +69,14 @@ def formatted(t, name):
 
 
 def groupings(n):
-    """Label, groups and their number: in order, in any order with one empty, and none."""
-    yield "one", None, 1
-    yield "runs", torch.arange(n) * 3 // n, 3
+    """Label and groups: one, in order, and in any order with some empty."""
+    yield "one", Groups()
+    yield "runs", Groups(torch.arange(n) * 3 // n, 3)
     mixed = torch.arange(n) * 7 % 5
-    yield "mixed", mixed + (mixed > 1), 32
+    yield "mixed", Groups(mixed + (mixed > 1), 32)
 
 
-def affine(num_groups, c, expanded):
+def scale_and_shift(num_groups, c, expanded):
     generator = torch.Generator().manual_seed(9)
     scale, shift = torch.rand(2, num_groups, c, generator=generator, dtype=torch.float64)
     if expanded:  # as from a parameter, with stride 0
@@ -93,8 +93,14 @@ def close(found, expected, dtype, label, scale=1.0):
 
 
 def on(device, *values):
-    """The same on the device, tensors with the strides that they have."""
-    return [moved(v, device) if isinstance(v, torch.Tensor) and v.device != device else v for v in values]
+    """The same on the device: tensors, also those in tuples, with the strides that they have."""
+    return [on_device(v, device) for v in values]
+
+
+def on_device(value, device):
+    if isinstance(value, Affine | Groups):
+        return type(value)(*on(device, *value))
+    return moved(value, device) if isinstance(value, torch.Tensor) and value.device != device else value
 
 
 def moved(t, device):
@@ -108,32 +114,32 @@ def wide(*values):
     return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
 
 
-def check_passes(device, x, dy, residual, activation, groups, num_groups, expanded=False, label=""):
+def check_passes(device, x, dy, residual, activation, groups, expanded=False, label=""):
     """Forward and backward of one layer, every result against the float64 twin. x, dy and residual in any format."""
     dtype = x.dtype
     # What kernels and twin both start from: the statistics, and coefficients that each can represent.
-    found = kernels.group_sums(*on(device, x, groups), num_groups)
-    expected = stats.group_sums(x.double(), groups, num_groups)
+    found = kernels.group_sums(*on(device, x, groups))
+    expected = statistics.group_sums(x.double(), groups)
     assert found.dtype == torch.float64
     # float32 sums of squares about a tile's mean; the wire's (mean / std)^2 * 1e-16.
     bound = 1e-12 if dtype == torch.float64 else 2e-6
     torch.testing.assert_close(found.cpu(), expected, rtol=bound, atol=bound * x.numel(), msg=lambda m: f"{label}: {m}")
     count, mean, var = moments(expected)
     invstd = torch.rsqrt(var + 1e-5)
-    scale, shift = affine(num_groups, x.shape[1], expanded)
-    given = (mean, invstd, scale, shift, groups)
+    scale, shift = scale_and_shift(groups.number, x.shape[1], expanded)
+    affine = Affine(mean, invstd, scale, shift)
     fused = Epilogue(*on(device, residual), activation, SLOPE)
     exact = Epilogue(*wide(residual), activation, SLOPE)
 
-    x_on, dy_on, *given_on = on(device, x, dy, *given)
-    y = kernels.normalize(x_on, *given_on, fused)
+    x_on, dy_on, affine_on, groups_on = on(device, x, dy, affine, groups)
+    y = kernels.normalize(x_on, affine_on, groups_on, fused)
     regular = kernels._strides(x_on) is not None
     assert y.dtype == dtype
     assert y.stride() == torch.empty_like(x).stride() or not regular, label
-    close(y, twin.normalize(x.double(), *given, exact), dtype, f"{label}, y")
+    close(y, twin.normalize(x.double(), affine, groups, exact), dtype, f"{label}, y")
 
-    dz, rest, sums = kernels.backward_sums(dy_on, x_on, *given_on, num_groups, fused)
-    dz_twin, _, sums_twin = twin.backward_sums(dy.double(), x.double(), *given, num_groups, exact)
+    dz, rest, sums = kernels.backward_sums(dy_on, x_on, affine_on, groups_on, fused)
+    dz_twin, _, sums_twin = twin.backward_sums(dy.double(), x.double(), affine, groups, exact)
     if activation is None or residual is None:
         assert dz is dy_on or kernels._strides(dy_on) is None, label
         assert (rest.activation, rest.residual) == (activation, None)
@@ -143,15 +149,15 @@ def check_passes(device, x, dy, residual, activation, groups, num_groups, expand
         assert dz.stride() == y.stride() or not regular, label
         close(dz, dz_twin, dtype, f"{label}, dz")
         # The sums and the gradient are of what is handed on.
-        dz_twin, _, sums_twin = twin.backward_sums(dz.cpu().double(), x.double(), *given, num_groups)
-    assert sums.shape == (num_groups, 2, x.shape[1])
+        dz_twin, _, sums_twin = twin.backward_sums(dz.cpu().double(), x.double(), affine, groups)
+    assert sums.shape == (groups.number, 2, x.shape[1])
     error = (sums.cpu() - sums_twin).abs().max() if sums.numel() else 0
     assert error <= bound * max(x.numel() / x.shape[1], 10), label
 
     means = scale.double().unsqueeze(1) * sums_twin / count.clamp(min=1).unsqueeze(1)
-    dx = kernels.grad_input(dz, x_on, *given_on[:-1], *on(device, means), given_on[-1], rest)
+    dx = kernels.grad_input(dz, x_on, affine_on, *on(device, means), groups_on, rest)
     assert (dx.dtype, dx.stride()) == (dtype, y.stride()), label
-    truth = twin.grad_input(dz_twin, x.double(), *given[:-1], means, groups)
+    truth = twin.grad_input(dz_twin, x.double(), affine, means, groups)
     # invstd of a group of few values can be large.
     close(dx, truth, dtype, f"{label}, dx", scale=max(1.0, invstd[count[:, 0] > 0].max().item()))
 
@@ -167,8 +173,8 @@ FORMATS = ["mlp", "images", "images, channels_last"]
 )
 def test_shapes(device, name, dtype):
     x, dy = (formatted(sample(SHAPES[name], seed, dtype), name) for seed in range(2))
-    for label, groups, number in groupings(len(x)):
-        check_passes(device, x, dy, None, None, groups, number, label=label)
+    for label, groups in groupings(len(x)):
+        check_passes(device, x, dy, None, None, groups, label=label)
 
 
 @each_shape
@@ -176,8 +182,8 @@ def test_one_program_for_several_items(device, name, monkeypatch):
     """Its sums go over from item to item, and from group to group."""
     monkeypatch.setattr(kernels, "_processors", lambda device: 0)
     x, dy, residual = (formatted(sample(SHAPES[name], seed, loc=2.0), name) for seed in range(3))
-    for label, groups, number in groupings(len(x)):
-        check_passes(device, x, dy, residual, "relu", groups, number, label=label)
+    for label, groups in groupings(len(x)):
+        check_passes(device, x, dy, residual, "relu", groups, label=label)
 
 
 @pytest.mark.parametrize(
@@ -189,33 +195,31 @@ def test_one_program_for_several_items(device, name, monkeypatch):
 def test_epilogues(device, name, epilogue, dtype):
     activation, has_residual = EPILOGUES[epilogue]
     x, dy, residual = (formatted(sample(SHAPES[name], seed, dtype), name) for seed in range(3))
-    for label, groups, number in groupings(len(x)):
-        check_passes(
-            device, x, dy, residual if has_residual else None, activation, groups, number, expanded=True, label=label
-        )
+    for label, groups in groupings(len(x)):
+        check_passes(device, x, dy, residual if has_residual else None, activation, groups, expanded=True, label=label)
 
 
 @each_shape
 def test_memory_format_is_the_twins(device, name):
     x = formatted(sample(SHAPES[name], 0), name)
-    for _, groups, number in groupings(len(x)):
-        given = *torch.ones(4, number, x.shape[1], dtype=torch.float64), groups
-        y = kernels.normalize(*on(device, x, *given))
-        assert y.stride() == twin.normalize(x, *given).stride()
+    for _, groups in groupings(len(x)):
+        affine = Affine(*torch.ones(4, groups.number, x.shape[1], dtype=torch.float64))
+        y = kernels.normalize(*on(device, x, affine, groups))
+        assert y.stride() == twin.normalize(x, affine, groups).stride()
 
 
 def test_without_weight_and_bias(device):
     x, dy = (sample((4, 3, 5), seed) for seed in range(2))
-    _, mean, var = moments(stats.group_sums(x))
-    x_on, dy_on, mean_on, invstd = on(device, x, dy, mean, torch.rsqrt(var))
+    _, mean, var = moments(statistics.group_sums(x))
+    affine, one = Affine(mean, torch.rsqrt(var)), Groups()
+    x_on, dy_on, affine_on = on(device, x, dy, affine)
     for fused in (Epilogue(), Epilogue(None, "relu")):
-        given = (mean, invstd.cpu(), None, None)
-        y = kernels.normalize(x_on, mean_on, invstd, None, None, None, fused)
-        close(y, twin.normalize(x, *given, None, fused), x.dtype, "y")
-        dz, rest, sums = kernels.backward_sums(dy_on, x_on, mean_on, invstd, None, None, None, 1, fused)
-        dx = kernels.grad_input(dz, x_on, mean_on, invstd, None, None, sums / 20, None, rest)
-        dz, rest, sums = twin.backward_sums(dy, x, *given, None, 1, fused)
-        close(dx, twin.grad_input(dz, x, *given, sums / 20, None, rest), x.dtype, "dx")
+        y = kernels.normalize(x_on, affine_on, one, fused)
+        close(y, twin.normalize(x, affine, one, fused), x.dtype, "y")
+        dz, rest, sums = kernels.backward_sums(dy_on, x_on, affine_on, one, fused)
+        dx = kernels.grad_input(dz, x_on, affine_on, sums / 20, one, rest)
+        dz, rest, sums = twin.backward_sums(dy, x, affine, one, fused)
+        close(dx, twin.grad_input(dz, x, affine, sums / 20, one, rest), x.dtype, "dx")
 
 
 @pytest.mark.parametrize("shape", [(64, 3), (1, 3, 50), (2, 3, 40, 41)], ids=str)
@@ -224,18 +228,18 @@ def test_far_from_zero(device, shape, channels_last):
     x, dy = sample(shape, 0, loc=1e4), sample(shape, 1)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    for groups, number in ((None, 1), (torch.arange(len(x)) % 2, 2)):
-        count, mean, var = moments(kernels.group_sums(*on(device, x, groups), number).cpu())
-        truth = moments(stats.group_sums(x.double(), groups, number))
+    for groups in (Groups(), Groups(torch.arange(len(x)) % 2, 2)):
+        count, mean, var = moments(kernels.group_sums(*on(device, x, groups)).cpu())
+        truth = moments(statistics.group_sums(x.double(), groups))
         filled = count[:, 0] > 0
         torch.testing.assert_close(mean, truth[1], rtol=1e-9, atol=1e-6)
         torch.testing.assert_close(var[filled], truth[2][filled], rtol=1e-5, atol=0)
-        given = mean, torch.rsqrt(var + 1e-5), *affine(number, 3, False), groups
-        y = kernels.normalize(*on(device, x, *given))
-        expected = twin.normalize(x.double(), *given)
+        affine = Affine(mean, torch.rsqrt(var + 1e-5), *scale_and_shift(groups.number, 3, False))
+        y = kernels.normalize(*on(device, x, affine, groups))
+        expected = twin.normalize(x.double(), affine, groups)
         torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-6, atol=1e-6)
-        _, _, sums = kernels.backward_sums(*on(device, dy, x, *given), number)
-        _, _, expected = twin.backward_sums(dy.double(), x.double(), *given, number)
+        _, _, sums = kernels.backward_sums(*on(device, dy, x, affine, groups))
+        _, _, expected = twin.backward_sums(dy.double(), x.double(), affine, groups)
         torch.testing.assert_close(sums.cpu(), expected, rtol=1e-5, atol=1e-6 * count.max().item())
 
 
@@ -244,13 +248,13 @@ def test_nonfinite_values_show_where_they_are(device, bad):
     for name in ("mlp", "images", "images, channels_last"):
         x = formatted(sample(SHAPES[name], 0), name)
         x[1, 2] = bad
-        for groups, number in ((None, 1), (torch.arange(len(x)) % 2, 2)):
-            finite = torch.isfinite(kernels.group_sums(*on(device, x, groups), number)).cpu()
+        for groups in (Groups(), Groups(torch.arange(len(x)) % 2, 2)):
+            finite = torch.isfinite(kernels.group_sums(*on(device, x, groups))).cpu()
             c = x.shape[1]
             expected = torch.ones_like(finite)
             expected[-1, 1 + 2] = expected[-1, 1 + c + 2] = False
             assert torch.equal(finite, expected), name
-    y = kernels.normalize(*on(device, x, *torch.ones(4, 1, 7).double()), None, Epilogue(None, "relu"))
+    y = kernels.normalize(*on(device, x, Affine(*torch.ones(4, 1, 7).double())), Groups(), Epilogue(None, "relu"))
     assert torch.equal(torch.isnan(y.cpu()), torch.isnan(x))
 
 
@@ -277,8 +281,8 @@ def test_layouts_of_the_input(device, layout):
     base, dy, residual = (sample((4, 3, 5, 6), seed) for seed in range(3))
     x = dict(layouts(base))[layout]
     assert torch.equal(x, base)
-    for label, groups, number in groupings(4):
-        check_passes(device, x, dy, residual, "silu", groups, number, label=label)
+    for label, groups in groupings(4):
+        check_passes(device, x, dy, residual, "silu", groups, label=label)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded", "one plane"])
@@ -292,26 +296,26 @@ def test_layouts_of_the_others(device, name, layout):
         dy = residual = sample((4, 3, 1, 1), 4).expand(4, 3, 5, 6)
     else:
         dy, residual = (dict(layouts(t))[layout] for t in (base, residual))
-    check_passes(device, x, dy, None, "leaky_relu", None, 1)
-    check_passes(device, x, dy, residual, "leaky_relu", torch.tensor([2, 0, 2, 1]), 4)
+    check_passes(device, x, dy, None, "leaky_relu", Groups())
+    check_passes(device, x, dy, residual, "leaky_relu", Groups(torch.tensor([2, 0, 2, 1]), 4))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 5), (2, 3, 0, 5), (2, 0, 4), (0, 0)], ids=str)
 def test_empty_input(device, shape):
     x = sample(shape, 0).to(device)
     groups = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    for index, number in ((None, 1), (groups, 3)):
-        sums = kernels.group_sums(x, index, number)
-        assert torch.equal(sums, stats.group_sums(x, index, number))
-        given = torch.ones(4, number, shape[1], dtype=torch.float64, device=device)
+    for grouping in (Groups(), Groups(groups, 3)):
+        sums = kernels.group_sums(x, grouping)
+        assert torch.equal(sums, statistics.group_sums(x, grouping))
+        affine = Affine(*torch.ones(4, grouping.number, shape[1], dtype=torch.float64, device=device))
         for fused in (Epilogue(), Epilogue(x, "relu")):
-            assert kernels.normalize(x, *given, index, fused).shape == shape
-            dz, rest, sums = kernels.backward_sums(x, x, *given, index, number, fused)
+            assert kernels.normalize(x, affine, grouping, fused).shape == shape
+            dz, rest, sums = kernels.backward_sums(x, x, affine, grouping, fused)
             assert torch.equal(sums, torch.zeros_like(sums))
-            assert sums.shape == (number, 2, shape[1])
-            assert kernels.grad_input(dz, x, *given, sums, index, rest).shape == dz.shape == shape
-        finished = kernels.finish(kernels.group_sums(x, index, number), 1e-5)
-        assert finished.mean.shape == (number, shape[1])
+            assert sums.shape == (grouping.number, 2, shape[1])
+            assert kernels.grad_input(dz, x, affine, sums, grouping, rest).shape == dz.shape == shape
+        finished = kernels.finish(kernels.group_sums(x, grouping), 1e-5)
+        assert finished.mean.shape == (grouping.number, shape[1])
 
 
 # -- the layers --------------------------------------------------------------------------------------------------------
@@ -340,8 +344,7 @@ def test_layers(device, make, name, monkeypatch):
         results = []
         for layer, chosen, where in ((module, ours, device), (twin_module, REFERENCE, torch.device("cpu"))):
             with monkeypatch.context() as patch:
-                for place in ("syncbn.autograd.pick", "syncbn.layers.pick"):
-                    patch.setattr(place, lambda x, k=chosen, recorded=None: k)
+                patch.setattr("syncbn.autograd.pick", lambda x, differentiable, k=chosen: k)
                 leaves = [t.detach().to(where).requires_grad_() for t in (x, residual)]
                 y = layer(*leaves)
                 gradients = torch.autograd.grad(y, [*leaves, layer.weight, layer.bias], dy.to(where))

@@ -17,7 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.finish import Limits, Running
+from syncbn.functional.normalize import Affine
+from syncbn.functional.renorm import Limits
+from syncbn.functional.running import Running
+from syncbn.functional.statistics import Groups
 
 
 class Driver:
@@ -52,20 +55,21 @@ def compile_instead(run):
     return compiled
 
 
-def passes(x, groups, num_groups, activation, has_residual):
-    from syncbn.kernels import triton as kernels
+def passes(x, index, num_groups, activation, has_residual):
+    from syncbn.kernels.cuda import functions as kernels
 
     statistics = torch.zeros(num_groups, x.shape[1], dtype=torch.float64)
-    given = statistics, statistics, *torch.ones(2, x.shape[1]).unsqueeze(1).expand(2, num_groups, -1), groups
+    affine = Affine(statistics, statistics, *torch.ones(2, x.shape[1]).unsqueeze(1).expand(2, num_groups, -1))
+    groups = Groups(index, num_groups)
     epilogue = Epilogue(x if has_residual else None, activation)
-    kernels.group_sums(x, groups, num_groups)
-    kernels.normalize(x, *given, epilogue)
-    dz, rest, sums = kernels.backward_sums(x, x, *given, num_groups, epilogue)
-    kernels.grad_input(dz, x, *given[:-1], sums, groups, rest)
+    kernels.group_sums(x, groups)
+    kernels.normalize(x, affine, groups, epilogue)
+    dz, rest, sums = kernels.backward_sums(x, x, affine, groups, epilogue)
+    kernels.grad_input(dz, x, affine, sums, groups, rest)
 
 
 def main():
-    from syncbn.kernels import triton as kernels
+    from syncbn.kernels.cuda import functions as kernels
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_instead(JITFunction.run)
@@ -80,7 +84,7 @@ def main():
     buffers = torch.zeros(64), torch.ones(64), torch.tensor(0), torch.tensor(0)
     sums = torch.zeros(4, 129, dtype=torch.float64)
     kernels.finish(sums, 1e-5)
-    kernels.finish(sums, 1e-5, Running(*buffers, 0.1), Limits(3.0, 5.0, 0, 40, 25))
+    kernels.finish(sums, 1e-5, Running(*buffers, 0.1, limits=Limits(3.0, 5.0, 0, 40, 25)))
     kernels._FINISH_ALONE = 0
     kernels.finish(sums, 1e-5, Running(*buffers, None, "mean", 2.5))
 

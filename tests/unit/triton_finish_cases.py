@@ -7,8 +7,10 @@ import torch
 from triton_cases import kernels, sample
 
 from syncbn.functional import finish as finish_twin
-from syncbn.functional import stats
-from syncbn.functional.finish import Limits, Running
+from syncbn.functional import statistics
+from syncbn.functional.renorm import Limits
+from syncbn.functional.running import Running
+from syncbn.functional.statistics import Groups
 
 
 def buffers(c, device, dtype=torch.float32):
@@ -20,8 +22,9 @@ def check_finish(device, sums, rule=(0.1,), limits=None, update=True, dtype=torc
     """The results and the buffers, against the twin on the CPU; r and d are from the buffers as they were."""
     c = (sums.shape[1] - 1) // 2
     ours, theirs = buffers(c, device, dtype), buffers(c, "cpu", dtype)
-    found = kernels.finish(sums.to(device), eps, Running(*ours, *rule), limits, update)
-    expected = finish_twin.finish(sums, eps, Running(*theirs, *rule), limits, update)
+    options = {"limits": limits, "update": update}
+    found = kernels.finish(sums.to(device), eps, Running(*ours, *rule, **options))
+    expected = finish_twin.finish(sums, eps, Running(*theirs, *rule, **options))
     for name in ("count", "mean", "var", "invstd", "r", "d"):
         a, b = getattr(found, name), getattr(expected, name)
         assert (a is None) == (b is None)
@@ -36,7 +39,7 @@ def check_finish(device, sums, rule=(0.1,), limits=None, update=True, dtype=torc
 def some_sums(sizes, c):
     """Of groups of these sizes."""
     groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    return stats.group_sums(sample((sum(sizes), c, 3), 5, torch.float64, loc=1.0), groups, len(sizes))
+    return statistics.group_sums(sample((sum(sizes), c, 3), 5, torch.float64, loc=1.0), Groups(groups, len(sizes)))
 
 
 RULES = {"momentum": (0.1,), "last": (1.0,), "cumulative": (None,), "divisor": (0.3, "mean", 3.5)}

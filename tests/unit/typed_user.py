@@ -36,5 +36,9 @@ size: int | None = block.ghost.ghost_batch_size
 syncbn.SyncBatchNorm("64")  # type: ignore[arg-type]
 syncbn.SyncBatchNorm(64, activation="tanh")  # type: ignore[arg-type]
 syncbn.GhostBatchNorm(64)  # type: ignore[call-arg]
-syncbn.convert("model", "sync")  # type: ignore
+syncbn.convert("model", "sync")  # type: ignore[call-overload]
+syncbn.convert(block, "sync", r_max=3.0)  # type: ignore[call-overload]
+syncbn.convert(block, "ghost")  # type: ignore[call-overload]
+syncbn.convert(block, "ghost", ghost_batch_size="8")  # type: ignore[call-overload]
+syncbn.convert(block, syncbn.BatchRenorm, running_update="mean")  # type: ignore[call-overload]
 syncbn.update_population_statistics(block, [], estimator="median")  # type: ignore[arg-type]

@@ -35,12 +35,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
-from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
+from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.train.config import ConfigError, NormConfig
 from syncbn.train.logical_gpus import Layout
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 
-_KINDS: dict[str, type[SmallBatchNorm]] = {
+_KINDS: dict[str, type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]] = {
     "batch": GhostBatchNorm,
     "sync": SyncBatchNorm,
     "ghost": GhostBatchNorm,

@@ -35,8 +35,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from syncbn.functional.normalize import backward_sums, grad_input, normalize
-from syncbn.functional.stats import WIRE_DTYPE, group_sums
+from syncbn.functional.normalize import Affine, backward_sums, grad_input, normalize
+from syncbn.functional.statistics import WIRE_DTYPE, Groups, group_sums
 from syncbn.layers import SampleGroups
 
 
@@ -55,7 +55,7 @@ class Place:
 def second_moments(x: Tensor, groups: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor]:
     """Count (G, 1) and mean of squares (G, C), float64, of ``x`` (N, C, *); both are 0 for a group without samples."""
     c = x.shape[1]
-    count, _, squares = group_sums(x, groups, num_groups).split((1, c, c), 1)
+    count, _, squares = group_sums(x, Groups(groups, num_groups)).split((1, c, c), 1)
     return count, squares / count.clamp(min=1)
 
 
@@ -145,19 +145,21 @@ class NormalizeByMovingAverages(torch.autograd.Function):
         ctx.save_for_backward(x, scale, invroot, count, groups)
         # The window is written to by each backward pass: no saved tensor, which has to stay as it is.
         ctx.window, ctx.place, ctx.gradient_scale = window, place, gradient_scale
-        return normalize(x, torch.zeros_like(invroot), invroot, scale, shift, groups)
+        affine = Affine(torch.zeros_like(invroot), invroot, scale, shift)
+        return normalize(x, affine, Groups(groups, len(count)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, invroot, count, groups = ctx.saved_tensors
         place, zeros = ctx.place, torch.zeros_like(invroot)
-        _, _, sums = backward_sums(grad_output, x, zeros, invroot, scale, None, groups, len(count))
+        affine, samples = Affine(zeros, invroot, scale), Groups(groups, len(count))
+        _, _, sums = backward_sums(grad_output, x, affine, samples)
         sum_dy, sum_dy_z = sums.unbind(1)
         phi = scale * sum_dy_z / count.clamp(min=1) / ctx.gradient_scale
         kept = place.kept & fits(phi, ctx.window)
         psi = averaged(ctx.window, phi, Place(place.slot, kept, place.moving)) * ctx.gradient_scale
-        grad_x = grad_input(grad_output, x, zeros, invroot, scale, None, torch.stack((zeros, psi), 1), groups)
+        grad_x = grad_input(grad_output, x, affine, torch.stack((zeros, psi), 1), samples)
         return grad_x, sum_dy_z, sum_dy, None, None, None, None, None, None
 
 
@@ -272,7 +274,7 @@ class MovingAverageBatchNorm(nn.Module):
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         moment = mean_over_gpus(self.running_second_moment, self.num_batches_tracked).unsqueeze(0)
         scale, shift = self._scale_and_shift(torch.ones_like(moment))
-        return normalize(x, torch.zeros_like(moment), torch.rsqrt(moment + self.eps), scale, shift)
+        return normalize(x, Affine(torch.zeros_like(moment), torch.rsqrt(moment + self.eps), scale, shift))
 
     def _scale_and_shift(self, r: Tensor) -> tuple[Tensor, Tensor]:
         if self.weight is None or self.bias is None:

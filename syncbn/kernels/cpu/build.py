@@ -1,6 +1,6 @@
 """Compiles the CPU's kernels to shared libraries beside their sources, one for each set of vector instructions.
 
-Installing the package runs it; ``python -m syncbn.kernels.compiled.build`` does it by hand, in a source tree say. A
+Installing the package runs it; ``python -m syncbn.kernels.cpu.build`` does it by hand, in a source tree say. A
 library's name has a digest of the sources, this file among them, so one that they have left behind is not loaded.
 ``CXX`` and ``CXXFLAGS`` have their usual meaning.
 """

@@ -1,4 +1,4 @@
-// The passes over rows: tensors in which the C channels of a position lie side by side.
+// The passes over rows: tensors in which the C channels of a position are adjacent.
 
 #pragma once
 
@@ -8,11 +8,11 @@
 
 namespace syncbn {
 
-// Rows that are summed up in the arithmetic's own precision, and elements of them that stay in a core's cache.
+// Number of rows that are summed in the precision of the arithmetic, and of elements that stay in a core's cache.
 constexpr int64_t SHORT_ROWS = 64;
 constexpr int64_t SHORT_BLOCK = 1 << 15;
 
-// Statistics may be had in another arithmetic than the elements' own.
+// Statistics may use a wider arithmetic than the elements.
 template <class T, class A = Scalar<T>>
 struct Rows {
   using V = Vector<A>;
@@ -20,9 +20,8 @@ struct Rows {
   const Call& call;
   int64_t first_row, last_row;  // of one group
 
-  // For each vector of channels, from channel i on: begin(V{}, i), each(state, offset) for some rows, end(state, i).
-  // ROWS at a time, for which coefficients are loaded and sums stored once; where results are stored as well the memory
-  // is faster with one.
+  // For each vector of channels, starting at channel i: begin(V{}, i), each(state, offset) for some rows, end(state, i).
+  // Coefficients are loaded and sums are stored once per ROWS rows. One row at a time is faster if results are stored.
   template <int64_t ROWS, class Begin, class Each, class End>
   INLINE void each_column(Begin begin, Each each, End end) const {
     const int64_t c = call.channels, whole = c / width<V> * width<V>;
@@ -40,14 +39,14 @@ struct Rows {
     for (; row < last_row; ++row) rows(row, std::integral_constant<int64_t, 1>());
   }
 
-  // Each element with its channel's coefficients.
+  // Calls f for each element with the coefficients of its channel.
   template <class Each>
   INLINE void each_element(Coefficients<A>& k, Each each) const {
     each_column<1>([&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); }, each,
                    [](const auto&, int64_t) {});
   }
 
-  // Adds to one or two sums of each channel; `begin` gives what else is needed.
+  // Adds to one or two sums of each channel; `begin` returns the other values that are needed.
   template <class Begin, class Each>
   INLINE void add(A* first, A* second, Begin begin, Each each) const {
     each_column<4>(
@@ -62,7 +61,7 @@ struct Rows {
         });
   }
 
-  // Block by block of few rows, whose sums are then added to those in double by `flush`.
+  // Works on blocks of few rows; `flush` adds the sums of a block to those in double.
   template <class Each, class Flush>
   INLINE void each_block(Each each, Flush flush) const {
     const int64_t step = std::clamp(SHORT_BLOCK / std::max<int64_t>(call.channels, 1), int64_t(1), SHORT_ROWS);
@@ -106,7 +105,7 @@ struct Rows {
     });
   }
 
-  // The same where the arithmetic is as wide as what is had: nothing is gained by a centre.
+  // The same if the arithmetic is double: a centre would gain nothing.
   void plain_group_sums(double* sums) const {
     static_assert(std::is_same_v<A, double>);
     const T* x = static_cast<const T*>(call.x);
@@ -123,7 +122,7 @@ struct Rows {
     each_element(k, [&](const auto& line, int64_t at) { all.normalize(line, at); });
   }
 
-  // Of dz and of dz * (x - centre), into 2C numbers.
+  // Sums of dz and of dz * (x - centre), into 2C numbers.
   void backward_sums(Coefficients<A>& k, double* sums) const {
     const int64_t c = call.channels;
     const Run<T> all(call, 0);

@@ -1,4 +1,4 @@
-// What is done to each element, and the coefficients for it.
+// The operations on each element, and their coefficients.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace syncbn {
 
-// Of some channels of one group: in double, and rounded once.
+// The coefficients of some channels of one group: computed in double and rounded once.
 template <class A>
 struct Coefficients {
   explicit Coefficients(int64_t n) : n(n), wide(2 * n), narrow(5 * n) {}
@@ -23,8 +23,8 @@ struct Coefficients {
   A* slope_x() { return narrow.data() + 3 * n; }
   A* constant_x() { return narrow.data() + 4 * n; }
 
-  // slope * (x - centre) + constant is the normalized value. The centre is the mean rounded, so that the difference is
-  // exact for values near it; the rest of the mean is in the constant.
+  // The normalized value is slope * (x - centre) + constant. The centre is the rounded mean, so that the difference is
+  // exact for values near it; the constant contains the rest of the mean.
   void for_normalizing(const Call& call, int64_t group, int64_t first) {
     double *scale = wide.data(), *shift = scale + n;
     call.scale.row(group, first, n, 1, scale);
@@ -45,8 +45,8 @@ struct Coefficients {
     }
   }
 
-  // slope * dz + slope_x * (x - centre) + constant_x is the gradient, from the group's means of scale * dz and of
-  // scale * dz * xhat, or without these from the sums.
+  // The gradient is slope * dz + slope_x * (x - centre) + constant_x, from the group's means of scale * dz and of
+  // scale * dz * xhat if these are given, else from the sums.
   void for_gradient(const Call& call, int64_t group, int64_t first) {
     for_normalizing(call, group, first);
     const int64_t at = group * call.channels + first;
@@ -80,7 +80,7 @@ struct Line {
   }
 };
 
-// x and what is read or written beside it, from one place on.
+// Pointers to x and the other tensors, all at the same offset.
 template <class T>
 struct Run {
   using A = Scalar<T>;
@@ -116,7 +116,7 @@ struct Run {
     return activation_grad(gradient, preactivation<V>(k, x, i), activation, negative_slope);
   }
 
-  // Adds the gradient of z and its product with x - centre. Where it is written to `dz`, what is added is what is written.
+  // Adds the gradient of z and its product with x - centre. If it is written to `dz`, the rounded value is added.
   template <class V>
   INLINE void add_products(const Line<V>& k, int64_t i, V& sum, V& product) const {
     const V value = load<V>(x + i);

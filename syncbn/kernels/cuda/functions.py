@@ -1,8 +1,8 @@
-"""The passes on CUDA, by Triton kernels: one launch each, no host synchronization, nothing copied that need not be.
+"""The steps on CUDA, by Triton kernels: one launch each, without a host synchronization.
 
-Read without a copy: every layout in which the dimensions beyond C are one run with one stride, as the standard formats
-are (contiguous and channels_last, also sliced in N or C, or expanded along whole dimensions). An ``x`` in any other
-layout goes to the functional twins; a gradient or residual in another is copied into x's. Operands' layouts may differ.
+The kernels read every layout whose dimensions after C form one run with one stride: contiguous and channels_last, also
+sliced in N or C or expanded along whole dimensions. The tensors of one call may have different layouts. A gradient or
+residual in another layout is copied into the layout of x. The functional twins serve an ``x`` in another layout.
 """
 
 from __future__ import annotations
@@ -19,43 +19,44 @@ from torch import Tensor
 
 from syncbn.functional import finish as finish_twin
 from syncbn.functional import normalize as twin
-from syncbn.functional import stats as stats_twin
+from syncbn.functional import statistics as statistics_twin
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
-from syncbn.functional.finish import Limits, Running, Statistics
-from syncbn.functional.stats import WIRE_DTYPE
-from syncbn.kernels.triton_code import backward_sums_kernel, grad_input_kernel, group_sums_kernel, normalize_kernel
-from syncbn.kernels.triton_finish import Buffers, Results, commit_kernel, finish_kernel
-from syncbn.kernels.triton_tiles import NO_GROUPS, PER_ROW, PER_SAMPLE, Affine, Tensors
-
-__all__ = ["backward_sums", "finish", "grad_input", "group_sums", "normalize"]
+from syncbn.functional.finish import Statistics
+from syncbn.functional.normalize import Affine
+from syncbn.functional.running import Running
+from syncbn.functional.statistics import ONE_GROUP, WIRE_DTYPE, Groups
+from syncbn.kernels.cuda.finish import Buffers, Results, commit_kernel, finish_kernel
+from syncbn.kernels.cuda.passes import backward_sums_kernel, grad_input_kernel, group_sums_kernel, normalize_kernel
+from syncbn.kernels.cuda.tiles import NO_GROUPS, PER_ROW, PER_SAMPLE, Coefficients, Tensors
 
 Strides = tuple[int, int, int]
-"""Of a tensor (N, C, S), in elements: sample, channel, position."""
+"""Strides of a tensor (N, C, S) in elements: sample, channel, position."""
 
 _TILE = 2048
-"""Elements of a tile, 16 for each thread; half of it where there is too little to keep all busy."""
+"""Elements of a tile, 16 per thread. Small tensors use half, so that more processors have work."""
 _SUMS_PER_PROCESSOR = 16
-"""Programs for each of the device's processors: some waves, and few enough that each adds to memory rarely."""
+"""Programs per processor of the device: several waves, but few enough that each adds to memory rarely."""
 _ELEMENTWISE_PER_PROCESSOR = 32
 _FEW_POSITIONS = 64
-"""With samples of fewer positions a tile holds several of them, of different groups maybe."""
+"""If a sample has fewer positions, a tile holds several samples, possibly of different groups."""
 _FINISH_TILE = 1024
 _FINISH_ALONE = 16
-"""Tiles up to which one program does all of :func:`finish`; with more, a second launch updates the buffers."""
+"""Number of tiles up to which one program computes all of :func:`finish`. With more, a second launch updates the
+buffers."""
 
 if torch.cuda.is_available():
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:
-        # Without a C compiler, say: better known now than at the first launch.
+        # For example without a C compiler. Without this check the first launch would fail.
         raise ImportError(f"Triton has no driver here: {error}") from error
 
 
-# -- how the work is cut up --------------------------------------------------------------------------------------------
+# -- how the work is divided -------------------------------------------------------------------------------------------
 
 
 def _strides(t: Tensor) -> Strides | None:
-    """Strides of ``t`` (N, C, *) seen as (N, C, S), or None where the dimensions beyond C are not one run."""
+    """Strides of ``t`` (N, C, *) as a tensor (N, C, S), or None if the dimensions after C are not one run."""
     shape, strides = t.shape, t.stride()
     step = size = 1
     for dim in range(t.dim() - 1, 1, -1):
@@ -66,18 +67,18 @@ def _strides(t: Tensor) -> Strides | None:
         elif strides[dim] != step * size:
             return None
         size *= shape[dim]
-    # Of one sample, or one channel, any stride will do.
+    # With a single sample or a single channel, any stride is right.
     sample = strides[0] if shape[0] > 1 else step * size
     channel = strides[1] if shape[1] > 1 else 1
     return sample, channel, sample if size == 1 else step
 
 
 class _Plan(NamedTuple):
-    """How a pass over a tensor is cut up."""
+    """How a pass over a tensor is divided."""
 
     grid: tuple[int, int]
     blocks: int
-    """Items of a sample."""
+    """Items per sample."""
     items: int
     per_program: int
     rows: int
@@ -87,7 +88,10 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(samples: int, channels: int, size: int, channels_inner: bool, programs: int, least: int) -> _Plan:
-    """About ``programs`` programs for (samples, channels, size); small tiles where not ``least`` would be large."""
+    """A plan of about ``programs`` programs for (samples, channels, size).
+
+    Tiles are small if there are fewer than ``least`` large ones.
+    """
     tile = _TILE
     while tile > _TILE // 2 and samples * channels * size < least * tile:
         tile //= 2
@@ -95,7 +99,7 @@ def _plan(samples: int, channels: int, size: int, channels_inner: bool, programs
     if channels_inner:
         rows = min(all_rows, tile // min(all_columns, 128))
     else:
-        # Some 80 % of a block's rows should exist.
+        # At least 80 % of the rows of the blocks should exist.
         rows = min(all_rows, 1024)
         while rows > 256 and size < 0.8 * rows * -(-size // rows):
             rows //= 2
@@ -108,18 +112,18 @@ def _plan(samples: int, channels: int, size: int, channels_inner: bool, programs
 
 
 def _power_of_two(n: int) -> int:
-    """The least that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 @functools.cache
 def _processors(device: int) -> int:
-    """Streaming multiprocessors; without CUDA, in Triton's interpreter, those of an H200."""
+    """The number of streaming multiprocessors; in Triton's interpreter, without CUDA, that of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 132
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, so x's must be it."""
+    """A context in which the device of x is the current one, because Triton launches on that."""
     device = x.get_device()
     if device < 0 or device == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -127,22 +131,22 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 class _Pass(NamedTuple):
-    """The arguments that all passes over x share."""
+    """The arguments that all passes over x have in common."""
 
     plan: _Plan
     strides: list[Strides | None]
-    """Of the tensors, in order."""
+    """Strides of the tensors, in order."""
     sizes: tuple[int, int, int, int, int, int]
     options: dict[str, object]
 
 
-def _dense(groups: Tensor | None) -> Tensor | None:
-    """The kernels read one index after the other."""
-    return None if groups is None else groups.contiguous()
+def _dense(groups: Groups) -> Tensor | None:
+    """The index as the kernels read it, one element after the other."""
+    return None if groups.index is None else groups.index.contiguous()
 
 
-def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Tensor | None, per_processor: int) -> _Pass | None:
-    """A pass over ``x`` and others of its shape; None where one of them, not None, cannot be gone over."""
+def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_processor: int) -> _Pass | None:
+    """A pass over ``x`` and other tensors of its shape (or None); None if the kernels cannot read one of them."""
     strides: list[Strides | None] = []
     size = math.prod(x.shape[2:])
     flat = True
@@ -155,7 +159,7 @@ def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Tensor | None, p
         strides.append(found)
     samples, channels = x.shape[0], x.shape[1]
     row_size = size
-    mode = NO_GROUPS if groups is None else PER_ROW if flat and size < _FEW_POSITIONS else PER_SAMPLE
+    mode = NO_GROUPS if groups.index is None else PER_ROW if flat and size < _FEW_POSITIONS else PER_SAMPLE
     if flat and mode is not PER_SAMPLE:
         samples, size = 1, samples * size
     first = strides[0]
@@ -175,45 +179,35 @@ def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Tensor | None, p
     return _Pass(plan, strides, (size, channels, plan.blocks, plan.items, plan.per_program, row_size), options)
 
 
-def _affine(mean: Tensor, invstd: Tensor, scale: Tensor | None, shift: Tensor | None) -> Affine:
-    strides = (None if t is None else t.stride() for t in (scale, shift))
-    return Affine(mean.contiguous(), invstd.contiguous(), scale, shift, *strides)
+def _coefficients(affine: Affine) -> Coefficients:
+    strides = (None if t is None else t.stride() for t in (affine.scale, affine.shift))
+    return Coefficients(affine.mean.contiguous(), affine.invstd.contiguous(), affine.scale, affine.shift, *strides)
 
 
 def _regular(t: Tensor, x: Tensor) -> Tensor:
-    """``t``, or a copy in x's layout where it cannot be gone over as it is."""
+    """``t``, or a copy in the layout of x if the kernels cannot read it."""
     return t if _strides(t) is not None else torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
 # -- the five functions ------------------------------------------------------------------------------------------------
 
 
-def group_sums(x: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> Tensor:
-    """As :func:`syncbn.functional.stats.group_sums`: (G, 2C + 1) float64.
+def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
+    """As :func:`syncbn.functional.statistics.group_sums`: (G, 2C + 1) float64.
 
-    Centred tile by tile: a tile's elements are read once, and its sums leave it in float64.
+    Each tile is centred by itself: its elements are read once, and its sums are added in float64.
     """
-    assert groups is not None or num_groups == 1, "without a group of each sample there is one group"
+    assert groups.index is not None or groups.number == 1, "several groups need an index"
     todo = _pass(x, (), groups, _SUMS_PER_PROCESSOR) if x.numel() else None
     if todo is None:
-        if x.numel() or not x.shape[1]:
-            return stats_twin.group_sums(x, groups, num_groups)
-        return torch.zeros(num_groups, 2 * x.shape[1] + 1, dtype=WIRE_DTYPE, device=x.device)
+        return statistics_twin.group_sums(x, groups)
     with _on(x):
-        sums = torch.zeros(num_groups, 2 * x.shape[1] + 1, dtype=WIRE_DTYPE, device=x.device)
+        sums = torch.zeros(groups.number, 2 * x.shape[1] + 1, dtype=WIRE_DTYPE, device=x.device)
         group_sums_kernel[todo.plan.grid](x, sums, _dense(groups), todo.strides[0], *todo.sizes, **todo.options)
     return sums
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: Tensor | None = None,
-    epilogue: Epilogue = NO_EPILOGUE,
-) -> Tensor:
+def normalize(x: Tensor, affine: Affine, groups: Groups = ONE_GROUP, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
     """As :func:`syncbn.functional.normalize.normalize`: the shape, dtype and memory format of ``x``."""
     y = torch.empty_like(x)
     if not x.numel():
@@ -221,12 +215,12 @@ def normalize(
     residual = None if epilogue.residual is None else _regular(epilogue.residual, x)
     todo = _pass(x, (None, residual, y), groups, _ELEMENTWISE_PER_PROCESSOR)
     if todo is None:
-        return twin.normalize(x, mean, invstd, scale, shift, groups, epilogue)
+        return twin.normalize(x, affine, groups, epilogue)
     with _on(x):
         normalize_kernel[todo.plan.grid](
             Tensors(x, None, residual, y),
             Tensors(*todo.strides),
-            _affine(mean, invstd, scale, shift),
+            _coefficients(affine),
             _dense(groups),
             epilogue.negative_slope,
             *todo.sizes,
@@ -237,40 +231,32 @@ def normalize(
 
 
 def backward_sums(
-    grad_output: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: Tensor | None,
-    num_groups: int,
-    epilogue: Epilogue = NO_EPILOGUE,
+    grad_output: Tensor, x: Tensor, affine: Affine, groups: Groups = ONE_GROUP, epilogue: Epilogue = NO_EPILOGUE
 ) -> tuple[Tensor, Epilogue, Tensor]:
     """As :func:`syncbn.functional.normalize.backward_sums`.
 
-    Only a residual, whose gradient dz is, has dz written (in x's memory format); the sums are of its rounded values.
-    With an activation alone dz is ``grad_output`` and what is left to :func:`grad_input` is the activation, which it
-    has from x. A ``grad_output`` that had to be copied is returned as the copy.
+    dz is written only if there is a residual under an activation (in x's memory format); the sums are then of its
+    rounded values. With an activation alone dz is ``grad_output``, or its copy in x's format, and the activation is
+    left to :func:`grad_input`.
     """
     writes = epilogue.activation is not None and epilogue.residual is not None
     rest = NO_EPILOGUE if writes else epilogue._replace(residual=None)
     out = torch.empty_like(x) if writes else None
     if not x.numel():
-        sums = torch.zeros(num_groups, 2, x.shape[1], dtype=WIRE_DTYPE, device=x.device)
+        sums = torch.zeros(groups.number, 2, x.shape[1], dtype=WIRE_DTYPE, device=x.device)
         return grad_output if out is None else out, rest, sums
     grad_output = _regular(grad_output, x)
     residual = _regular(epilogue.residual, x) if writes and epilogue.residual is not None else None
     todo = _pass(x, (grad_output, residual, out), groups, _SUMS_PER_PROCESSOR)
     if todo is None:
-        return twin.backward_sums(grad_output, x, mean, invstd, scale, shift, groups, num_groups, epilogue)
+        return twin.backward_sums(grad_output, x, affine, groups, epilogue)
     with _on(x):
-        sums = torch.zeros(num_groups, 2, x.shape[1], dtype=WIRE_DTYPE, device=x.device)
+        sums = torch.zeros(groups.number, 2, x.shape[1], dtype=WIRE_DTYPE, device=x.device)
         backward_sums_kernel[todo.plan.grid](
             Tensors(x, grad_output, residual, out),
             Tensors(*todo.strides),
             sums,
-            _affine(mean, invstd, scale, shift),
+            _coefficients(affine),
             _dense(groups),
             epilogue.negative_slope,
             *todo.sizes,
@@ -283,12 +269,9 @@ def backward_sums(
 def grad_input(
     dz: Tensor,
     x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    affine: Affine,
     means: Tensor,
-    groups: Tensor | None = None,
+    groups: Groups = ONE_GROUP,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
     """As :func:`syncbn.functional.normalize.grad_input`: the shape, dtype and memory format of ``x``."""
@@ -298,12 +281,12 @@ def grad_input(
     dz = _regular(dz, x)
     todo = _pass(x, (dz, None, dx), groups, _ELEMENTWISE_PER_PROCESSOR)
     if todo is None:
-        return twin.grad_input(dz, x, mean, invstd, scale, shift, means, groups, epilogue)
+        return twin.grad_input(dz, x, affine, means, groups, epilogue)
     with _on(x):
         grad_input_kernel[todo.plan.grid](
             Tensors(x, dz, None, dx),
             Tensors(*todo.strides),
-            _affine(mean, invstd, scale, shift),
+            _coefficients(affine),
             means,
             means.stride(),
             _dense(groups),
@@ -315,36 +298,34 @@ def grad_input(
     return dx
 
 
-def finish(
-    sums: Tensor, eps: float, running: Running | None = None, limits: Limits | None = None, update: bool = True
-) -> Statistics:
-    """As :func:`syncbn.functional.finish.finish`, in one launch; two where C * G is large.
+def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statistics:
+    """As :func:`syncbn.functional.finish.finish`, in one launch, or two if C * G is large.
 
-    The update ``"mean"`` alone: with another, or buffers that are not contiguous, the twin does all.
+    The twin serves buffers that are not contiguous and updates other than ``"mean"``.
     """
     g, c = sums.shape[0], (sums.shape[1] - 1) // 2
-    update = update and running is not None
+    update = running is not None and running.update
     if (
         not g * c
         or not sums.is_contiguous()
         or (running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()))
-        or (update and running is not None and running.mode != "mean")
+        or (running is not None and update and running.mode != "mean")
     ):
-        return finish_twin.finish(sums, eps, running, limits, update)
-    assert limits is None or running is not None, "corrections are relative to running statistics"
+        return finish_twin.finish(sums, eps, running)
     block_groups = min(_power_of_two(g), 16)
     block_columns = min(_power_of_two(c), _FINISH_TILE // block_groups)
     blocks = -(-c // block_columns)
     alone = update and blocks * -(-g // block_groups) <= _FINISH_ALONE
+    limits, momentum, divisor = None, None, None
+    if running is not None:
+        limits, momentum, divisor = running.limits, running.momentum, running.divisor
     with _on(sums):
         matrices = 3 if limits is None else 5
-        # One each: what is kept for the backward pass must not keep the rest alive. The last is scratch.
+        # One tensor each: a tensor saved for the backward pass must not keep the others alive. The last is scratch.
         *found, candidates = (sums.new_empty(rows, c) for rows in [g] * matrices + [2])
         r, d = (None, None) if limits is None else found[3:]
         results = Results(found[0], found[1], found[2], r, d, candidates)
         buffers = Buffers(*(running[:4] if running is not None else (None,) * 4))
-        momentum = None if running is None else running.momentum
-        divisor = None if running is None else running.divisor
         shared = {"HAS_DIVISOR": divisor is not None, "num_warps": 4}
         finish_kernel[(1 if alone else blocks,)](
             sums,
@@ -365,4 +346,4 @@ def finish(
         )
         if update and not alone:
             commit_kernel[(1,)](sums, candidates, buffers, g, c, BLOCK=_FINISH_TILE, **shared)
-    return Statistics(sums[:, :1].clone(), results.mean, results.var, results.invstd, results.r, results.d)
+    return Statistics(sums[:, :1].clone(), results.mean, results.invstd, results.r, results.d, results.var)

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from syncbn.kernels.compiled import build
+from syncbn.kernels.cpu import build
 
 logger = logging.getLogger("syncbn")
 

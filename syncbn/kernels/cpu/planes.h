@@ -1,4 +1,4 @@
-// The passes over planes: tensors in which a run of `size` elements has one channel.
+// The passes over planes: tensors in which `size` adjacent elements belong to one channel.
 
 #pragma once
 
@@ -6,9 +6,9 @@
 
 namespace syncbn {
 
-// Elements that are summed up in the arithmetic's own precision, in as many parts as vectors have lanes.
+// Number of elements that are summed in the precision of the arithmetic, in one part for each lane of a vector.
 constexpr int64_t SHORT_RUN = 2048;
-// Elements of a plane that is so short that finding its mean would take as long as all else.
+// Size of a plane up to which finding its mean would take as long as everything else.
 constexpr int64_t SHORT_PLANE = 64;
 
 template <class T>
@@ -17,7 +17,7 @@ struct Planes {
   using V = Vector<A>;
 
   const Call& call;
-  // All samples of these channels, or some; a group's samples are all in or all out.
+  // All samples of these channels, or some of them; all samples of a group or none.
   int64_t first_sample, last_sample, first_channel, last_channel;
 
   template <class Each>
@@ -27,7 +27,7 @@ struct Planes {
         each(call.group_of(n), c, (n * call.channels + c) * call.size);
   }
 
-  // The same with the group's coefficients at hand, made where the group changes.
+  // The same with the group's coefficients, which are computed when the group changes.
   template <class Make, class Each>
   INLINE void each_plane(Make make, Each each) const {
     Coefficients<A> k(last_channel - first_channel);
@@ -41,7 +41,7 @@ struct Planes {
     });
   }
 
-  // A value near the run's mean: the mean itself, or of a short run that of four of its values. The squares about it are
+  // A value near the run's mean: the mean, or for a short run the mean of four of its values. The squares about it are
   // at most 1 + SHORT_PLANE / 4 times those about the mean, whatever the values.
   static INLINE A centre_of(const T* x, int64_t n) {
     if (n <= SHORT_PLANE)
@@ -103,7 +103,7 @@ struct Planes {
     });
   }
 
-  // Of dz and of dz * (x - centre); finish_group makes what is wanted of the latter.
+  // Sums of dz and of dz * (x - centre); finish_group turns the latter into the sum of dz * xhat.
   void backward_sums() const {
     each_plane(&Coefficients<A>::for_normalizing, [&](const Run<T>& run, Line<V> k, Line<A> k1, int64_t g, int64_t c) {
       double* row = call.sums + g * 2 * call.channels + c;

@@ -1,5 +1,5 @@
-// From sums to what the elementwise step takes, and the running statistics: the C++ of finish.py, renorm.py and
-// running.py in ../../functional.
+// Statistics from sums, and the update of the running statistics: the C++ of finish.py, renorm.py and running.py in
+// ../../functional.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace syncbn {
 
-// NaN stays, as in torch.clamp.
+// NaN stays NaN, as in torch.clamp.
 INLINE double clamp(double value, double least, double most) {
   return value < least ? least : value > most ? most : value;
 }
@@ -55,7 +55,7 @@ inline void moments(const Call& call, int64_t group, int64_t first, int64_t last
     corrections(call, static_cast<double*>(running.mean), static_cast<double*>(running.var), group, first, last);
 }
 
-// One update with the mean over groups of mean and unbiased variance. Nothing is changed where that is not finite.
+// One update with the average over groups of mean and unbiased variance. Nothing changes if the result is not finite.
 template <class B>
 void update_running(const Call& call, B* running_mean, B* running_var) {
   const Running& running = call.running;
@@ -78,7 +78,7 @@ void update_running(const Call& call, B* running_mean, B* running_var) {
   }
   const B most = std::numeric_limits<B>::max();
   const double factor = running.cumulative ? 1 / (*running.num_batches_tracked + 1.0) : running.momentum;
-  int infinite = 0;  // in the buffers' own type
+  int infinite = 0;  // after rounding to the buffers' type
   for (int64_t c = 0; c < channels; ++c) {
     mean[c] = running_mean[c] + factor * (mean[c] - running_mean[c]);
     var[c] = running_var[c] + factor * (var[c] - running_var[c]);

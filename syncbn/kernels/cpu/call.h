@@ -1,4 +1,4 @@
-// What Python passes, field by field as in ../cpu_call.py.
+// The argument of all functions, field by field as in call.py.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace syncbn {
 
 enum Type : int64_t { FLOAT, DOUBLE, BFLOAT16, FLOAT16 };
 
-// Values of each group and channel, of any type and strides; null where it is `otherwise` throughout.
+// Values of each group and channel, of any type and strides. A null pointer means the same value everywhere.
 struct Values {
   const void* data;
   int64_t type, group_stride, channel_stride;
@@ -57,7 +57,7 @@ inline void write(int64_t type, const double* from, int64_t n, void* to) {
     write_as(from, n, static_cast<Float16*>(to));
 }
 
-// A layer's buffers, each (C,) of one type, and what a step does to them. No buffers: mean is null.
+// A layer's buffers, each (C,) of one type, and how a step updates them. mean is null if there are no buffers.
 struct Running {
   void *mean, *var;
   int64_t* num_batches_tracked;
@@ -71,13 +71,13 @@ struct Limits {
   double r_max, d_max, warmup_steps, r_ramp_end, d_ramp_end;
 };
 
-// One for all functions, each of which looks at what it needs: eight bytes a field.
+// All functions take this argument and read the fields that they need. Each field has eight bytes.
 struct Call {
   const void *x, *grad_output, *residual;
-  void *dz, *out;  // where the gradient of z is to be written, if anywhere; the result
+  void *dz, *out;  // the gradient of z, or null if it is not wanted; the result
   const int64_t* groups;  // (N,), or null for one group
   double* sums;  // forward (G, 2C + 1), backward (G, 2, C)
-  double *count, *mean, *var, *invstd, *r, *d;  // (G,), then (G, C) each; r and d may be null
+  double *count, *mean, *var, *invstd, *r, *d;  // (G,), then (G, C) each; r and d may be null, count and var in a whole pass
   const double* means;  // (G, 2, C), or null
   void *grad_weight, *grad_bias;  // (C,) each, or null
   int64_t grad_weight_type, grad_bias_type;

@@ -1,6 +1,6 @@
-"""The Triton kernels that go over x: :mod:`syncbn.kernels.triton` launches them, and there it says what they compute.
+"""The Triton kernels that read x. :mod:`syncbn.kernels.cuda.functions` launches them and describes their results.
 
-The arguments, and how the work is cut up, are described in :mod:`syncbn.kernels.triton_tiles`.
+:mod:`syncbn.kernels.cuda.tiles` describes the arguments and how the work is divided.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton_tiles import (
+from syncbn.kernels.cuda.tiles import (
     NO_GROUPS,
     activate,
     activation_grad,
@@ -23,7 +23,7 @@ from syncbn.kernels.triton_tiles import (
     place,
 )
 
-# What a launch may change without a new compilation.
+# Arguments that may change from launch to launch without a new compilation.
 _SIZES = ["blocks", "items", "per_program", "row_size"]
 
 
@@ -32,7 +32,7 @@ _SIZES = ["blocks", "items", "per_program", "row_size"]
 
 @triton.jit
 def add_centred(count, total, squares, tile, members, number):
-    """With a tile's ``number`` rows that are members: centred on their own mean, and the centre put back in float64."""
+    """Add the ``number`` rows of a tile that are members, centred on their mean; the centre is put back in float64."""
     centre = tl.sum(tl.where(members, tile, 0.0), 0, keep_dims=True) / number.to(tile.dtype)
     centred = tl.where(members, tile - centre, 0.0)
     part = tl.sum(centred, 0, keep_dims=True).to(tl.float64)
@@ -50,7 +50,7 @@ def add_products(total, products, dz, centred, members):
 
 @triton.jit
 def number_of(members):
-    """How many of (BLOCK_ROWS, 1) are true."""
+    """The number of true elements of (BLOCK_ROWS, 1)."""
     return tl.sum(tl.sum(members.to(tl.int32), 1), 0)
 
 
@@ -80,7 +80,7 @@ def group_sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Adds to sums (G, 2C + 1): what it has found of a group, when another group begins and at the end."""
+    """Adds to sums (G, 2C + 1) whenever another group begins, and at the end."""
     cols, known = columns(channels, BLOCK_COLS)
     zero = tl.full([], 0, tl.int64)
     current = zero if GROUPS == NO_GROUPS else zero - 1

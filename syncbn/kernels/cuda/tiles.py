@@ -1,22 +1,22 @@
-"""What the Triton kernels that go over x have in common.
+"""The parts that the Triton kernels over x share.
 
-Conventions. A tensor (N, C, *) is seen as (N, C, S) with three strides in elements: sample, channel, position. Work is
-cut into *items*, each ``BLOCK_ROWS`` positions of one sample (where nothing depends on the sample, all samples may be
-laid end to end as one), and a program takes ``per_program`` items in a row and ``BLOCK_COLS`` channels. A tile is
-(BLOCK_ROWS, BLOCK_COLS). Where it begins is int64; offsets within it are int32, which spares a kernel half of its
-registers, unless ``FAR`` says that they do not suffice.
+A tensor (N, C, *) is treated as (N, C, S) with three strides in elements: sample, channel, position. The work is
+divided into *items* of ``BLOCK_ROWS`` positions of one sample. (If nothing depends on the sample, all samples may be
+treated as one.) A program takes ``per_program`` consecutive items and ``BLOCK_COLS`` channels, so a tile is
+(BLOCK_ROWS, BLOCK_COLS). The start of a tile is int64. Offsets within it are int32, which halves the registers of a
+kernel, except with ``FAR``, for tensors in which they do not suffice.
 
-``GROUPS`` says how a tile's group is found:
+``GROUPS`` says how the group of a tile is found:
 
 * ``NO_GROUPS``: there is one.
 * ``PER_SAMPLE``: ``groups[sample]``, the same for the whole tile.
-* ``PER_ROW``: samples of ``row_size`` positions lie end to end, so ``groups[row // row_size]``.
+* ``PER_ROW``: ``groups[row // row_size]``, as samples of ``row_size`` positions follow one another.
 
 Elementwise arithmetic is in ``COMPUTE``: float32, or float64 for float64 input. Coefficients, and sums over more than a
 tile, are float64.
 """
 
-# ruff: noqa: RET505 (a branch that does not apply must not be compiled, so it is an `else`)
+# ruff: noqa: RET505 (Triton compiles what follows a return; an `else` is left out if it does not apply)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def item_rows(item, blocks, size, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def place(tensor, strides, sample, first, FAR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Where a tile's elements lie."""
+    """Pointers to the elements of a tile."""
     corner = sample * strides[0] + first * strides[2] + tl.program_id(1).to(tl.int64) * BLOCK_COLS * strides[1]
     rows = tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
@@ -84,7 +84,7 @@ def group_range(group, inside, GROUPS: tl.constexpr):
 
 
 class Tensors(NamedTuple):
-    """Pointers that a kernel goes over, or None; and, in a second one, the strides of each."""
+    """Pointers to the tensors that a kernel reads and writes, or None. A second one has their strides."""
 
     x: Any
     dy: Any
@@ -92,8 +92,8 @@ class Tensors(NamedTuple):
     out: Any
 
 
-class Affine(NamedTuple):
-    """Arguments of ``coefficients``."""
+class Coefficients(NamedTuple):
+    """:class:`syncbn.functional.normalize.Affine` with its strides, as ``coefficients`` takes it."""
 
     mean: Any
     """(G, C) float64, contiguous, as ``invstd``."""
@@ -124,7 +124,7 @@ def coefficients(affine, group, cols, known, channels, COMPUTE: tl.constexpr):
 
 @triton.jit
 def gradient_coefficients(affine, means, means_strides, group, cols, known, channels, COMPUTE: tl.constexpr):
-    """That of grad_input which does not depend on dz is ``(x - high) * slope + constant``."""
+    """The part of grad_input that does not depend on dz is ``(x - high) * slope + constant``."""
     at = group * channels + cols
     mean = tl.load(affine.mean + at, known, other=0.0)
     invstd = tl.load(affine.invstd + at, known, other=0.0)

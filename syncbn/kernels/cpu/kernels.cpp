@@ -1,9 +1,10 @@
-// The functions that ../cpu_compiled.py calls, by C's rules and without torch's headers, so that one build serves every
-// version of torch: the five of ../rule.py, and the passes of a forward or a backward at once where nothing travels in
-// between. Then a part of the tensor that fits into a core's cache is read from memory once.
+// The functions that functions.py calls: the five steps, and a whole forward or backward pass for groups that are all on
+// this process. In a whole pass, a part of the tensor that fits into a core's cache is read from memory once. The functions
+// are C without torch's headers, so that one build serves every version of torch.
 //
-// Sums leave a short run for a double, so that the length of a tensor does not show in their precision, and are added in
-// an order that depends on shape, groups and format alone: the number of threads shows in no bit.
+// Short runs are summed in the tensor's arithmetic and the runs in double, so the precision does not depend on the
+// tensor's length. The order of additions depends on shape, groups and format alone, so the number of threads changes no
+// bit of a result.
 
 #include <utility>
 
@@ -18,7 +19,7 @@ constexpr int64_t GRAIN = 1 << 15;   // elements below which a thread is not wor
 constexpr int64_t CACHED = 1 << 17;  // elements that all passes go over before the next
 constexpr int64_t PIECE = 1 << 18;   // elements of rows that one thread takes at a time
 
-// f(first, last) for a share of the items each.
+// Each thread calls f(first, last) for its share of the items.
 template <class F>
 void parallel(const Call& call, int64_t items, F f) {
   const int64_t elements = call.samples * call.channels * call.size;
@@ -28,7 +29,7 @@ void parallel(const Call& call, int64_t items, F f) {
   for (int64_t t = 0; t < threads; ++t) f(items * t / threads, items * (t + 1) / threads);
 }
 
-// Consecutive samples, or rows of samples, of one group; group -1 is all of all groups.
+// Consecutive samples, or rows of samples, of one group; group -1 stands for all samples of all groups.
 struct Stretch {
   int64_t group, first, last;
 };
@@ -43,15 +44,15 @@ std::vector<Stretch> runs_of(const Call& call) {
   return runs;
 }
 
-// Whether each group is one run, so that it may be finished before the next is begun.
+// Whether each group is one run, so that a group can be finished before the next begins.
 bool is_whole(const std::vector<Stretch>& runs) {
   for (size_t i = 1; i < runs.size(); ++i)
     if (runs[i].group <= runs[i - 1].group) return false;
   return true;
 }
 
-// The two passes of a forward or a backward: sums, and what is made of them. Where both are asked for nothing travels in
-// between, and each part of the tensor goes through both.
+// The two passes of a forward or a backward: the sums, and the elementwise step. If both are wanted, each part of the
+// tensor goes through both.
 struct Task {
   const Call& call;
   const bool forward, first, second;
@@ -69,7 +70,7 @@ struct Task {
     }
   }
 
-  // After a group's sums: the moments, or sums of dz * xhat from those of dz * (x - centre).
+  // When a group's sums are complete: the moments, or the sums of dz * xhat from those of dz * (x - centre).
   template <class A>
   void finish_group(int64_t group, int64_t from, int64_t to) const {
     if (forward) {
@@ -84,7 +85,7 @@ struct Task {
     }
   }
 
-  // What the second pass reads: dz, where the first has written it.
+  // The call of the second pass, which reads dz if the first has written it.
   Call after_first() const {
     Call other = call;
     if (forward || !first || call.dz == nullptr) return other;
@@ -104,7 +105,7 @@ void over_planes(const Task& task) {
   if (!(task.first && task.second && is_whole(runs))) runs.assign(1, {-1, 0, call.samples});
   int64_t longest = 1;
   for (const Stretch& run : runs) longest = std::max(longest, run.last - run.first);
-  // As many channels together as fit into the cache, and leave some for every thread.
+  // As many channels at a time as fit into the cache, but few enough that every thread has some.
   const int64_t fair = (call.channels + call.threads - 1) / call.threads;
   const int64_t step = std::max<int64_t>(std::min(CACHED / (longest * call.size), fair), 1);
   const int64_t parts = (call.channels + step - 1) / step;
@@ -128,10 +129,10 @@ void over_planes(const Task& task) {
 
 // -- rows ------------------------------------------------------------------------------------------------------------
 
-// Rows of one group, some of them from several runs of samples: what one thread takes at a time.
+// Rows of one group, possibly from several runs of samples, that one thread takes at a time.
 using Piece = std::vector<Stretch>;
 
-// Of runs in the order of their groups.
+// The pieces of runs that are sorted by group.
 std::vector<Piece> pieces_of(const Call& call, const Stretch* runs, int64_t number) {
   const int64_t most = std::max<int64_t>(PIECE / call.channels, 1);
   std::vector<Piece> pieces;
@@ -150,7 +151,7 @@ std::vector<Piece> pieces_of(const Call& call, const Stretch* runs, int64_t numb
   return pieces;
 }
 
-// f(rows, coefficients, index of the piece) for each stretch; the coefficients are made where the group changes.
+// Calls f(rows, coefficients, index of the piece) for each stretch. Coefficients are computed when the group changes.
 template <class T, class Make, class F>
 void each_piece(const Call& call, const std::vector<Piece>& pieces, Make make, F f) {
   parallel(call, pieces.size(), [&](int64_t start, int64_t stop) {
@@ -169,7 +170,7 @@ void group_sums(const Call& call, const std::vector<Piece>& pieces, double* part
     for (int64_t i = start; i < stop; ++i)
       for (const Stretch& rows : pieces[i]) {
         double* sums = parts + i * 2 * call.channels;
-        // Values of one sample each have no centre of their own, and are few: as in the twin.
+        // A sample with one value per channel has no centre of its own; such tensors are small. As in the twin.
         if (call.size == 1)
           Rows<T, double>{call, rows.first, rows.last}.plain_group_sums(sums);
         else
@@ -200,7 +201,7 @@ void over_runs(const Task& task, const Stretch* runs, int64_t number, bool whole
       task.template finish_group<Scalar<T>>(whole ? runs[i].group : i, 0, call.channels);
   }
   if (!task.second) return;
-  std::reverse(pieces.begin(), pieces.end());  // what was read last is still in the cache
+  std::reverse(pieces.begin(), pieces.end());  // the rows read last are still in the cache
   if (task.forward)
     each_piece<T>(later, pieces, &K::for_normalizing, [](const Rows<T>& rows, K& k, int64_t) { rows.normalize(k); });
   else
@@ -216,7 +217,7 @@ void over_rows(const Task& task) {
     std::stable_sort(runs.begin(), runs.end(), by_group);
     return over_runs<T>(task, runs.data(), runs.size(), false);
   }
-  // As many groups together as fit into the cache of each thread.
+  // As many groups at a time as fit into the caches of the threads.
   const int64_t most = CACHED * call.threads / std::max<int64_t>(call.channels * call.size, 1);
   for (size_t i = 0; i < runs.size();) {
     size_t j = i + 1;
@@ -226,7 +227,7 @@ void over_rows(const Task& task) {
   }
 }
 
-// Of weight and bias: what is summed up with r and d is what scale = weight * r and shift = weight * d + bias say.
+// The gradients of weight and bias, by the chain rule for scale = weight * r and shift = weight * d + bias.
 void parameter_gradients(const Call& call) {
   const int64_t n = call.channels;
   std::vector<double> totals(2 * n);
@@ -252,10 +253,16 @@ void run(const Task& task) {
   task.call.planes ? over_planes<T>(task) : over_rows<T>(task);
 }
 
-// 0, or 1 where a sample's group does not exist.
-int64_t run(const Call& call, bool forward, bool first, bool second) {
+// Whether the groups of all samples exist.
+bool has_groups(const Call& call) {
   for (int64_t n = 0; call.groups != nullptr && n < call.samples; ++n)
-    if (call.groups[n] < 0 || call.groups[n] >= call.num_groups) return 1;
+    if (call.groups[n] < 0 || call.groups[n] >= call.num_groups) return false;
+  return true;
+}
+
+// Returns 0, or 1 if a sample's group does not exist.
+int64_t run(const Call& call, bool forward, bool first, bool second) {
+  if (!has_groups(call)) return 1;
   const Task task{call, forward, first, second};
   switch (call.type) {
     case FLOAT: run<float>(task); break;
@@ -289,16 +296,21 @@ int64_t syncbn_finish(const Call* call) {
 }
 int64_t syncbn_forward(const Call* given) {
   Call call = *given;
-  std::vector<double> sums(call.num_groups * (2 * call.channels + 1));
-  call.sums = sums.data();
+  const int64_t groups = call.num_groups, values = groups * call.channels;
+  std::vector<double> sums(2 * values + groups), count(groups), var(values);
+  call.sums = sums.data(), call.count = count.data(), call.var = var.data();
   if (syncbn::run(call, true, true, true)) return 1;
   syncbn::update_running(call);
   return 0;
 }
 int64_t syncbn_backward(const Call* given) {
   Call call = *given;
-  std::vector<double> sums(call.num_groups * 2 * call.channels);
-  call.sums = sums.data();
+  std::vector<double> sums(call.num_groups * 2 * call.channels), count(call.num_groups);
+  call.sums = sums.data(), call.count = count.data();
+  if (call.groups == nullptr)
+    count[0] = static_cast<double>(call.samples * call.size);
+  else if (syncbn::has_groups(call))
+    for (int64_t n = 0; n < call.samples; ++n) count[call.groups[n]] += call.size;
   if (syncbn::run(call, false, true, call.out != nullptr)) return 1;
   syncbn::parameter_gradients(call);
   return 0;

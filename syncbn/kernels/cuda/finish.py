@@ -1,4 +1,4 @@
-"""The Triton kernels behind the reduction: see :func:`syncbn.kernels.triton.finish`. Everything is float64."""
+"""The Triton kernels of :func:`syncbn.kernels.cuda.functions.finish`. All arithmetic is float64."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 class Buffers(NamedTuple):
-    """The running statistics, contiguous; all None where they play no part."""
+    """The running statistics, contiguous; all None if there are none."""
 
     mean: Any
     """(C,), as ``var``."""
@@ -22,7 +22,7 @@ class Buffers(NamedTuple):
 
 
 class Results(NamedTuple):
-    """(G, C) float64, contiguous; r and d may be None. ``candidates`` is (2, C): what the running statistics become."""
+    """(G, C) float64, contiguous; r and d may be None. ``candidates`` (2, C) are the new running statistics."""
 
     mean: Any
     var: Any
@@ -34,7 +34,7 @@ class Results(NamedTuple):
 
 @triton.jit
 def clip(value, least, greatest):
-    """Not a number stays so: no comparison with it holds."""
+    """NaN stays NaN, because no comparison with it is true."""
     return tl.where(value < least, least, tl.where(value > greatest, greatest, value))
 
 
@@ -61,7 +61,7 @@ def write_corrections(results, buffers, at, cols, known, mask, mean, var, eps, r
 
 @triton.jit
 def write_candidates(results, buffers, cols, known, channels, mean, var, momentum, CUMULATIVE: tl.constexpr):
-    """From the step's mean and unbiased variance, (1, BLOCK_COLS); rounded as the buffers will round them."""
+    """New values of the buffers from the step's mean and unbiased variance, (1, BLOCK_COLS), rounded to their dtype."""
     if CUMULATIVE:
         factor = 1.0 / (tl.load(buffers.tracked).to(tl.float64) + 1.0)
     else:
@@ -76,7 +76,7 @@ def write_candidates(results, buffers, cols, known, channels, mean, var, momentu
 
 @triton.jit
 def commit(sums, candidates, buffers, num_groups, channels, HAS_DIVISOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Move the candidates into the buffers, all or none, by one program."""
+    """One program copies all candidates into the buffers, or none if one of them is not finite."""
     infinite = tl.full([], 0, tl.int32)
     for start in range(0, 2 * channels, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -131,7 +131,7 @@ def finish_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Blocks of channels in turn; with COMMIT, one program that goes on to move the candidates into the buffers."""
+    """Each program takes blocks of channels in turn. With COMMIT there is one, which also updates the buffers."""
     # In Triton's interpreter they are Python's floats, and would be float32 once they are given another name.
     momentum, divisor = tl.full([], momentum, tl.float64), tl.full([], divisor, tl.float64)
     first = tl.program_id(0) * BLOCK_COLS

@@ -110,7 +110,7 @@ template <class V>
 INLINE V widen(Float16, typename Lanes<V>::Short h) {
   using Word = typename Lanes<V>::Word;
   Word u = convert<Word>(h), exponent = u & 0x7c00, rest = (u & 0x7fff) << 13;
-  // Without subnormal numbers of the arithmetic, which a process may have set to be 0.
+  // Without subnormal numbers of the arithmetic, because a process may flush them to 0.
   V subnormal = bits<V>(Word(rest + 0x38800000)) - 0x1p-14f;
   Word value = exponent == 0 ? bits<Word>(subnormal) : Word(rest + 0x38000000);
   value = exponent == 0x7c00 ? Word(rest | 0x7f800000) : value;
@@ -164,7 +164,7 @@ INLINE void store(T* to, V value) {
   }
 }
 
-// What a vector gathers over a short run, as a double.
+// The sum of a vector's elements over a short run, as a double.
 INLINE double total(Doubles v) {
   HalfDoubles quarter = half<HalfDoubles>(v, 0) + half<HalfDoubles>(v, 1);
   QuarterDoubles pair = half<QuarterDoubles>(quarter, 0) + half<QuarterDoubles>(quarter, 1);
@@ -193,9 +193,9 @@ struct Exp<double> {
   static constexpr double MAGIC = 0x1.8p52;
 };
 
-// exp(x) = 2^k * exp(r), |r| <= log(2)/2, by its Taylor polynomial: to a few roundings. log(2) is in two parts, of which
-// k times the first is exact; MAGIC added to a value rounds it to an integer, in the lowest bits. NaN stays, what is
-// more than MOST is infinite and what is less than LEAST exp(LEAST).
+// exp(x) = 2^k * exp(r), |r| <= log(2)/2, by the Taylor polynomial of exp(r), to a few roundings. log(2) has two parts; k
+// times the first is exact. Adding MAGIC to a value rounds it to an integer in its lowest bits. NaN stays NaN, values above
+// MOST give infinity, and values below LEAST give exp(LEAST).
 template <class V>
 INLINE V exponential(V x) {
   using A = typename Lanes<V>::Scalar;

@@ -1,0 +1,128 @@
+"""Which implementation runs for a tensor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.functional import finish, normalize, statistics
+from syncbn.functional.epilogue import Epilogue
+from syncbn.functional.finish import LocalStatistics, Statistics
+from syncbn.functional.normalize import Affine
+from syncbn.functional.running import Running
+from syncbn.functional.statistics import Groups
+from syncbn.torch_internals import runs_at_once
+
+logger = logging.getLogger("syncbn")
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, weight, bias and residual."""
+LocalForward = Callable[
+    [Tensor, Tensor | None, Tensor | None, float, Running | None, Groups, Epilogue],
+    tuple[Tensor, Tensor, Tensor | None],
+]
+LocalBackward = Callable[
+    [Tensor, Tensor, tuple[Tensor | None, Tensor | None], LocalStatistics, Groups, Epilogue, Sequence[bool]],
+    Gradients | None,
+]
+
+
+class Kernels(NamedTuple):
+    """One implementation of the steps of batch normalization."""
+
+    name: str
+    group_sums: Callable[[Tensor, Groups], Tensor]
+    """:func:`syncbn.functional.statistics.group_sums`; reads x once."""
+    finish: Callable[[Tensor, float, Running | None], Statistics]
+    """:func:`syncbn.functional.finish.finish`; small."""
+    normalize: Callable[[Tensor, Affine, Groups, Epilogue], Tensor]
+    """:func:`syncbn.functional.normalize.normalize`; reads x and writes y."""
+    backward_sums: Callable[[Tensor, Tensor, Affine, Groups, Epilogue], tuple[Tensor, Epilogue, Tensor]]
+    """:func:`syncbn.functional.normalize.backward_sums`; reads dy and x."""
+    grad_input: Callable[[Tensor, Tensor, Affine, Tensor, Groups, Epilogue], Tensor]
+    """:func:`syncbn.functional.normalize.grad_input`; reads dy and x, and writes dx."""
+    local_forward: LocalForward | None = None
+    """(x, weight, bias, eps, running, groups, epilogue): the output and the :class:`LocalStatistics`. ``group_sums``,
+    ``finish`` and ``normalize`` in one call, for groups that are all on this process. None if this implementation has
+    no such function."""
+    local_backward: LocalBackward | None = None
+    """(grad_output, x, (weight, bias), statistics, groups, epilogue, needs): the backward pass in one call, likewise.
+    ``needs`` says which of the gradients are wanted; the others are None. It returns None for tensors that it cannot
+    read."""
+
+
+REFERENCE = Kernels(
+    "reference",
+    statistics.group_sums,
+    finish.finish,
+    normalize.normalize,
+    normalize.backward_sums,
+    normalize.grad_input,
+)
+
+
+def pick(x: Tensor, *, differentiable: bool) -> Kernels:
+    """The implementation for ``x``.
+
+    The twins in :mod:`syncbn.functional` are used if the operation is traced, transformed or observed
+    (``torch.compile`` makes kernels of its own from them), on other devices, and on CUDA under
+    ``torch.use_deterministic_algorithms``, because Triton's sums over blocks are added in no fixed order.
+
+    Args:
+        x: (N, C, *).
+        differentiable: whether autograd must be able to differentiate each operation.
+    """
+    if differentiable or not runs_at_once(x):
+        return REFERENCE
+    if x.is_cpu:
+        return cpu()
+    if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        return cuda()
+    return REFERENCE
+
+
+@functools.cache
+def cpu() -> Kernels:
+    """The compiled C++ kernels, or the twins and one line in the log if they cannot be loaded."""
+    try:
+        from syncbn.kernels.cpu import functions
+    except ImportError as error:
+        logger.warning(
+            "the compiled CPU kernels cannot be loaded (%s): slower torch operations are used. To build the kernels: "
+            "python -m syncbn.kernels.cpu.build",
+            error,
+        )
+        return REFERENCE
+    return Kernels(
+        "cpu",
+        functions.group_sums,
+        functions.finish,
+        functions.normalize,
+        functions.backward_sums,
+        functions.grad_input,
+        functions.local_forward,
+        functions.local_backward,
+    )
+
+
+@functools.cache
+def cuda() -> Kernels:
+    """Triton's kernels, or the twins and one line in the log if Triton cannot be imported."""
+    try:
+        from syncbn.kernels.cuda import functions
+    except ImportError as error:
+        logger.warning("Triton cannot be imported (%s): slower torch operations are used", error)
+        return REFERENCE
+    return Kernels(
+        "triton",
+        functions.group_sums,
+        functions.finish,
+        functions.normalize,
+        functions.backward_sums,
+        functions.grad_input,
+    )

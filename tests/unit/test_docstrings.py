@@ -1,0 +1,22 @@
+"""The examples in the docstrings of the public names run, and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import sys
+
+import pytest
+
+import syncbn
+
+PUBLIC = {f"syncbn.{name}": getattr(syncbn, name) for name in syncbn.__all__ if name != "__version__"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_example(name: str) -> None:
+    documented = PUBLIC[name]
+    names = vars(sys.modules[documented.__module__])
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(documented) or "", dict(names), name, None, None)
+    assert example.examples, f"{name} has no example"
+    assert doctest.DocTestRunner().run(example).failed == 0
