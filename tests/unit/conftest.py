@@ -9,6 +9,38 @@ import pytest
 import torch
 import torch.distributed as dist
 
+SLOW = {
+    "test_bench_command.py": "it runs the bench",
+    "test_compat.py": "each test imports torch in a process of its own",
+    "test_compiled_kernels.py": "it needs a C++ compiler, and works on large inputs",
+    "test_convert_models.py": "it runs whole models of torchvision and timm",
+    "test_cpu_kernels.py": "it needs a C++ compiler, and works on large inputs",
+    "test_diagnose.py": "it trains networks",
+    "test_layer_epilogue.py::test_compiled_in_one_graph": "torch.compile takes seconds",
+    "test_layer_gradients.py": "second derivatives are compared number by number",
+    "test_models.py::test_torchvision_model_of_grey_images_keeps_its_architecture": "it builds whole models",
+    "test_models.py::test_torchvision_models_give_one_output": "it runs whole models of torchvision",
+    "test_moving_average.py": "it trains networks",
+    "test_norms.py::test_residual_networks": "it runs whole models with each norm",
+    "test_openmp.py": "it imports torch in a process of its own",
+    "test_study_claims.py": "it simulates thousands of studies",
+    "test_study_coverage.py": "it simulates thousands of studies",
+    "test_study_grid_report.py": "it draws whole reports",
+    "test_study_parity.py": "it starts processes",
+    "test_study_report.py": "it draws whole reports",
+    "test_study_runner.py": "it starts worker processes",
+    "test_train.py": "it trains networks",
+}
+"""Files and tests that are marked `slow`, which `make test-fast` leaves out, and why they take long."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        test = item.nodeid.rpartition("/")[2].partition("[")[0]
+        reason = SLOW.get(test) or SLOW.get(item.path.name)
+        if reason is not None and item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.slow(reason=reason))
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[None]:
