@@ -204,6 +204,12 @@ def wide(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=WIRE_DTYPE, device="cpu")
 
 
+def halves(t: Tensor) -> tuple[int, int]:
+    """The addresses of ``t[0]`` and ``t[1]`` of a contiguous (2, ...) tensor."""
+    start = t.data_ptr()
+    return start, start + t.nbytes // 2
+
+
 def put_running(call: Call, running: Running | None) -> Tensor | None:
     """Put the running statistics and their update into the call.
 
@@ -225,6 +231,5 @@ def put_running(call: Call, running: Running | None) -> Tensor | None:
         return None
     corrections = wide(2, call.num_groups, call.channels)
     call.limits = _Limits(True, *limits)
-    call.r = corrections.data_ptr()
-    call.d = call.r + corrections.nbytes // 2
+    call.r, call.d = halves(corrections)
     return corrections

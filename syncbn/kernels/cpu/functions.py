@@ -25,6 +25,7 @@ from syncbn.kernels.cpu.call import (
     Call,
     as_x,
     fits,
+    halves,
     is_like,
     is_readable,
     library,
@@ -93,8 +94,8 @@ def local_forward(
         return _local_forward_by_steps(x, weight, bias, eps, running, groups, epilogue)
     y = torch.empty_like(x)
     moments = torch.empty(2, groups.number, x.shape[1], dtype=WIRE_DTYPE, device="cpu")
-    call.out, call.eps, call.mean = y.data_ptr(), eps, moments.data_ptr()
-    call.invstd = call.mean + moments.nbytes // 2
+    call.out, call.eps = y.data_ptr(), eps
+    call.mean, call.invstd = halves(moments)
     corrections = put_running(call, running)
     library.syncbn_forward(call)
     return y, moments, None if corrections is None else corrections.to(compute_dtype(x))
@@ -195,14 +196,13 @@ def local_backward(
     shape = (2, groups.number, x.shape[1])
     if call is None or not (is_like(moments, WIRE_DTYPE, *shape) and fits(grad_output, x)):
         return None
-    call.mean = moments.data_ptr()
-    call.invstd = call.mean + moments.nbytes // 2
+    call.mean, call.invstd = halves(moments)
     if corrections is not None:
         wide_corrections = corrections.to(WIRE_DTYPE)
         if not is_like(wide_corrections, WIRE_DTYPE, *shape):
             return None
-        call.r = call.keep(wide_corrections)
-        call.d = call.r + wide_corrections.nbytes // 2
+        call.kept = (*call.kept, wide_corrections)
+        call.r, call.d = halves(wide_corrections)
     dz = _put_gradient(call, grad_output, x, write=needs[3])
     grad = grad_weight = grad_bias = None
     if needs[0]:
