@@ -153,28 +153,21 @@ def _integers(key: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _study_plan(**options: Any) -> int:
-    from syncbn.study.run.cost import plan_study
+def _study(command: str) -> Callable[..., int]:
+    def call(**options: Any) -> int:
+        from syncbn.study.commands import report_study, run_study
+        from syncbn.study.run.cost import plan_study
+        from syncbn.study.run.status import print_status
 
-    return plan_study(**options)
+        functions: dict[str, Callable[..., int]] = {
+            "plan": plan_study,
+            "run": run_study,
+            "status": print_status,
+            "report": report_study,
+        }
+        return functions[command](**options)
 
-
-def _study_run(**options: Any) -> int:
-    from syncbn.study.commands import run_study
-
-    return run_study(**options)
-
-
-def _study_status(**options: Any) -> int:
-    from syncbn.study.run.status import print_status
-
-    return print_status(**options)
-
-
-def _study_report(**options: Any) -> int:
-    from syncbn.study.commands import report_study
-
-    return report_study(**options)
+    return call
 
 
 def _bench(words: Sequence[str]) -> int:
@@ -217,7 +210,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study plan": Command(
-        _study_plan,
+        _study("plan"),
         "List the runs of a study and estimate how long they take.",
         {
             "--config": _STUDY,
@@ -226,7 +219,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study run": Command(
-        _study_run,
+        _study("run"),
         "Do the missing runs of a study and write its report; under a launcher, all processes train each run together.",
         {
             "--config": _STUDY,
@@ -246,12 +239,12 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study status": Command(
-        _study_status,
+        _study("status"),
         "Tell which runs of a study are done, running, failed or missing, also while it runs.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),
     "study report": Command(
-        _study_report,
+        _study("report"),
         "Write a study's report from the runs that are done.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),

@@ -34,6 +34,12 @@ def require(ok: bool, key: str, value: object, expected: str) -> None:
         raise ConfigError(key, value, expected)
 
 
+def check_rules(config: Any, prefix: str, *rules: tuple[str, bool, str]) -> None:
+    """Raise :class:`ConfigError` for the first broken rule: a field's name, whether it is right, what was expected."""
+    for name, holds, expected in rules:
+        require(holds, prefix + name, getattr(config, name), expected)
+
+
 def check_values(config: Any, prefix: str, **least: int) -> None:
     """Check every field of a dataclass against its type, and those named in ``least`` against a smallest value.
 

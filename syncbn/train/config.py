@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from syncbn.train.checks import ConfigError, LocalError, check_values, require
+from syncbn.train.checks import ConfigError, LocalError, check_rules, check_values, require
 from syncbn.train.norms.config import NormConfig
 
 __all__ = [
@@ -60,17 +60,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         smallest = {"class_skew": 1, "image_size": 4, "synthetic_samples": 4, "synthetic_classes": 2}
         check_values(self, "data.", train_samples=1, workers=0, **smallest)
-        require(
-            self.augment != "resized_crop_flip" or self.name == "imagefolder",
-            "data.augment",
-            self.augment,
-            f"none, crop or crop_flip with data.name {self.name}: this augmentation needs the files of an imagefolder",
-        )
-        require(
-            self.name != "imagefolder" or bool(self.root),
-            "data.root",
-            self.root,
-            "a folder holding train/CLASS/* and test/CLASS/*, as data.name is imagefolder",
+        files, augments = self.name == "imagefolder", f"none, crop or crop_flip with data.name {self.name}"
+        check_rules(
+            self,
+            "data.",
+            ("augment", files or self.augment != "resized_crop_flip", f"{augments}; it needs an imagefolder's files"),
+            ("root", not files or bool(self.root), "a folder with train/CLASS/* and test/CLASS/* for an imagefolder"),
         )
 
 
@@ -124,26 +119,21 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "optimizer.", weight_decay=0, warmup_steps=0, lr_reference_batch_size=1)
-        require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
-        require(
-            not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false with a momentum of 0"
+        milestones = self.step_milestones
+        rising = all(0 < m < 1 for m in milestones) and sorted(milestones) == milestones
+        own_warmup = self.schedule == "one_cycle"
+        check_rules(
+            self,
+            "optimizer.",
+            ("lr", self.lr > 0, "a positive number"),
+            ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
+            ("nesterov", not self.nesterov or self.momentum > 0, "false with a momentum of 0"),
+            ("betas", all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)"),
+            ("warmup_steps", self.warmup_steps == 0 or not own_warmup, "0 with one_cycle, which has its own warm-up"),
+            ("step_milestones", rising, "increasing fractions between 0 and 1"),
+            ("step_gamma", self.step_gamma > 0, "a positive number"),
         )
-        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        require(0 <= self.label_smoothing < 1, "optimizer.label_smoothing", self.label_smoothing, "a number in [0, 1)")
-        require(
-            self.warmup_steps == 0 or self.schedule != "one_cycle",
-            "optimizer.warmup_steps",
-            self.warmup_steps,
-            "0 with the one_cycle schedule, which has its own warm-up",
-        )
-        require(
-            all(0 < m < 1 for m in self.step_milestones) and sorted(self.step_milestones) == self.step_milestones,
-            "optimizer.step_milestones",
-            self.step_milestones,
-            "increasing fractions between 0 and 1",
-        )
-        require(self.step_gamma > 0, "optimizer.step_gamma", self.step_gamma, "a positive number")
 
 
 @dataclass(kw_only=True)
@@ -163,12 +153,8 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "budget.", epochs=1, steps=1, eval_every=1, eval_batch_size=1, checkpoint_every=0)
-        require(
-            (self.epochs is None) != (self.steps is None),
-            "budget.steps",
-            self.steps,
-            f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null",
-        )
+        other = f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null"
+        check_rules(self, "budget.", ("steps", (self.epochs is None) != (self.steps is None), other))
 
 
 @dataclass(kw_only=True)
@@ -185,9 +171,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_values(self, "evaluation.")
         samples = self.population_samples
-        increasing = all(n >= 1 for n in samples) and samples == sorted(set(samples))
+        rising = all(n >= 1 for n in samples) and samples == sorted(set(samples))
         expected = "increasing positive integers, or an empty list"
-        require(increasing, "evaluation.population_samples", samples, expected)
+        check_rules(self, "evaluation.", ("population_samples", rising, expected))
 
 
 @dataclass(kw_only=True)
@@ -238,22 +224,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "", gpus=1, per_gpu_batch_size=1, sync_group_size=1, accumulation_steps=1, seed=0)
-        require(self.seed < 2**31, "seed", self.seed, "an integer from 0 to 2^31 - 1")
-        k = self.sync_group_size
-        require(k is None or self.gpus % k == 0, "sync_group_size", k, f"a divisor of gpus ({self.gpus}), or null")
-        require(
-            k is None or self.norm.synchronized,
-            "sync_group_size",
-            k,
-            f"null with norm.name {self.norm.name}, which does not synchronize (norm.sync is {self.norm.sync})",
+        k, g, norm = self.sync_group_size, self.norm.ghost_batch_size, self.norm
+        local = f"null with norm.name {norm.name}, which does not synchronize (norm.sync is {norm.sync})"
+        check_rules(
+            self,
+            "",
+            ("seed", self.seed < 2**31, "an integer from 0 to 2^31 - 1"),
+            ("sync_group_size", k is None or self.gpus % k == 0, f"a divisor of gpus ({self.gpus}), or null"),
+            ("sync_group_size", k is None or norm.synchronized, local),
         )
-        g = self.norm.ghost_batch_size
-        require(
-            g is None or self.per_gpu_batch_size % g == 0,
-            "norm.ghost_batch_size",
-            g,
-            f"a divisor of per_gpu_batch_size ({self.per_gpu_batch_size})",
-        )
+        divisor = f"a divisor of per_gpu_batch_size ({self.per_gpu_batch_size})"
+        require(g is None or self.per_gpu_batch_size % g == 0, "norm.ghost_batch_size", g, divisor)
 
     @property
     def global_batch_size(self) -> int:

@@ -156,51 +156,49 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
 
 def advice(found: Diagnosis) -> list[str]:
     """What the measurements mean, one sentence each, the most important first."""
-    words = [*_of_estimation(found), *_of_mismatch(found), *_of_order(found), *_of_noise(found)]
-    return words or ["Nothing here suggests that small batches harmed this model."]
+    words = [_of_estimation(found), _of_mismatch(found), _of_order(found), _of_noise(found)]
+    return [word for word in words if word] or ["Nothing here suggests that small batches harmed this model."]
 
 
-def _of_estimation(found: Diagnosis) -> list[str]:
-    errors = found.errors
-    running, population = errors["running"], min(errors["mean"], errors["total"])
+def _of_estimation(found: Diagnosis) -> str:
+    running, population = found.errors["running"], min(found.errors["mean"], found.errors["total"])
     if running - population <= MATTERS:
-        return []
-    return [
+        return ""
+    return (
         f"Estimation: with population statistics the error is {_percent(population)} and not {_percent(running)}. "
         "Recompute them after training (syncbn.update_population_statistics)."
-    ]
+    )
 
 
-def _of_mismatch(found: Diagnosis) -> list[str]:
-    errors = found.errors
-    batch, best = errors["batch"], min(errors[kind] for kind in ("running", "mean", "total"))
+def _of_mismatch(found: Diagnosis) -> str:
+    batch, best = found.errors["batch"], min(found.errors[kind] for kind in ("running", "mean", "total"))
     if batch is None or best - batch <= MATTERS:
-        return []
-    return [
+        return ""
+    return (
         f"Mismatch: with the statistics of its own batches of {found.trained_at} the error is {_percent(batch)}, with "
         f"fixed ones at least {_percent(best)}. The model uses information about which samples share a batch, and "
         "inference does not have it. Train with larger normalization batches, BatchRenorm or GroupNorm."
-    ]
+    )
 
 
-def _of_order(found: Diagnosis) -> list[str]:
+def _of_order(found: Diagnosis) -> str:
     own = {layer.layer: layer.effective for layer in found.layers.get(found.trained_at, [])}
     pairs = [(own.get(layer.layer), layer.effective) for layer in found.shuffled]
     ratios = sorted(shuffled / trained for trained, shuffled in pairs if trained and shuffled)
     if not ratios or ratios[len(ratios) // 2] < 2:
-        return []
-    return [
+        return ""
+    return (
         f"Order: a shuffled batch of {found.trained_at} would have {ratios[len(ratios) // 2]:.0f} times as many "
         "effective samples in the median layer, because the samples of a batch are alike. Shuffle the images, "
         "synchronize over GPUs that see other samples, or use BatchRenorm or GroupNorm."
-    ]
+    )
 
 
-def _of_noise(found: Diagnosis) -> list[str]:
+def _of_noise(found: Diagnosis) -> str:
     suffering = {size: [x.layer for x in layers if _suffers(x)] for size, layers in found.layers.items()}
     own = suffering.get(found.trained_at, [])
     if not own:
-        return []
+        return ""
     named = ", ".join(own[:3]) + (", ..." if len(own) > 3 else "")
     words = (
         f"Noise: at {found.trained_at} samples, as trained, {len(own)} of {len(found.shuffled)} layers "
@@ -208,9 +206,9 @@ def _of_noise(found: Diagnosis) -> list[str]:
     )
     enough = next((size for size, layers in suffering.items() if size > found.trained_at and not layers), None)
     if enough is None:
-        return [f"{words} No size tried is enough for all layers: use BatchRenorm, or train anew with GroupNorm."]
+        return f"{words} No size tried is enough for all layers: use BatchRenorm, or train anew with GroupNorm."
     factor = -(-enough // found.trained_at)
-    return [f"{words} {enough} are enough: synchronize over {factor} GPUs (SyncBatchNorm), or use BatchRenorm."]
+    return f"{words} {enough} are enough: synchronize over {factor} GPUs (SyncBatchNorm), or use BatchRenorm."
 
 
 def _suffers(layer: LayerDivergence) -> bool:

@@ -177,7 +177,13 @@ def _forward_backward(run: Run, x: Tensor, y: Tensor, step: OptimizerStep, last:
     processes = run.partition.placement.processes
     # Processes exchange gradients once per optimizer step, with its last batch.
     with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-        logits = _forward(run, x)
+        try:
+            logits = run.wrapped(x)
+        except ValueError as error:
+            # For example a last batch that gives one logical GPU a single 1x1 map, which has no variance.
+            expected = f"expected batches that every layer can normalize: {error}"
+            message = f"per_gpu_batch_size: got {run.config.per_gpu_batch_size}, {expected}"
+            raise LocalError(message) from error
         # Summed over this process, divided by the samples of all: any split of the samples gives the same loss.
         total = F.cross_entropy(logits, y, reduction="sum", label_smoothing=run.config.optimizer.label_smoothing)
         loss = total / step.samples
@@ -189,17 +195,6 @@ def _forward_backward(run: Run, x: Tensor, y: Tensor, step: OptimizerStep, last:
         if overlap:
             run.shared.finish()
     return loss.detach().to(torch.float64)
-
-
-def _forward(run: Run, x: Tensor) -> Tensor:
-    try:
-        logits: Tensor = run.wrapped(x)
-    except ValueError as error:
-        # For example a last batch that gives one logical GPU a single 1x1 map, which has no variance.
-        size = run.config.per_gpu_batch_size
-        message = f"per_gpu_batch_size: got {size}, expected batches that every layer can normalize: {error}"
-        raise LocalError(message) from error
-    return logits
 
 
 def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

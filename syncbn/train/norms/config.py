@@ -5,26 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from syncbn.train.checks import check_values, require
+from syncbn.train.checks import check_rules, check_values
 
+# fmt: off
 NormName = Literal[
-    "none",
-    "batch",
-    "sync",
-    "ghost",
-    "renorm",
-    "frozen",
-    "mabn",
-    "group",
-    "layer",
-    "instance",
-    "rms",
-    "weight",
-    "ws_group",
-    "nf",
-    "evonorm",
-    "frn",
+    "none", "batch", "sync", "ghost", "renorm", "frozen", "mabn", "group", "layer", "instance", "rms", "weight",
+    "ws_group", "nf", "evonorm", "frn",
 ]
+# fmt: on
 BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen", "mabn")
 """Norms that use statistics over samples in training."""
 
@@ -68,26 +56,24 @@ class NormConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "norm.", ghost_batch_size=1, r_max=1, d_max=0, warmup_steps=0, groups=1, window=1)
-        in_range = self.momentum is None or 0.0 <= self.momentum <= 1.0
-        require(in_range, "norm.momentum", self.momentum, "a number from 0 to 1, or null")
-        require(self.eps > 0, "norm.eps", self.eps, "a positive number")
-        require(
-            (self.name == "ghost") == (self.ghost_batch_size is not None),
-            "norm.ghost_batch_size",
-            self.ghost_batch_size,
-            "a number of samples with norm.name ghost, and null with any other",
+        ghost, may_sync = self.name == "ghost", self.name in ("ghost", "renorm")
+        momentum, warmup = self.momentum, self.warmup_steps
+        check_rules(
+            self,
+            "norm.",
+            ("momentum", momentum is None or 0 <= momentum <= 1, "a number from 0 to 1, or null"),
+            ("eps", self.eps > 0, "a positive number"),
+            (
+                "ghost_batch_size",
+                ghost == (self.ghost_batch_size is not None),
+                "a number of samples with norm.name ghost, and null with any other",
+            ),
+            ("sync", may_sync or not self.sync, f"false with norm.name {self.name} (it is for ghost and renorm)"),
+            ("r_ramp_end", self.r_ramp_end >= warmup, f"at least norm.warmup_steps ({warmup})"),
+            ("d_ramp_end", self.d_ramp_end >= warmup, f"at least norm.warmup_steps ({warmup})"),
+            ("freeze_at", 0 <= self.freeze_at <= 1, "a number from 0 to 1"),
+            ("clip_factor", self.clip_factor > 0, "a positive number"),
         )
-        require(
-            not self.sync or self.name in ("ghost", "renorm"),
-            "norm.sync",
-            self.sync,
-            f"false with norm.name {self.name} (it is for ghost and renorm)",
-        )
-        for key in ("r_ramp_end", "d_ramp_end"):
-            value, warmup = getattr(self, key), self.warmup_steps
-            require(value >= warmup, f"norm.{key}", value, f"at least norm.warmup_steps ({warmup})")
-        require(0 <= self.freeze_at <= 1, "norm.freeze_at", self.freeze_at, "a number from 0 to 1")
-        require(self.clip_factor > 0, "norm.clip_factor", self.clip_factor, "a positive number")
 
     @property
     def uses_batch(self) -> bool:
