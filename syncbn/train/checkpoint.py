@@ -16,7 +16,7 @@ from torch import nn
 
 from syncbn.train.checks import ConfigError
 from syncbn.train.config import RunConfig
-from syncbn.train.config_io import config_to_dict
+from syncbn.train.config_io import config_to_dict, flatten
 from syncbn.train.result import write_atomically
 
 _MAY_CHANGE = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
@@ -68,17 +68,13 @@ def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[s
     return state
 
 
-def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, prefix: str = "") -> None:
+def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """Raise ConfigError if two configurations differ in a key that enters the training; the error names the key."""
+    theirs, ours = flatten(theirs), flatten(ours)
     for key in sorted(theirs.keys() | ours.keys()):
-        if prefix + key in _MAY_CHANGE:
-            continue
-        a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            check_same(a, b, folder, f"{prefix}{key}.")
-        elif a != b:
-            expected = f"{a!r}, the value of the run that was started in {folder}; use another --out"
-            raise ConfigError(f"{prefix}{key}", b, expected)
+        if theirs.get(key) != ours.get(key) and key not in _MAY_CHANGE:
+            expected = f"{theirs.get(key)!r}, the value of the run that was started in {folder}; use another --out"
+            raise ConfigError(key, ours.get(key), expected)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from syncbn.train.checks import ConfigError
 from syncbn.train.config import RunConfig
+from syncbn.train.result import jsonable
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -91,14 +92,8 @@ def _built(values: Any, hint: Any) -> Any:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values. :func:`config_from_dict` reads them back."""
-    plain: dict[str, Any] = _plain(asdict(config))
+    plain: dict[str, Any] = jsonable(asdict(config))
     return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -122,3 +117,11 @@ def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
         if is_dataclass(hints[f.name]):
             keys += known_keys(hints[f.name], f"{prefix}{f.name}.")
     return keys
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -75,18 +75,14 @@ def _count_errors(run: Run, loaded: Iterable[tuple[Tensor, Tensor]]) -> tuple[fl
                 raise
             totals += math.nan
         else:
-            totals += _batch_totals(logits, y.to(run.device))
+            logits, y = logits.to(torch.float64), y.to(run.device)
+            wrong = (logits.argmax(1) != y).sum().to(torch.float64)
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            totals += torch.stack((wrong, loss, torch.full_like(loss, len(y))))
     if run.partition.placement.processes > 1:
         dist.all_reduce(totals)
-    wrong, loss, count = totals.tolist()
-    return (math.nan, math.nan, 0) if math.isnan(count) else (wrong / count, loss / count, int(count))
-
-
-def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = logits.to(torch.float64)
-    wrong = (logits.argmax(1) != labels).sum()
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack((wrong.to(torch.float64), loss, torch.full_like(loss, len(labels))))
+    all_wrong, all_loss, count = totals.tolist()
+    return (math.nan, math.nan, 0) if math.isnan(count) else (all_wrong / count, all_loss / count, int(count))
 
 
 # ---- with other statistics than the running ones

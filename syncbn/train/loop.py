@@ -19,12 +19,12 @@ from syncbn.buffers import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
 from syncbn.train.checks import ConfigError, LocalError
 from syncbn.train.config import RunConfig
-from syncbn.train.config_io import config_to_dict
+from syncbn.train.config_io import config_to_dict, flatten
 from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import derive_seed
 from syncbn.train.evaluate import evaluate, evaluate_statistics
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.metrics import flatten, peak_memory, reset_peak_memory
+from syncbn.train.metrics import peak_memory, reset_peak_memory
 from syncbn.train.norms.factory import clip_gradients
 from syncbn.train.norms.moving_average import exchange_rows
 from syncbn.train.result import RunResult, environment
@@ -85,7 +85,9 @@ def train(
             reset_peak_memory(accelerator.device)
             run = prepare(config, partition, accelerator, out, resume, progress)
             if trackers:
-                accelerator.init_trackers("trackers", config=flatten(config_to_dict(config)))
+                values = flatten(config_to_dict(config))
+                shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
+                accelerator.init_trackers("trackers", config=shown)
             with run.bar:
                 _train_epochs(run, out)
             result = _result(run)

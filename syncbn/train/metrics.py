@@ -64,17 +64,6 @@ class ProgressBar:
             self._bar.update(self._task, completed=step, description=text)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys and values that a tracker accepts."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
-
-
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of :func:`peak_memory`."""
     if device.type == "cuda":

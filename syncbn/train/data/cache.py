@@ -40,7 +40,7 @@ def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool 
     stored = _read_copy(path)
     if stored is not None:
         return stored
-    with _turn(path) if alone else nullcontext():
+    with turn(path) if alone else nullcontext():
         stored = _read_copy(path) if alone else None  # written by the process before
         if stored is None:
             stored = read()
@@ -50,8 +50,8 @@ def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool 
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Hold the lock for ``path``, if its folder can hold one."""
+def turn(path: Path) -> Iterator[bool]:
+    """Wait for the lock that belongs to ``path``; yields False if its folder cannot hold one."""
     from filelock import FileLock  # torch depends on it
 
     lock = FileLock(path.with_name(f".{path.stem}.lock"))
@@ -59,7 +59,7 @@ def _turn(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
-        yield
+        yield lock.is_locked
     finally:
         if lock.is_locked:
             lock.release()

@@ -21,7 +21,7 @@ from syncbn.compat import import_torchvision
 from syncbn.train.checks import ConfigError, require
 from syncbn.train.config import DataConfig
 from syncbn.train.data.augment import Augmentation
-from syncbn.train.data.cache import cache_folder, cached
+from syncbn.train.data.cache import cache_folder, cached, turn
 from syncbn.train.data.files import Decoder, read_image_folder
 from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
 
@@ -226,28 +226,13 @@ def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:
     except RuntimeError as error:
         raise ConfigError("data.root", config.root, f"a folder to download to ({error})") from error
     try:
-        train, test = _fetch_once(make, root, config.name)
+        with turn(root / config.name) as may_write:  # one process downloads, the others wait for it
+            train, test = (make(root, train=part, download=may_write) for part in (True, False))
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         expected = f"a folder with {config.name}, or one that it can be downloaded to ({reason})"
         raise ConfigError("data.root", str(root), expected) from error
     return _in_memory(train), _in_memory(test), num_classes
-
-
-def _fetch_once(make: Any, root: Path, name: str) -> tuple[Any, Any]:
-    """The (train, test) sets. One process downloads them, while others wait for it."""
-    from filelock import FileLock  # torch depends on it
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f".{name}.lock")
-        lock.acquire()
-    except OSError:  # a read-only folder, which has to hold the set already
-        return make(root, train=True, download=False), make(root, train=False, download=False)
-    try:
-        return make(root, train=True, download=True), make(root, train=False, download=True)
-    finally:
-        lock.release()
 
 
 def _in_memory(dataset: Any) -> Labelled:

@@ -70,56 +70,17 @@ class Statistics:
     """Factor on the loss before the backward pass."""
 
 
-def _second_moments(x: Tensor, groups: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Count (G, 1) and mean of squares (G, C), float64, of ``x`` (N, C, *); 0 for a group without samples."""
-    c = x.shape[1]
-    count, _, squares = group_sums(x, groups, num_groups).split((1, c, c), 1)
-    return count, squares / count.clamp(min=1)
-
-
 def _fits(values: Tensor, buffer: Tensor) -> Tensor:
     """(G, 1) bool: whether all channels of a row of ``values`` (G, C) are finite in the buffer's dtype."""
     return torch.isfinite(values.to(buffer.dtype)).all(1, keepdim=True)
 
 
 def _averaged(window: Tensor, values: Tensor, place: Place) -> Tensor:
-    """Store ``values`` (G, C) in ``window`` (G, m, C) and return what is used of it.
-
-    Returns:
-        (G, C) float64: the window's mean, or ``values`` for rows whose window is not in use yet.
-    """
+    """Store ``values`` (G, C) in ``window`` (G, m, C); returns its mean, or ``values`` until it is used: (G, C)."""
     row = torch.arange(len(values), device=values.device)
     before = window[row, place.slot]
     window[row, place.slot] = torch.where(place.kept, values.to(window.dtype), before)
     return torch.where(place.moving, window.mean(1, dtype=WIRE_DTYPE), values)
-
-
-def _correction(moment: Tensor, running: Tensor, eps: float, r_max: float, moving: Tensor) -> Tensor:
-    """``r = clip(sqrt(moment + eps) / sqrt(running + eps), 1/r_max, r_max)``, and 1 for rows not ``moving`` yet.
-
-    ``moment`` (G, C) normalizes the batch; ``running`` (G, C) is the exponential average before this batch.
-    """
-    r = torch.sqrt((moment + eps) / (running.to(moment.dtype) + eps)).clamp(1.0 / r_max, r_max)
-    return torch.where(moving, r, 1.0)
-
-
-def _update_rows(running: Tensor, tracked: Tensor, moment: Tensor, momentum: float | None, kept: Tensor) -> None:
-    """Update the exponential averages (G, C) and the numbers of batches (G,) in place, for rows that are ``kept``.
-
-    The average is over ``moment`` (G, C), which normalizes the batch, and starts at the first batch's value.
-    """
-    number = tracked.unsqueeze(1).to(moment.dtype)
-    factor = 1.0 / (number + 1.0) if momentum is None else torch.where(number > 0, momentum, torch.ones_like(number))
-    new = running + factor * (moment - running)
-    running.copy_(torch.where(kept, new.to(running.dtype), running))
-    tracked.add_(kept.squeeze(1).to(tracked.dtype))
-
-
-def _mean_over_gpus(running: Tensor, tracked: Tensor) -> Tensor:
-    """(C,) float64: mean of the rows (R, C) that have seen a batch; of all rows if none has."""
-    seen = tracked > 0
-    weight = torch.where(seen.any(), seen, ~seen).to(WIRE_DTYPE)
-    return (running.to(WIRE_DTYPE) * weight.unsqueeze(1)).sum(0) / weight.sum()
 
 
 class NormalizeByMovingAverages(torch.autograd.Function):
@@ -234,13 +195,17 @@ class MovingAverageBatchNorm(nn.Module):
         rows = slice(self.hosted.start, self.hosted.start + groups.number)
         with torch.no_grad():
             tracked, running = self.num_batches_tracked[rows], self.running_second_moment[rows]
-            count, own = _second_moments(x, groups.index, groups.number)
+            sums = group_sums(x, groups.index, groups.number)
+            count, _, squares = sums.split((1, self.num_features, self.num_features), 1)
+            own = squares / count.clamp(min=1)
             finite = _fits(own, running)
             moving = (tracked >= max(self.warmup_steps, self.window)).unsqueeze(1)
             place = Place(tracked % self.window, (count > 0) & finite, moving)
             moment = _averaged(self.window_second_moment[rows], own, place)
-            r = _correction(moment, running, self.eps, self.r_max, moving)
-            _update_rows(running, tracked, moment, self.momentum, place.kept)
+            # r uses the exponential average before this batch.
+            r = torch.sqrt((moment + self.eps) / (running.to(moment.dtype) + self.eps))
+            r = torch.where(moving, r.clamp(1.0 / self.r_max, self.r_max), 1.0)
+            self._update(running, tracked, moment, place.kept)
             self.num_nonfinite_batches.add_((~finite).sum())
             invroot = torch.rsqrt(moment + self.eps)
         scale, shift = self._scale_and_shift(r)
@@ -249,8 +214,21 @@ class MovingAverageBatchNorm(nn.Module):
         output: Tensor = NormalizeByMovingAverages.apply(x, scale, shift, statistics)  # type: ignore[no-untyped-call]
         return output
 
+    def _update(self, running: Tensor, tracked: Tensor, moment: Tensor, kept: Tensor) -> None:
+        """Update the rows that are ``kept``. The exponential average starts at the first batch's moment."""
+        number = tracked.unsqueeze(1).to(moment.dtype)
+        if self.momentum is None:
+            factor = 1.0 / (number + 1.0)
+        else:
+            factor = torch.where(number > 0, self.momentum, torch.ones_like(number))
+        new = running + factor * (moment - running)
+        running.copy_(torch.where(kept, new.to(running.dtype), running))
+        tracked.add_(kept.squeeze(1).to(tracked.dtype))
+
     def _normalize_by_running(self, x: Tensor) -> Tensor:
-        moment = _mean_over_gpus(self.running_second_moment, self.num_batches_tracked).unsqueeze(0)
+        seen = self.num_batches_tracked > 0
+        weight = torch.where(seen.any(), seen, ~seen).to(WIRE_DTYPE)  # rows that have seen a batch; all if none has
+        moment = (self.running_second_moment.to(WIRE_DTYPE) * weight.unsqueeze(1)).sum(0, keepdim=True) / weight.sum()
         scale, shift = self._scale_and_shift(torch.ones_like(moment))
         return normalize(x, torch.zeros_like(moment), torch.rsqrt(moment + self.eps), scale, shift)
 
