@@ -71,16 +71,10 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from syncbn.train import RunConfig, diagnose, train
-        >>> from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig
-        >>> config = RunConfig(
-        ...     gpus=2,
-        ...     per_gpu_batch_size=4,
-        ...     device="cpu",
-        ...     data=DataConfig(name="synthetic", synthetic_samples=64, image_size=8),
-        ...     model=ModelConfig(width=4),
-        ...     budget=BudgetConfig(epochs=1),
-        ... )
+        >>> from syncbn.train import diagnose, load_config, train
+        >>> data = {"data.name": "synthetic", "data.synthetic_samples": 64, "data.image_size": 8}
+        >>> run = {"gpus": 2, "per_gpu_batch_size": 4, "budget.epochs": 1, "device": "cpu"}
+        >>> config = load_config(None, {**data, **run, "model.width": 4})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = train(config, Path(folder))
         ...     found = diagnose(Path(folder), samples=64)

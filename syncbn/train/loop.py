@@ -59,17 +59,10 @@ def train(
         LocalError: this process has an image that cannot be read, or a batch that a layer cannot normalize.
 
     Example:
-        >>> from syncbn.train import RunConfig, train
-        >>> from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, NormConfig
-        >>> config = RunConfig(
-        ...     gpus=4,  # emulated by this process
-        ...     per_gpu_batch_size=4,
-        ...     device="cpu",
-        ...     data=DataConfig(name="synthetic", synthetic_samples=64, image_size=8),
-        ...     model=ModelConfig(name="convnet", width=4),
-        ...     norm=NormConfig(name="sync"),
-        ...     budget=BudgetConfig(epochs=1),
-        ... )
+        >>> from syncbn.train import load_config, train
+        >>> data = {"data.name": "synthetic", "data.synthetic_samples": 64, "data.image_size": 8}
+        >>> run = {"gpus": 4, "per_gpu_batch_size": 4, "norm.name": "sync", "budget.epochs": 1, "device": "cpu"}
+        >>> config = load_config(None, {**data, **run, "model.width": 4})
         >>> result = train(config)
         >>> result.status, result.steps, result.samples
         ('ok', 4, 64)

@@ -62,7 +62,7 @@ def parity_config(config: RunConfig, steps: int) -> RunConfig:
     return replace(config, precision="fp64", budget=budget)
 
 
-def compare(a: Trained, b: Trained) -> Difference:
+def compare_runs(a: Trained, b: Trained) -> Difference:
     """Compare two runs. A value that is not finite, or a tensor that only one run has, differs by infinity."""
     losses = _distance(torch.tensor(a.losses, dtype=torch.float64), torch.tensor(b.losses, dtype=torch.float64))
     by_tensor = {
@@ -113,7 +113,7 @@ def run_parity(
     say(f"{config.norm.name}: {config.gpus} logical GPUs, {len(first.losses)} steps in fp64, by {reference}")
     same = True
     for index, number in enumerate(processes[1:], start=1):
-        difference = compare(first, _train(folder, index, number, timeout))
+        difference = compare_runs(first, _train(folder, index, number, timeout))
         _report(difference, number, reference, say)
         same &= difference.largest <= TOLERANCE
     shutil.rmtree(folder)  # kept after an error, whose message names the logs in it

@@ -16,7 +16,7 @@ from syncbn.train.config_io import config_from_dict
 from syncbn.train.logical_gpus import Partition, Placement
 from syncbn.train.loop import train
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
-from syncbn.train.parity import Trained, compare
+from syncbn.train.parity import Trained, compare_runs
 from syncbn.train.state import Run
 
 CHANNELS, WINDOW, WARMUP, EPS, MOMENTUM, R_MAX = 3, 4, 6, 1e-5, 0.1, 1.5
@@ -290,7 +290,7 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, monkeypatch):
     broken = train(config, tmp_path / "broken", resume=True)
     assert broken.losses == whole.losses
     ends = [Trained.read(tmp_path / name) for name in ("whole", "broken")]
-    assert compare(*ends).largest == 0
+    assert compare_runs(*ends).largest == 0
     tracked = ends[0].tensors["layer1.norm.num_batches_tracked"]
     assert tracked.tolist() == [30, 30, 27, 27], "10 batches an epoch, the last of 6 images on two of the GPUs"
 

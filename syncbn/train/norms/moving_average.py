@@ -54,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class MovingStatistics:
     """What normalizes one forward pass, and what its backward pass needs besides."""
 
     invroot: Tensor
@@ -101,7 +101,7 @@ class NormalizeByMovingAverages(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, statistics: Statistics) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, statistics: MovingStatistics) -> Tensor:
         invroot, groups = statistics.invroot, statistics.groups
         ctx.save_for_backward(x, scale, invroot, statistics.count, groups)
         # Each backward pass writes to the window, which autograd would refuse of a saved tensor.
@@ -210,7 +210,7 @@ class MovingAverageBatchNorm(nn.Module):
             invroot = torch.rsqrt(moment + self.eps)
         scale, shift = self._scale_and_shift(r)
         window = self.window_gradient[rows]
-        statistics = Statistics(invroot, count, groups.index, window, place, self.gradient_scale)
+        statistics = MovingStatistics(invroot, count, groups.index, window, place, self.gradient_scale)
         output: Tensor = NormalizeByMovingAverages.apply(x, scale, shift, statistics)  # type: ignore[no-untyped-call]
         return output
 
