@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import syncbn
-from syncbn.train.checks import ConfigError, LocalError, UsageError
+from syncbn.train.checks import ConfigError, LocalError
 from syncbn.train.config import RunConfig
 from syncbn.train.config_io import config_to_yaml, load_config
 from syncbn.train.launch import LaunchError
@@ -19,6 +19,10 @@ from syncbn.train.launch import LaunchError
 _SILENT_SECONDS = 10.0
 """How long a process waits while another one reports their common mistake. A launcher ends all processes as soon as one
 has ended."""
+
+
+class UsageError(ValueError):
+    """Options that a command's parser does not accept."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def _parse(name: str, words: Sequence[str]) -> dict[str, Any]:
         parser.add_class_arguments(RunConfig, None)
     try:
         # Without defaults, a key that is not given leaves the file's value as it is.
-        given = dict(parser.parse_args(list(words), defaults=False).as_flat()._get_kwargs())
+        given = vars(parser.parse_args(list(words), defaults=False).as_flat())
     except ArgumentError as error:
         message, parsers_prefix = str(error), 'Parser key "'
         if message.startswith(parsers_prefix):

@@ -20,10 +20,6 @@ class ConfigError(ValueError):
         self.expected = expected
 
 
-class UsageError(ValueError):
-    """Words of a command line that its parser does not accept."""
-
-
 class LocalError(ValueError):
     """A mistake that only one process meets, such as an image that cannot be read. That process has to report it."""
 

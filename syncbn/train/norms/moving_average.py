@@ -42,30 +42,23 @@ from syncbn.train.norms.config import NormConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the statistics of one forward and backward pass are stored, with a row for each of G logical GPUs."""
-
-    slot: Tensor
-    """(G,) int64: position in the window."""
-    kept: Tensor
-    """(G, 1) bool: whether they are stored at all."""
-    moving: Tensor
-    """(G, 1) bool: whether the window's mean is used; if not, the batch's own value is."""
-
-
-@dataclass(frozen=True, eq=False)
 class MovingStatistics:
-    """What normalizes one forward pass, and what its backward pass needs besides."""
+    """What normalizes one forward pass, and what its backward pass needs besides; a row for each of G logical GPUs."""
 
     invroot: Tensor
     """(G, C) float64: 1 / sqrt(moment + eps), with the batch's mean of squares, or the mean of the window."""
     count: Tensor
     """(G, 1) float64: elements per channel."""
     groups: Tensor | None
-    """(N,) int64: group of each sample; None for a single group."""
+    """(N,) int64: row of each sample; None for a single row."""
     window: Tensor
     """(G, m, C): past means of g * z; the backward pass writes to it."""
-    place: Place
+    slot: Tensor
+    """(G,) int64: position of this batch in the windows."""
+    kept: Tensor
+    """(G, 1) bool: whether this batch is stored in the windows."""
+    moving: Tensor
+    """(G, 1) bool: whether the windows' means are used; if not, the batch's own values are."""
     gradient_scale: float | Tensor
     """Factor on the loss before the backward pass."""
 
@@ -75,12 +68,12 @@ def _fits(values: Tensor, buffer: Tensor) -> Tensor:
     return torch.isfinite(values.to(buffer.dtype)).all(1, keepdim=True)
 
 
-def _averaged(window: Tensor, values: Tensor, place: Place) -> Tensor:
+def _averaged(window: Tensor, values: Tensor, slot: Tensor, kept: Tensor, moving: Tensor) -> Tensor:
     """Store ``values`` (G, C) in ``window`` (G, m, C); returns its mean, or ``values`` until it is used: (G, C)."""
     row = torch.arange(len(values), device=values.device)
-    before = window[row, place.slot]
-    window[row, place.slot] = torch.where(place.kept, values.to(window.dtype), before)
-    return torch.where(place.moving, window.mean(1, dtype=WIRE_DTYPE), values)
+    before = window[row, slot]
+    window[row, slot] = torch.where(kept, values.to(window.dtype), before)
+    return torch.where(moving, window.mean(1, dtype=WIRE_DTYPE), values)
 
 
 class NormalizeByMovingAverages(torch.autograd.Function):
@@ -97,27 +90,29 @@ class NormalizeByMovingAverages(torch.autograd.Function):
 
     dy is ``gradient_scale`` times the gradient of the loss. The window holds values of the latter, because neither the
     number of processes (by which DDP divides) nor the loss scale of half precision may change it. A second backward
-    pass of the same forward stores the same value in the same place. Saved: x (not a copy), scale, invroot, count.
+    pass of the same forward stores the same value in the same place. Saved: x (not a copy), scale, statistics.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, statistics: MovingStatistics) -> Tensor:
         invroot, groups = statistics.invroot, statistics.groups
-        ctx.save_for_backward(x, scale, invroot, statistics.count, groups)
+        ctx.save_for_backward(x, scale)
         # Each backward pass writes to the window, which autograd would refuse of a saved tensor.
-        ctx.window, ctx.place, ctx.gradient_scale = statistics.window, statistics.place, statistics.gradient_scale
+        ctx.statistics = statistics
         return normalize(x, torch.zeros_like(invroot), invroot, scale, shift, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, invroot, count, groups = ctx.saved_tensors
-        place, zeros = ctx.place, torch.zeros_like(invroot)
+        x, scale = ctx.saved_tensors
+        saved: MovingStatistics = ctx.statistics
+        invroot, count, groups = saved.invroot, saved.count, saved.groups
+        zeros = torch.zeros_like(invroot)
         _, _, sums = backward_sums(grad_output, x, zeros, invroot, scale, None, groups, len(count))
         sum_dy, sum_dy_z = sums.unbind(1)
-        phi = scale * sum_dy_z / count.clamp(min=1) / ctx.gradient_scale
-        kept = place.kept & _fits(phi, ctx.window)
-        psi = _averaged(ctx.window, phi, Place(place.slot, kept, place.moving)) * ctx.gradient_scale
+        phi = scale * sum_dy_z / count.clamp(min=1) / saved.gradient_scale
+        kept = saved.kept & _fits(phi, saved.window)
+        psi = _averaged(saved.window, phi, saved.slot, kept, saved.moving) * saved.gradient_scale
         grad_x = grad_input(grad_output, x, zeros, invroot, scale, None, torch.stack((zeros, psi), 1), groups)
         return grad_x, sum_dy_z, sum_dy, None
 
@@ -200,17 +195,17 @@ class MovingAverageBatchNorm(nn.Module):
             own = squares / count.clamp(min=1)
             finite = _fits(own, running)
             moving = (tracked >= max(self.warmup_steps, self.window)).unsqueeze(1)
-            place = Place(tracked % self.window, (count > 0) & finite, moving)
-            moment = _averaged(self.window_second_moment[rows], own, place)
+            slot, kept = tracked % self.window, (count > 0) & finite
+            moment = _averaged(self.window_second_moment[rows], own, slot, kept, moving)
             # r uses the exponential average before this batch.
             r = torch.sqrt((moment + self.eps) / (running.to(moment.dtype) + self.eps))
             r = torch.where(moving, r.clamp(1.0 / self.r_max, self.r_max), 1.0)
-            self._update(running, tracked, moment, place.kept)
+            self._update(running, tracked, moment, kept)
             self.num_nonfinite_batches.add_((~finite).sum())
             invroot = torch.rsqrt(moment + self.eps)
         scale, shift = self._scale_and_shift(r)
         window = self.window_gradient[rows]
-        statistics = MovingStatistics(invroot, count, groups.index, window, place, self.gradient_scale)
+        statistics = MovingStatistics(invroot, count, groups.index, window, slot, kept, moving, self.gradient_scale)
         output: Tensor = NormalizeByMovingAverages.apply(x, scale, shift, statistics)  # type: ignore[no-untyped-call]
         return output
 
