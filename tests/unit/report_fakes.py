@@ -13,7 +13,8 @@ import pytest
 
 from syncbn.population import effective_count
 from syncbn.study.analysis.summary import Summary, summary_of
-from syncbn.study.plan.grid import Arm, Cell, Comparisons, RepeatDistributed, Study, Sweep, cell_key
+from syncbn.study.plan.contrasts import contrasts_from, default_contrasts
+from syncbn.study.plan.grid import Arm, Cell, RepeatDistributed, Study, Sweep, cell_key
 from syncbn.study.run.runner import Outcome
 from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from syncbn.train.config_io import config_to_dict
@@ -55,10 +56,16 @@ def grid_study(arms: int = 12, values: int = 8, seeds: int = 6, **changes: Any) 
         ),
         seeds=tuple(range(seeds)),
         sweep=Sweep(values=sizes, global_batch_size=WHOLE),
-        compare=Comparisons(at={"per_gpu_batch_size": 2 if values > 1 else 1}),
         repeat_distributed=RepeatDistributed(arm="sync", seed=0, processes=2) if arms > 1 else None,
     )
-    return replace(study, **changes)
+    study = replace(study, **changes)
+    return study if "contrasts" in changes else replace(study, contrasts=_each_against_the_reference(study))
+
+
+def _each_against_the_reference(study: Study) -> Any:
+    at = {"per_gpu_batch_size": 2} if 2 in study.axes.get("per_gpu_batch_size", ()) else {}
+    entry = {"arm": [arm.name for arm in study.arms[1:]], "at": at, "against": {"arm": "batch"}}
+    return contrasts_from([entry], study, "contrasts") if study.arms[1:] else ()
 
 
 def cells_of(study: Study) -> list[Cell]:
@@ -138,9 +145,10 @@ def plain_study(
     **changes: Any,
 ) -> Study:
     """A study without axes: some of :data:`ARMS`, one of them (or none) the reference."""
-    study = grid_study(seeds=seeds, sweep=None, compare=Comparisons(), repeat_distributed=None)
+    study = grid_study(seeds=seeds, sweep=None, repeat_distributed=None)
     chosen = {arm.name: arm for arm in study.arms}
-    return replace(study, arms=tuple(replace(chosen[name], reference=name == reference) for name in arms), **changes)
+    study = replace(study, arms=tuple(replace(chosen[name], reference=name == reference) for name in arms))
+    return replace(study, **({"contrasts": default_contrasts(study)} | changes))
 
 
 def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[list[Cell], dict[str, Outcome]]:

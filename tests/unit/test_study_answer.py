@@ -9,7 +9,7 @@ from report_fakes import cells_of, grid_study, outcomes_of, plain_study, summary
 
 from syncbn.study.analysis.comparisons import comparison_lines, comparisons_of
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.plan.grid import Comparisons
+from syncbn.study.plan.contrasts import Contrast, Place
 from syncbn.study.report.answer import answer
 
 JITTER = [0.000, 0.002, -0.001, 0.003, 0.001, -0.002, 0.004, -0.003]
@@ -181,7 +181,7 @@ def test_diverged_reference_leaves_nothing_to_measure():
 
 
 def test_an_arm_that_was_not_compared_is_not_passed_over():
-    study = plain_study(seeds=8, compare=Comparisons(arms=("group",)))
+    study = plain_study(seeds=8, contrasts=(Contrast("group", Place("group", ()), Place("batch", ())),))
     headline, _, _ = told(study, {"batch": around(0.4), "sync": around(0.1), "group": around(0.2)[::-1]})
     assert headline.startswith("GroupNorm has the lowest error of the arms compared: 20.1 %")
 

@@ -28,7 +28,7 @@ from syncbn.study.analysis.layers import divergence_maps, effective_map, heat_le
 from syncbn.study.analysis.layout import layout_of
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.analysis.throughput import costs_of, study_speed_words
-from syncbn.study.plan.grid import Comparisons, Sweep
+from syncbn.study.plan.grid import Sweep
 from syncbn.study.report.captions import chance_words, diverged_words, fair_words, sweep_caption
 from syncbn.study.report.report import print_table, write_report
 from syncbn.study.report.results_csv import write_csv
@@ -150,7 +150,7 @@ def test_coupled_sweep_has_a_panel_for_what_is_held(tmp_path):
 
 
 def test_axis_of_numbers_goes_across_where_there_is_no_sweep(tmp_path):
-    study = grid_study(arms=2, seeds=2, sweep=None, grid={"data.class_skew": (1, 2, 4)}, compare=Comparisons())
+    study = grid_study(arms=2, seeds=2, sweep=None, grid={"data.class_skew": (1, 2, 4)}, contrasts=())
     study = replace(study, repeat_distributed=None)
     cells = cells_of(study)
     path, _, words = written(study, cells, outcomes_of(cells), tmp_path)

@@ -87,8 +87,8 @@ def comparisons_of(summary: Summary) -> Comparisons:
     point = study.comparison_point()
     settings = summary.at(point)
     reference = next((setting for setting in settings if setting.reference), None)
-    chosen = study.compare.arms
-    columns = [i for i, s in enumerate(settings) if not s.reference and (chosen is None or s.arm in chosen)]
+    chosen = {contrast.first.arm for contrast in study.contrasts}
+    columns = [i for i, s in enumerate(settings) if not s.reference and s.arm in chosen]
     if reference is None or not columns:
         return Comparisons(point=point, settings=settings, reference=reference, lines=[], needed=0)
     to = settings.index(reference)

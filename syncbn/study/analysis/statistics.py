@@ -42,6 +42,16 @@ BoolArray = NDArray[np.bool_]
 Centre = Literal["mean", "iqm"]
 """The arithmetic mean, or the interquartile mean: without the lowest and the highest floor(n / 4) of n scores."""
 
+ALPHA = 0.05
+"""Chance of any false claim among the planned contrasts of a study."""
+MIN_SEEDS = 3
+"""Fewer seeds claim nothing."""
+SIGN_FLIP_SEEDS = 6
+"""Seeds from which on the sign-flip test of one contrast can reach 0.05."""
+POWER = 0.8
+TEST = "paired Student t, Holm"
+"""The test that decides, and its correction."""
+
 Verdict = Literal["lower", "higher", "not shown", "not enough seeds", "diverged", "missing"]
 
 
@@ -235,6 +245,44 @@ def compare(
     return found
 
 
+def paired_t_p(differences: FloatArray) -> float:
+    """Two-sided p of Student's paired t test of (n,) differences, n >= 2; 1 if all of them are 0."""
+    mean, error = float(differences.mean()), _standard_error(differences)
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * special.stdtr(len(differences) - 1, -abs(mean) / error))
+
+
+def equivalence_p(differences: FloatArray, margin: float) -> float:
+    """p of the hypothesis that the mean of (n,) paired differences, n >= 2, is at least ``margin`` away from 0.
+
+    Two one-sided t tests (Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15): the larger p of the
+    two. A small one shows that the settings are equivalent up to the margin.
+    """
+    mean, error = float(differences.mean()), _standard_error(differences)
+    if error == 0:
+        return 0.0 if abs(mean) < margin else 1.0
+    return float(special.stdtr(len(differences) - 1, -(margin - abs(mean)) / error))
+
+
+def _standard_error(values: FloatArray) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def smallest_effect(differences: FloatArray, alpha: float = 0.05, power: float = POWER) -> float:
+    """The true mean difference that a paired t test at level ``alpha`` shows with this power.
+
+    ``differences`` (n,) give the number of pairs and the spread; NaN below two.
+    """
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    critical = special.stdtrit(n - 1, 1 - alpha / 2)
+    # In standard errors: the noncentrality with which t exceeds its critical value with the asked power.
+    distance = float(special.nctdtrinc(n - 1, 1 - power, critical))
+    return distance * _standard_error(differences)
+
+
 def sign_flip_p(
     scores: FloatArray, references: FloatArray, *, resamples: int = 9_999, rng: np.random.Generator
 ) -> FloatArray:
@@ -261,15 +309,19 @@ def sign_flip_p(
     return np.asarray(test.pvalue, dtype=np.float64)
 
 
-def holm(p_values: FloatArray) -> FloatArray:
+def holm(p_values: FloatArray, groups: Sequence[int] | None = None) -> FloatArray:
     """Holm's (1979, Scandinavian Journal of Statistics 6) correction of (m,) p values, at most 1.
 
-    NaN stands for a comparison without a test: it stays NaN, and counts in m as if its p were the largest.
+    Args:
+        p_values: NaN stands for a comparison without a test: it stays NaN, and counts as if its p were the largest.
+        groups: one number for each hypothesis. Of the hypotheses with the same number at most one can be true, so they
+            count as one (Shaffer 1986, Journal of the American Statistical Association 81). All differ by default.
     """
+    numbers = np.arange(len(p_values)) if groups is None else np.asarray(groups)
     order = np.argsort(p_values)  # NaN comes last
-    steps = p_values[order] * np.arange(len(p_values), 0, -1)
+    left = np.array([len(set(numbers[order[step:]].tolist())) for step in range(len(p_values))])
     corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    corrected[order] = np.minimum(np.maximum.accumulate(p_values[order] * left), 1.0)
     return corrected
 
 

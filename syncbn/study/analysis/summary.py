@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,6 +51,8 @@ class Setting:
     finished: int
     diverged: int
     missing: int
+    level: bool = False
+    """Whether the same runs stand at several places of this arm, as no axis that varies between them changes it."""
 
     @property
     def runs(self) -> list[RunResult]:
@@ -100,6 +103,7 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
     errors = [[error_of(result) for result in column] for column in found]
     centres = centres_of(errors)
     settings = {}
+    places_of = Counter((arm.name, column[0].key) for (arm, _), column in zip(places, columns, strict=True))
     for (arm, point), column, runs, scores, centre in zip(places, columns, found, errors, centres, strict=True):
         ended = sum(run is not None for run in runs)
         finished = sum(not math.isnan(score) for score in scores)
@@ -116,6 +120,7 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
             finished=finished,
             diverged=ended - finished,
             missing=len(runs) - ended,
+            level=places_of[arm.name, column[0].key] > 1,
         )
     return Summary(study=study, layout=layout_of(study), settings=settings)
 
