@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from syncbn.study.analysis.summary import Centre, Setting, Summary, centres_of
+from syncbn.study.analysis.statistics import Centre, centre_of
+from syncbn.study.analysis.summary import Setting, Summary
 from syncbn.study.plan.grid import Point
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def evaluated_settings(summary: Summary) -> dict[tuple[str, Point], Evaluated]:
         kinds = kinds_of(setting.runs)
         if all(kind.statistics == "running" for kind in kinds):
             continue
-        centres = centres_of([[evaluated(result, kind) for result in setting.results] for kind in kinds])
-        errors = {kind: centre for kind, centre in zip(kinds, centres, strict=True) if not math.isnan(centre.mean)}
+        centres = {kind: centre_of([evaluated(result, kind) for result in setting.results]) for kind in kinds}
+        errors = {kind: centre for kind, centre in centres.items() if not math.isnan(centre.mean)}
         if errors:
             found[place] = Evaluated(setting=setting, errors=errors)
     return found

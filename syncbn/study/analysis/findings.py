@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,10 +14,10 @@ from syncbn.study.analysis.statistics import (
     SIGN_FLIP_SEEDS,
     TEST,
     FloatArray,
-    equivalence_p,
+    difference_p,
     holm,
     interval,
-    paired_t_p,
+    no_worse_p,
     sign_flip_p,
     smallest_effect,
 )
@@ -26,8 +25,8 @@ from syncbn.study.analysis.summary import Setting, Summary
 from syncbn.study.plan.contrasts import Contrast
 
 Verdict = Literal["better", "worse", "no difference shown", "no worse", "too few seeds", "diverged"]
-"""``better``, ``worse``: the test shows a difference. ``no worse``: the test shows that the difference is smaller than
-the margin. ``no difference shown``: it shows neither. ``too few seeds``: fewer than ``MIN_SEEDS``. ``diverged``: a run
+"""``better``, ``worse``: the test shows a difference. ``no worse``: it shows that the difference is smaller than the
+margin. ``no difference shown``: it shows neither. ``too few seeds``: fewer than ``MIN_SEEDS``. ``diverged``: a run
 diverged, and a comparison of the surviving seeds would favour the setting that loses its worst ones."""
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -40,7 +39,7 @@ class Finding:
     pairs: tuple[tuple[int, float, float], ...]
     """Seed, error of the first setting, error of the second; with ``minus``, the two differences instead."""
     difference: float
-    """Mean over the pairs of first minus second: below 0, the first has the lower error."""
+    """Mean over the pairs of first minus second: below 0, the first has the lower error. NaN if a run diverged."""
     low: float
     """Lower end of the 95 % interval over seeds (of this contrast alone: not widened for the others)."""
     high: float
@@ -87,19 +86,9 @@ def findings_of(summary: Summary) -> Findings:
     contrasts = summary.study.contrasts
     scores = [_scores(summary, contrast) for contrast in contrasts]
     ready = [s.missing == s.diverged == 0 and len(s.seeds) >= MIN_SEEDS for s in scores]
-    p = [paired_t_p(s.differences) if ok else math.nan for s, ok in zip(scores, ready, strict=True)]
-    bounded = [index for index, contrast in enumerate(contrasts) if contrast.margin is not None]
-    p_bounded = [
-        equivalence_p(scores[i].differences, contrasts[i].margin or 0.0) if ready[i] else math.nan for i in bounded
-    ]
-    # The two hypotheses of a contrast with a margin, "no difference" and "at least the margin", exclude each other.
-    corrected = holm(np.array([*p, *p_bounded]), [*range(len(contrasts)), *bounded])
-    p_no_worse = dict(zip(bounded, corrected[len(contrasts) :], strict=True))
+    p, p_no_worse = _p_values(contrasts, [s if ok else None for s, ok in zip(scores, ready, strict=True)])
     return Findings(
-        items=tuple(
-            _finding(summary, contrast, s, (float(corrected[i]), float(p_no_worse.get(i, math.nan))))
-            for i, (contrast, s) in enumerate(zip(contrasts, scores, strict=True))
-        ),
+        items=tuple(map(_finding, contrasts, scores, p, p_no_worse)),
         test=TEST,
         contrasts=len(contrasts),
         untuned=True,
@@ -115,78 +104,87 @@ class _Scores:
     first: FloatArray
     """(seeds,): errors of the first setting, or the first differences."""
     second: FloatArray
+    resolution: float
+    """1 / (test images); 0 if the runs do not say how many there are."""
+    test_set_error: float
+    contrasts: int
     diverged: int
     missing: int
 
-    @property
-    def differences(self) -> FloatArray:
-        return self.first - self.second
-
 
 def _scores(summary: Summary, contrast: Contrast) -> _Scores:
-    settings = _settings(summary, contrast)
+    settings = [summary.settings[place.arm, place.point] for place in contrast.places]
     errors = np.array([setting.errors for setting in settings], dtype=np.float64)
     finished = np.isfinite(errors.sum(axis=0))
     kept = errors[:, finished]
-    pair = (kept[0], kept[1]) if contrast.minus is None else (kept[0] - kept[1], kept[2] - kept[3])
+    images = max((run.test_images or 0 for setting in settings for run in setting.runs), default=0)
     return _Scores(
         seeds=tuple(seed for seed, ok in zip(summary.study.seeds, finished, strict=True) if ok),
-        first=pair[0],
-        second=pair[1],
+        first=kept[0] if contrast.minus is None else kept[0] - kept[1],
+        second=kept[1] if contrast.minus is None else kept[2] - kept[3],
+        resolution=1 / images if images else 0.0,
+        test_set_error=_binomial_error(settings, images),
+        contrasts=len(summary.study.contrasts),
         diverged=sum(setting.diverged for setting in settings),
         missing=sum(setting.missing for setting in settings),
     )
 
 
-def _finding(summary: Summary, contrast: Contrast, scores: _Scores, p: tuple[float, float]) -> Finding:
-    differences, contrasts = scores.differences, len(summary.study.contrasts)
-    known = scores.diverged == 0
-    difference, low, high = interval(differences) if known else (math.nan,) * 3
+def _binomial_error(settings: list[Setting], images: int) -> float:
+    means = [setting.error.mean for setting in settings]
+    return math.sqrt(sum(mean * (1 - mean) for mean in means) / images) if images else math.nan
+
+
+def _p_values(contrasts: tuple[Contrast, ...], scores: list[_Scores | None]) -> tuple[list[float], list[float]]:
+    """Corrected p of the difference and of "no worse" for each contrast; NaN for one without scores."""
+    p = [math.nan if s is None else float(difference_p(s.first, s.second, s.resolution)) for s in scores]
+    p_no_worse = [
+        math.nan if s is None or c.margin is None else float(no_worse_p(s.first, s.second, c.margin, s.resolution))
+        for c, s in zip(contrasts, scores, strict=True)
+    ]
+    # The two hypotheses of a contrast with a margin, "no difference" and "at least the margin", exclude each other.
+    bounded = [index for index, value in enumerate(p_no_worse) if not math.isnan(value)]
+    corrected = holm(np.array([*p, *(p_no_worse[i] for i in bounded)]), [*range(len(p)), *bounded]).tolist()
+    for index, value in zip(bounded, corrected[len(p) :], strict=True):
+        p_no_worse[index] = value
+    return corrected[: len(p)], p_no_worse
+
+
+def _finding(contrast: Contrast, scores: _Scores, p: float, p_no_worse: float) -> Finding:
+    first, second = scores.first, scores.second
+    known = scores.diverged == 0  # else the surviving seeds would speak for the setting that lost its worst ones
+    difference, low, high = interval(first - second) if known else (math.nan,) * 3
+    flips = not math.isnan(p) and len(first) >= SIGN_FLIP_SEEDS
+    # The generator is fixed: a report says the same whenever it is written.
+    rng = np.random.default_rng(0)
     return Finding(
         contrast=contrast,
-        pairs=tuple(zip(scores.seeds, scores.first.tolist(), scores.second.tolist(), strict=True)),
+        pairs=tuple(zip(scores.seeds, first.tolist(), second.tolist(), strict=True)),
         difference=difference,
         low=low,
         high=high,
-        p=p[0],
-        p_no_worse=p[1],
-        p_sign_flip=_sign_flip_p(scores) if not math.isnan(p[0]) else math.nan,
-        smallest_effect=smallest_effect(differences, ALPHA / contrasts) if known else math.nan,
-        test_set_error=_test_set_error(_settings(summary, contrast)),
-        verdict=_verdict(scores, difference, p),
+        p=p,
+        p_no_worse=p_no_worse,
+        p_sign_flip=float(sign_flip_p(first[:, None], second[:, None], rng=rng)[0]) if flips else math.nan,
+        smallest_effect=smallest_effect(first, second, ALPHA / scores.contrasts, scores.resolution)
+        if known
+        else math.nan,
+        test_set_error=scores.test_set_error,
+        verdict=_verdict(scores, difference, p, p_no_worse),
         diverged=scores.diverged,
         missing=scores.missing,
     )
 
 
-def _sign_flip_p(scores: _Scores) -> float:
-    if len(scores.seeds) < SIGN_FLIP_SEEDS:
-        return math.nan
-    rng = np.random.default_rng(0)  # fixed: a report says the same whenever it is written
-    return float(sign_flip_p(scores.first[:, None], scores.second[:, None], rng=rng)[0])
-
-
-def _verdict(scores: _Scores, difference: float, p: tuple[float, float]) -> Verdict | None:
+def _verdict(scores: _Scores, difference: float, p: float, p_no_worse: float) -> Verdict | None:
     if scores.missing:
         return None
     if scores.diverged:
         return "diverged"
     if len(scores.seeds) < MIN_SEEDS:
         return "too few seeds"
-    if p[1] <= ALPHA:
+    if p_no_worse <= ALPHA:
         return "no worse"
-    if p[0] <= ALPHA:
+    if p <= ALPHA:
         return "better" if difference < 0 else "worse"
     return "no difference shown"
-
-
-def _test_set_error(settings: Sequence[Setting]) -> float:
-    """NaN where the runs do not say how many images they were tested on."""
-    images = max((run.test_images or 0 for setting in settings for run in setting.runs), default=0)
-    if not images:
-        return math.nan
-    return math.sqrt(sum(s.error.mean * (1 - s.error.mean) for s in settings) / images)
-
-
-def _settings(summary: Summary, contrast: Contrast) -> list[Setting]:
-    return [summary.settings[place.arm, place.point] for place in contrast.places]

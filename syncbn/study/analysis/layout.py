@@ -1,4 +1,4 @@
-"""How a study's axes are laid out on the page: one of them across, each place on the others a panel."""
+"""How a study's axes are laid out: one of them across, and a panel for each place on the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 
 from syncbn.study.plan.grid import HOLD, Point, Study, Value
-from syncbn.study.report.words import axis_word, place_words
 
 MIN_GRID_VALUES = 3
 """Numbers that an axis other than the sweep must have to go across."""
@@ -37,11 +36,6 @@ class Layout:
         """The panel in which a place lies."""
         return tuple((name, value) for name, value in point if name != self.across)
 
-    def title(self, panel: Point) -> str:
-        """What a panel shows, as far as it differs from the others."""
-        several = [name for name, _ in panel if len({dict(other)[name] for other in self.panels}) > 1]
-        return place_words((name, value) for name, value in panel if name in several)
-
 
 def layout_of(study: Study) -> Layout:
     """The layout of a study.
@@ -70,29 +64,6 @@ def layout_of(study: Study) -> Layout:
         positions=_positions([_number(value) for value in values]),
         panels=tuple(product(*others)),
     )
-
-
-def across_label(study: Study, layout: Layout) -> str:
-    """What varies along the horizontal axis, and which way it goes."""
-    if layout.across is None:
-        return ""
-    word = axis_word(layout.across)
-    return f"{word} (fewer to the right)" if _number(layout.values[0]) > _number(layout.values[-1]) else word
-
-
-def fixed_words(study: Study) -> str:
-    """What stays as it is while the sweep varies, as a sentence; empty without a sweep."""
-    sweep = study.sweep
-    if sweep is None:
-        return ""
-    if sweep.kind == "decoupled":
-        whole = "" if sweep.global_batch_size is None else f" of {sweep.global_batch_size} images"
-        same = f"The global batch{whole}, the learning rate and the steps are the same everywhere"
-        return f"{same}; which images share statistics varies."
-    held = {"epochs": "the epochs stay the same", "steps": f"every run has {sweep.steps} steps"}
-    constant = " or ".join(held[name] for name in sweep.hold)
-    panels = " (a panel for each)" if len(sweep.hold) > 1 else ""
-    return f"The global batch and the learning rate vary with the batch on each GPU; {constant}{panels}."
 
 
 def _is_number(value: Value) -> bool:

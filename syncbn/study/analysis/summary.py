@@ -8,26 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from syncbn.study.analysis.layout import Layout, layout_of
-from syncbn.study.analysis.statistics import summarize
+from syncbn.study.analysis.statistics import Centre, centre_of
 from syncbn.study.plan.grid import Arm, Cell, Point, Study, Value
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class Centre:
-    """A figure of a setting over its seeds: the mean of the runs that have it; NaN where too few have."""
-
-    mean: float
-    sd: float
-    low: float
-    """Lower end of the 95 % interval of the mean; NaN below two runs."""
-    high: float
-    """Upper end of that interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +87,9 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
     columns = [[by_place[arm.name, point, seed] for seed in study.seeds] for arm, point in places]
     found = [[results.get(cell.key) for cell in column] for column in columns]
     errors = [[error_of(result) for result in column] for column in found]
-    centres = centres_of(errors)
     settings = {}
     places_of = Counter((arm.name, column[0].key) for (arm, _), column in zip(places, columns, strict=True))
-    for (arm, point), column, runs, scores, centre in zip(places, columns, found, errors, centres, strict=True):
+    for (arm, point), column, runs, scores in zip(places, columns, found, errors, strict=True):
         ended = sum(run is not None for run in runs)
         finished = sum(not math.isnan(score) for score in scores)
         settings[arm.name, point] = Setting(
@@ -116,24 +101,13 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
             keys=tuple(cell.key for cell in column),
             results=tuple(runs),
             errors=tuple(scores),
-            error=centre,
+            error=centre_of(scores),
             finished=finished,
             diverged=ended - finished,
             missing=len(runs) - ended,
             level=places_of[arm.name, column[0].key] > 1,
         )
     return Summary(study=study, layout=layout_of(study), settings=settings)
-
-
-def centres_of(columns: Sequence[Sequence[float]]) -> list[Centre]:
-    """Mean and interval of each column of scores (one a setting, NaN where there is none)."""
-    figures = summarize(np.array(columns, dtype=np.float64).T)
-    return [
-        Centre(mean=float(mean), sd=float(sd), low=float(low), high=float(high))
-        for mean, sd, low, high in zip(
-            figures.mean, figures.sd, figures.interval_low, figures.interval_high, strict=True
-        )
-    ]
 
 
 def error_of(result: RunResult | None) -> float:

@@ -1,14 +1,12 @@
-"""Contrasts: the comparisons that a study plans, named before its runs.
+"""The comparisons that a study plans, named before its runs.
 
-A contrast is the test error at one place minus the test error at another: an arm against an arm, or one value of an
-axis against another value along the same arm. With ``minus`` it is a difference of two such differences. The planned
-contrasts are the family over which the tests are corrected, so a study should name those that answer its question and
-no others.
+A contrast is the test error at one place minus that at another: an arm against an arm, or a value of an axis against
+another along the same arm. With ``minus`` it is a difference of two such differences. The tests are corrected over all
+planned contrasts, so a study should name those that answer its question and no others.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 from syncbn.train.checks import ConfigError, require
 
 if TYPE_CHECKING:
-    from syncbn.study.plan.grid import Arm, Cell, Point, Study, Value
-
-_KEYS = ("arm", "at", "against", "minus", "no_worse_by")
+    from syncbn.study.plan.grid import Cell, Point, Study, Value
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,7 @@ class Place:
 class Contrast:
     """Error at ``first`` minus error at ``second``; with ``minus``, minus the same difference there."""
 
-    name: str
-    """Short and unique within the study; made of the arms and of the values that differ."""
+    name: str  # unique within the study; made of the arms and of the values that differ
     first: Place
     second: Place
     minus: tuple[Place, Place] | None = None
@@ -51,8 +46,8 @@ def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast,
     """Read the ``contrasts:`` of a study file.
 
     Each entry names an arm (or a list of arms, one contrast each) and its place. ``against`` says what is different in
-    the second setting, and ``minus`` what is different in both settings of the difference that is subtracted. An axis
-    that is not named is at its first value::
+    the second setting, and ``minus`` what is different in both settings of the difference that is subtracted.
+    ``no_worse_by`` is a margin in points of test error. An axis that is not named is at its first value::
 
         contrasts:
           - {arm: [sync, renorm], at: {per_gpu_batch_size: 2}, against: {arm: batch}}
@@ -60,8 +55,8 @@ def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast,
           - {arm: batch, at: {per_gpu_batch_size: 1}, against: {at: {per_gpu_batch_size: 128}}, minus: {arm: renorm}}
 
     Args:
-        content: the parsed list; None for each other arm against the reference at the first value of each axis.
-        study: the study; its ``contrasts`` are not read.
+        content: the parsed list; None for :func:`default_contrasts`.
+        study: the study; its own ``contrasts`` are not read.
         where: what error messages call the key, such as ``my.yaml: contrasts``.
 
     Raises:
@@ -82,114 +77,99 @@ def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast,
 
 def default_contrasts(study: Study) -> tuple[Contrast, ...]:
     """Each other arm against the reference, at the first value of each axis; empty without a reference."""
-    first = tuple((axis, values[0]) for axis, values in study.axes.items())
+    first = _point({}, study)
     arms = [arm for arm in study.arms if first in study.points(arm)]
     reference = next((arm for arm in arms if arm.reference), None)
     if reference is None:
         return ()
     second = Place(reference.name, first)
-    return tuple(_contrast(Place(arm.name, first), second) for arm in arms if arm is not reference)
+    return tuple(_contrast((Place(arm.name, first), second), None, None) for arm in arms if arm is not reference)
 
 
 def check_runs_differ(contrasts: Sequence[Contrast], cells: Sequence[Cell], where: str) -> None:
     """Check that no contrast compares runs with themselves, as along an axis that does not change its arm.
 
-    Raises:
-        ConfigError: the two settings of a contrast are the same runs.
+    Raises ConfigError if one does.
     """
     keys: dict[Place, list[str]] = {}
     for cell in cells:
         keys.setdefault(Place(cell.arm, cell.point), []).append(cell.key)
     for contrast in contrasts:
-        differ = keys[contrast.first] != keys[contrast.second]
-        require(differ, where, contrast.name, "two settings that differ: these have the same configurations")
+        same = keys[contrast.first] == keys[contrast.second]
+        require(not same, where, contrast.name, "two settings whose configurations differ")
 
 
 def _entry(content: object, study: Study, where: str) -> list[Contrast]:
-    data = _mapping(content, where, _KEYS)
+    data = _mapping(content, where, ("arm", "at", "against", "minus", "no_worse_by"))
     for key in ("arm", "against"):
         require(key in data, where, data, f"the key {key!r} too")
-    against = _changes(data["against"], study, f"{where}.against")
-    minus = None if data.get("minus") is None else _changes(data["minus"], study, f"{where}.minus")
     margin = data.get("no_worse_by")
-    if margin is not None:
-        positive = isinstance(margin, int | float) and not isinstance(margin, bool) and 0 < margin < 100
-        require(positive, f"{where}.no_worse_by", margin, "points of test error, above 0 and below 100")
-    at = _point(data.get("at", {}), study, f"{where}.at")
-    point = tuple((axis, at.get(axis, values[0])) for axis, values in study.axes.items())
+    known = margin is None or (type(margin) in (int, float) and 0 < margin < 100)
+    require(known, f"{where}.no_worse_by", margin, "points of test error, above 0 and below 100")
     names = data["arm"] if isinstance(data["arm"], list) else [data["arm"]]
     require(bool(names), f"{where}.arm", names, "at least one arm")
+    point = _point(_values(data.get("at", {}), study, f"{where}.at"), study)
     contrasts = []
     for name in names:
-        first = Place(_arm(name, study, f"{where}.arm").name, point)
-        ends = (first, _moved(first, against))
-        require(ends[0] != ends[1], f"{where}.against", data["against"], "another arm or another place")
-        pair = None if minus is None else (_moved(ends[0], minus), _moved(ends[1], minus))
-        require(pair != ends, f"{where}.minus", data.get("minus"), "another arm or another place")
-        for place in (*ends, *(pair or ())):
-            run_there = place.point in study.points(_arm(place.arm, study, where))
-            require(run_there, where, f"{place.arm} at {dict(place.point)}", "a place at which this arm is run")
-        contrasts.append(_contrast(*ends, pair, None if margin is None else margin / 100))
+        first = Place(_arm(name, study, f"{where}.arm"), point)
+        ends = (first, _moved(first, data["against"], study, f"{where}.against"))
+        moved = [_moved(place, data["minus"], study, f"{where}.minus") for place in ends if "minus" in data]
+        minus = (moved[0], moved[1]) if moved else None
+        for place in (*ends, *(minus or ())):
+            run_there = any(arm.name == place.arm and place.point in study.points(arm) for arm in study.arms)
+            require(run_there, where, _name(place), "a place at which this arm is run")
+        contrasts.append(_contrast(ends, minus, None if margin is None else margin / 100))
     return contrasts
 
 
-def _changes(content: object, study: Study, where: str) -> tuple[str | None, dict[str, Value]]:
-    """The arm and the values that ``against`` or ``minus`` puts in place of the first setting's."""
+def _moved(place: Place, content: object, study: Study, where: str) -> Place:
+    """The place with the arm and the values that ``against`` or ``minus`` names put in."""
     data = _mapping(content, where, ("arm", "at"))
-    arm = None if data.get("arm") is None else _arm(data["arm"], study, f"{where}.arm").name
-    return arm, _point(data.get("at", {}), study, f"{where}.at")
+    arm = place.arm if data.get("arm") is None else _arm(data["arm"], study, f"{where}.arm")
+    moved = Place(arm, _point(dict(place.point) | _values(data.get("at", {}), study, f"{where}.at"), study))
+    require(moved != place, where, content, "another arm or another place")
+    return moved
 
 
-def _moved(place: Place, changes: tuple[str | None, Mapping[str, Value]]) -> Place:
-    arm, at = changes
-    return Place(arm or place.arm, tuple((axis, at.get(axis, value)) for axis, value in place.point))
-
-
-def _contrast(
-    first: Place, second: Place, minus: tuple[Place, Place] | None = None, margin: float | None = None
-) -> Contrast:
-    words = [_name(first), "against", _difference(second, first)]
+def _contrast(ends: tuple[Place, Place], minus: tuple[Place, Place] | None, margin: float | None) -> Contrast:
+    name = f"{_name(ends[0])} against {_name(ends[1], ends[0])}"
     if minus is not None:
-        words += ["minus", _difference(minus[0], first), "against", _difference(minus[1], minus[0])]
-    return Contrast(" ".join(words), first, second, minus, margin)
+        name += f" minus {_name(minus[0], ends[0])} against {_name(minus[1], minus[0])}"
+    return Contrast(name, *ends, minus, margin)
 
 
-def _name(place: Place) -> str:
-    return " ".join([place.arm, *(f"{axis}={value}" for axis, value in place.point)])
+def _name(place: Place, other: Place | None = None) -> str:
+    """A place in words; beside another one, by what differs from it."""
+    arm = [place.arm] if other is None or place.arm != other.arm else []
+    known = () if other is None else other.point
+    return " ".join([*arm, *(f"{axis}={value}" for axis, value in place.point if (axis, value) not in known)])
 
 
-def _difference(place: Place, other: Place) -> str:
-    """A place by what differs from another one."""
-    values = [f"{axis}={value}" for axis, value in place.point if (axis, value) not in other.point]
-    return " ".join([place.arm, *values] if place.arm != other.arm else values)
+def _point(values: Mapping[str, Value], study: Study) -> Point:
+    return tuple((axis, values.get(axis, known[0])) for axis, known in study.axes.items())
 
 
-def _point(content: object, study: Study, where: str) -> dict[str, Value]:
-    data = _mapping(content, where, tuple(study.axes))
-    return {axis: _value(value, study.axes[axis], f"{where}.{axis}") for axis, value in data.items()}
+def _values(content: object, study: Study, where: str) -> dict[str, Value]:
+    data, found = _mapping(content, where, tuple(study.axes)), {}
+    for axis, given in data.items():
+        matches = [value for value in study.axes[axis] if _comparable(given) == _comparable(value)]
+        require(bool(matches), f"{where}.{axis}", given, f"one of that axis's values {list(study.axes[axis])}")
+        found[axis] = matches[0]
+    return found
 
 
-def _value(value: Any, values: Sequence[Value], where: str) -> Value:
-    for known in values:
-        alike = type(known) is bool if type(value) is bool else type(known) is not bool  # True equals 1
-        # YAML reads 1e-3, without a point, as a text.
-        if alike and (value == known or (isinstance(value, str) and _number(value) == known)):
-            return known
-    raise ConfigError(where, value, f"one of that axis's values {list(values)}")
-
-
-def _number(text: str) -> float:
+def _comparable(value: Any) -> tuple[bool, Any]:
+    """YAML reads 1e-3, without a point, as a text; and True equals 1."""
     try:
-        return float(text)
+        return isinstance(value, bool), float(value) if isinstance(value, str) else value
     except ValueError:
-        return math.nan
+        return False, value
 
 
-def _arm(name: object, study: Study, where: str) -> Arm:
-    for arm in study.arms:
-        if arm.name == name:
-            return arm
-    raise ConfigError(where, name, f"one of the arms ({', '.join(arm.name for arm in study.arms)})")
+def _arm(name: object, study: Study, where: str) -> str:
+    names = [arm.name for arm in study.arms]
+    require(name in names, where, name, f"one of the arms ({', '.join(names)})")
+    return str(name)
 
 
 def _mapping(content: object, where: str, known: Sequence[str]) -> dict[str, Any]:
