@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_fakes import cells_of, grid_study, outcomes_of, plain_study, summary_with
+from report_fakes import cells_of, grid_study, plain_study, results_of, summary_with
 from scipy import stats
 
 from syncbn.study import compare
@@ -129,7 +129,7 @@ def test_a_difference_of_differences():
     minus = (Place("sync", small), Place("sync", large))
     study = replace(study, contrasts=(Contrast("more", first, second, minus),))
     cells = cells_of(study)
-    results = {key: outcome.result for key, outcome in outcomes_of(cells).items()}
+    results = results_of(cells)
     for cell in cells:
         error = {("batch", small): 0.5, ("batch", large): 0.2, ("sync", small): 0.12, ("sync", large): 0.1}
         value = error.get((cell.arm, cell.point), 0.3) + 0.001 * cell.seed * (cell.point == small)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from syncbn.study.plan.grid import Cell, Study, repeated_cell
-from syncbn.study.report.words import percent, place_words
+from syncbn.study.report.format import percent, place_words
 from syncbn.study.run.agreement import Agreement, agreement
 
 if TYPE_CHECKING:
