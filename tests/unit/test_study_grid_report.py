@@ -21,13 +21,13 @@ from report_fakes import (
     summary_with,
     with_errors,
 )
-
 from syncbn.study.analysis.causes import cause_words, causes_of, estimator_words
+from syncbn.study.analysis.throughput import costs_of, study_speed_words
+
 from syncbn.study.analysis.evaluations import columns_of, evaluated_settings
 from syncbn.study.analysis.layers import divergence_maps, effective_map, heat_level, layer_words
 from syncbn.study.analysis.layout import layout_of
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.analysis.throughput import costs_of, study_speed_words
 from syncbn.study.plan.grid import Sweep
 from syncbn.study.report.captions import chance_words, diverged_words, fair_words, sweep_caption
 from syncbn.study.report.report import print_table, write_report
