@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from report_fakes import cells_of, grid_study, plain_study, results_of, summary_with
 from scipy import stats
+from study_fakes import fake_result
 
-from syncbn.study import compare
+from syncbn.study import compare, load_study
 from syncbn.study.analysis.findings import VERDICTS, findings_of
 from syncbn.study.analysis.statistics import holm
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.plan.contrasts import Contrast, Place
+from syncbn.study.plan.grid import study_cells
 
 REFERENCE = [0.67, 0.82, 0.75, 0.7, 0.78, 0.71, 0.8, 0.69]
 
@@ -168,9 +170,30 @@ def test_level_settings_are_flagged():
     assert {setting.level for (arm, _), setting in summary.settings.items() if arm == "group"} == {True}
 
 
-def test_compare_needs_no_results(tmp_path):
-    from syncbn.study import load_study
+def test_the_quickstart_can_say_what_it_found():
+    """Errors of a run of it on one machine: 70 points that every seed shows."""
+    study = load_study("quickstart")
+    errors = {
+        "batch": (0.674, 0.666, 0.818),
+        "sync": (0.015, 0.017, 0.022),
+        "renorm": (0.065, 0.057, 0.074),
+        "group": (0.175, 0.048, 0.062),
+        "batch_iid": (0.017, 0.016, 0.017),
+    }
+    results = {cell.key: fake_result(cell.config, errors[cell.arm][cell.seed]) for cell in study_cells(study)}
+    found = {item.contrast.name: item for item in compare(study, results)}
+    assert {name: item.verdict for name, item in found.items()} == {
+        "batch against batch_iid": "worse",
+        "sync against batch": "better",
+        "renorm against batch": "better",
+        "group against batch": "better",
+        "sync against batch_iid": "no worse",
+    }
+    cost = found["batch against batch_iid"]
+    assert (cost.difference, cost.low, cost.high) == pytest.approx((0.703, 0.491, 0.914), abs=0.001)
 
+
+def test_compare_needs_no_results(tmp_path):
     study = load_study("quickstart")
     for results in ({}, tmp_path, str(tmp_path)):
         found = compare(study, results)

@@ -101,11 +101,6 @@ def evaluated_settings(summary: Summary) -> dict[tuple[str, Point], Evaluated]:
     return found
 
 
-def with_several_samples(items: Sequence[Evaluated]) -> list[Evaluated]:
-    """Those whose population statistics were taken of more than one number of images."""
-    return [item for item in items if any(len(item.series(f)) > 1 for f in FAMILIES if f.startswith("population"))]
-
-
 def columns_of(results: Sequence[RunResult]) -> list[tuple[str, list[Kind]]]:
     """The columns of a CSV file, each with the kinds in it.
 

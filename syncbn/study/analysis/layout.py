@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,7 +13,7 @@ MIN_GRID_VALUES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The places of a study as panels and positions."""
+    """The places of a study as panels, and values across each."""
 
     names: tuple[str, ...]
     """All axes, in the study's order."""
@@ -22,8 +21,6 @@ class Layout:
     """The axis that goes across; None where arms are compared at single places."""
     values: tuple[Value, ...]
     """Its values from left to right."""
-    positions: tuple[float, ...]
-    """Where they stand: logarithms to base 2, where all are positive."""
     panels: tuple[Point, ...]
     """The places on the other axes; one empty place where there are none."""
 
@@ -61,7 +58,6 @@ def layout_of(study: Study) -> Layout:
         names=tuple(axes),
         across=across,
         values=values,
-        positions=_positions([_number(value) for value in values]),
         panels=tuple(product(*others)),
     )
 
@@ -73,10 +69,3 @@ def _is_number(value: Value) -> bool:
 def _number(value: Value) -> float:
     assert isinstance(value, int | float)
     return float(value)
-
-
-def _positions(values: list[float]) -> tuple[float, ...]:
-    """Rising positions, whichever way the values go."""
-    places = [math.log2(value) for value in values] if all(value > 0 for value in values) else values
-    falling = len(places) > 1 and places[0] > places[-1]
-    return tuple(-place for place in places) if falling else tuple(places)

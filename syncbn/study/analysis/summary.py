@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from syncbn.study.analysis.layout import Layout, layout_of
 from syncbn.study.analysis.statistics import Centre, centre_of
-from syncbn.study.plan.grid import Arm, Cell, Point, Study, Value
+from syncbn.study.plan.grid import Cell, Point, Study, Value
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One arm at one place. Errors are fractions of the test images."""
+    """One arm at one place, over all seeds. Errors are fractions of the test images.
+
+    >>> from syncbn.study import load_study
+    >>> from syncbn.study.plan.grid import study_cells
+    >>> study = load_study("quickstart")
+    >>> setting = summary_of(study, study_cells(study), results={}).settings["sync", ()]
+    >>> setting.label, setting.missing
+    ('SyncBatchNorm', 3)
+    """
 
     arm: str
     label: str
@@ -45,11 +53,6 @@ class Setting:
         """The results there are."""
         return [result for result in self.results if result is not None]
 
-    def mean_of(self, figure: Callable[[RunResult], float | int | None]) -> float:
-        """Mean of a figure over the runs that have it; NaN if none has."""
-        found = [value for run in self.runs if (value := figure(run)) is not None]
-        return sum(found) / len(found) if found else math.nan
-
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
@@ -60,10 +63,6 @@ class Summary:
     settings: Mapping[tuple[str, Point], Setting]
     """In the order of the study's arms, and of the places within."""
 
-    @property
-    def reference(self) -> Arm | None:
-        return self.study.reference
-
     def at(self, point: Point) -> list[Setting]:
         """The arms that are run at a place, in the study's order."""
         return [setting for (_, place), setting in self.settings.items() if place == point]
@@ -73,11 +72,6 @@ class Summary:
         values: Sequence[Value] = self.layout.values or (None,)
         found = [(i, self.settings.get((arm, self.layout.point(panel, value)))) for i, value in enumerate(values)]
         return [(i, setting) for i, setting in found if setting is not None]
-
-    def constant(self, arm: str, panel: Point) -> bool:
-        """Whether an arm's settings within a panel are all the same runs: what varies across does not touch it."""
-        found = [setting for _, setting in self.across(arm, panel)]
-        return len(found) > 1 and len({setting.keys for setting in found}) == 1
 
 
 def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
