@@ -12,6 +12,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from syncbn.study.analysis.evaluations import FAMILIES, Evaluated
 from syncbn.study.analysis.findings import Finding
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
 from syncbn.study.plan.grid import Point, Study
-from syncbn.study.report.format import axis_word, panel_title, value_word
+from syncbn.study.report.format import axis_word, panel_title, same_runs, value_word
 from syncbn.train.result import RunResult, write_atomically
 
 WIDTH = 440
@@ -172,15 +173,12 @@ def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
     """Test error of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
     layout = summary.layout
     errors = [item.errors[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
-    by_arm: dict[str, list[Evaluated]] = {}
-    for item in items:
-        by_arm.setdefault(item.setting.arm, []).append(item)
     if layout.across is None:
         figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
         _statistics_rows(axes, items)
         error_axis(axes, errors, "x")
     else:
-        shown = list(by_arm.values())[:MAX_PANELS]
+        shown = [list(series) for _, series in groupby(items, key=lambda item: item.setting.arm)][:MAX_PANELS]
         figure, every = _axes(len(shown), 2, 1.9)
         for axes, series in zip(every, shown, strict=True):
             _statistics_panel(axes, summary, series)
@@ -308,7 +306,7 @@ def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]
     study, layout = summary.study, summary.layout
     traces = [(arm.name, summary.across(arm.name, panel)) for arm in study.arms]
     traces = [(arm, along) for arm, along in traces if any(setting.runs for _, setting in along)]
-    level = [arm for arm, _ in traces if summary.constant(arm, panel)]
+    level = [arm for arm, along in traces if same_runs(along)]
     varied = [arm for arm, _ in traces if arm not in level]
     right = len(layout.values) - 0.1
     step = min(0.017 * (right + 2 * bool(level)), 0.8 / max(1, len(varied)))  # about a marker's width

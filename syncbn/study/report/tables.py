@@ -24,16 +24,17 @@ from syncbn.study.plan.grid import Cell, Point, Study, Value
 from syncbn.study.report.format import (
     DASH,
     axis_word,
-    bare_percent,
     compact,
     contrast_place,
     contrast_words,
     p_value,
     panel_title,
+    percent,
     percent_interval,
     plural,
     points,
     points_interval,
+    same_runs,
     value_word,
 )
 from syncbn.train.result import RunResult, write_atomically
@@ -111,7 +112,7 @@ def means_tables(summary: Summary) -> list[Table]:
             along = dict(summary.across(arm.name, panel))
             if any(setting.runs for setting in along.values()):
                 cells = [_mean_cell(along.get(i)) for i in range(len(layout.values))]
-                if summary.constant(arm.name, panel):
+                if same_runs(list(along.items())):
                     cells = [SAME if i in along and i != min(along) else cell for i, cell in enumerate(cells)]
                 table.rows.append([arm.label, *cells])
                 table.arms.append(arm.name)
@@ -131,7 +132,7 @@ def settings_table(summary: Summary) -> Table:
         seen.add((setting.arm, setting.keys))
         places = ["all" if free else value_word(value) for free, value in _places(summary, setting)]
         size, error = setting.normalization_batch_size, setting.error
-        mean = [_mean_cell(setting), percent_interval(error.low, error.high), bare_percent(error.sd)]
+        mean = [_mean_cell(setting), percent_interval(error.low, error.high), percent(error.sd)]
         seeds = [_seed_cell(run) for run in setting.results]
         name = f"{setting.label} (reference)" if setting.reference else setting.label
         table.rows.append([name, *places, DASH if size is None else str(size), *mean, *seeds])
@@ -149,7 +150,7 @@ def statistics_table(summary: Summary) -> Table | None:
     table = Table(head=["arm", *(_kind_word(name, kinds[0]) for name, kinds in columns)])
     for item in items:
         known = [[item.errors[kind].mean for kind in kinds if kind in item.errors] for _, kinds in columns]
-        table.rows.append([item.setting.label, *(bare_percent(means[0]) if means else DASH for means in known)])
+        table.rows.append([item.setting.label, *(percent(means[0]) if means else DASH for means in known)])
         table.arms.append(item.setting.arm)
     return table
 
@@ -274,14 +275,14 @@ def _print(console: Console, table: Table) -> None:
 def _mean_cell(setting: Setting | None) -> str:
     if setting is None or not setting.runs:
         return DASH
-    words = [bare_percent(setting.error.mean)] if setting.finished else []
+    words = [percent(setting.error.mean)] if setting.finished else []
     return " ".join([*words, *[f"{setting.diverged}×"] * (setting.diverged > 0)])
 
 
 def _seed_cell(run: RunResult | None) -> str:
     if run is None:
         return DASH
-    return "diverged" if run.status == "diverged" or run.test_error is None else bare_percent(run.test_error)
+    return "diverged" if run.status == "diverged" or run.test_error is None else percent(run.test_error)
 
 
 def _places(summary: Summary, setting: Setting) -> list[tuple[bool, Value]]:
