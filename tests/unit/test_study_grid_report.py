@@ -78,7 +78,7 @@ def test_grid_words_are_of_its_numbers(grid):
         r"At 2 images per GPU, Local BatchNorm costs 2\d points of test error against SyncBatchNorm", words
     )
     assert "Diverged, so not compared: No normalization in 1 of 6 runs." in words
-    assert "322 of 324 runs have ended; 1 of 11 contrasts cannot be judged before theirs have." in words
+    assert "Nothing is claimed for 1 of 11 contrasts: 322 of 324 runs have a result." in words
     assert "global batch, learning rate and steps are the same everywhere" in words
     assert "training images 50,000 test images 10,000" in words
     assert "corrected by Holm, over 11 planned contrasts." in words
@@ -317,7 +317,7 @@ def test_page_of_a_study_with_missing_runs(tmp_path):
     errors["group"][3] = "diverged"
     cells, results = with_errors(study, errors)
     _, _, words = written(study, cells, results, tmp_path)
-    assert "23 of 24 runs have ended; 1 of 2 contrasts cannot be judged before theirs have." in words
+    assert "Nothing is claimed for 1 of 2 contrasts: 23 of 24 runs have a result." in words
     assert "SyncBatchNorm − Local BatchNorm 1 run missing" in words
     assert "GroupNorm − Local BatchNorm diverged –" in words
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))

@@ -78,6 +78,11 @@ def test_no_worse():
     errors = {"batch": around(0.4), "sync": around(0.1), "group": [0.1 + j / 2 for j in JITTER]}
     said = told(study, errors)
     assert said.startswith("SyncBatchNorm is no worse than GroupNorm by a margin of 0.50 points: +0.03 points (95 %")
+    errors["group"] = around(0.1)[::-1]
+    study = against(study, ("sync", "group"), margin=0.001)
+    assert told(study, errors).startswith(
+        "SyncBatchNorm is not shown to be no worse than GroupNorm by a margin of 0.10"
+    )
 
 
 def test_value_against_value_names_the_values():
@@ -142,10 +147,10 @@ def test_running_study_claims_only_what_is_complete():
     said = told(plain_study(seeds=8), errors)
     assert said.startswith("At 4 images per GPU, Local BatchNorm costs 20 points of test error against GroupNorm")
     assert "SyncBatchNorm" not in said
-    assert "23 of 24 runs have ended; 1 of 2 contrasts cannot be judged before theirs have." in said
+    assert "Nothing is claimed for 1 of 2 contrasts: 23 of 24 runs have a result." in said
     errors["batch"] = [*around(0.4)[:7], "missing"]
     assert told(plain_study(seeds=8), errors) == (
-        f"22 of 24 runs have ended; 2 of 2 contrasts cannot be judged before theirs have. {UNTUNED}"
+        f"Nothing is claimed for 2 of 2 contrasts: 22 of 24 runs have a result. {UNTUNED}"
     )
 
 

@@ -7,7 +7,6 @@ Place, marker and legend carry the meaning; colour helps.
 from __future__ import annotations
 
 import colorsys
-import io
 import math
 import os
 import textwrap
@@ -29,8 +28,8 @@ from syncbn.study.analysis.evaluations import FAMILIES, Evaluated
 from syncbn.study.analysis.findings import Finding
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
 from syncbn.study.plan.grid import Point, Study
-from syncbn.study.report.format import axis_word, panel_title, same_runs, value_word
-from syncbn.train.result import RunResult, write_atomically
+from syncbn.study.report.format import MINUS, axis_word, panel_title, same_runs, value_word
+from syncbn.train.result import RunResult
 
 WIDTH = 440
 """Width of a figure in units of 1/72 inch."""
@@ -100,22 +99,19 @@ def arm_marks(study: Study) -> dict[str, Mark]:
 
 
 def svg_of(draw: Callable[[], Figure], path: Path) -> str:
-    """Draw a figure, write it to ``path`` as SVG, and return the element for a page.
+    """Draw a figure, write it to ``path`` as SVG, and return the element for a page."""
+    save(draw, path)
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]
 
-    The file's name is the salt of the ids in it, so that figures of one page share none.
-    """
+
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure and write it to ``path``, whole or not at all, in the format of its suffix."""
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    # The salt of the ids in an SVG: figures of one page share none, and a figure has the same whenever it is drawn.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
-        text = io.StringIO()
-        draw().savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    write_atomically(path, text.getvalue())
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def write_png(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw a figure and write it to ``path`` as PNG."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with matplotlib.rc_context(_STYLE):
-        draw().savefig(draft, format="png", dpi=160)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if path.suffix == ".svg" else None
+        draw().savefig(draft, dpi=160, metadata=metadata)
     draft.replace(path)
 
 
@@ -166,6 +162,11 @@ def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_xlabel("difference in test error, points (below 0: the first is better)", loc="right")
+    sizes = [abs(100 * finding.difference) for finding in findings]
+    if max(sizes) > 20 and min(sizes) < 2:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_locator(FixedLocator([-30, -5, -1, 0, 1, 5, 30]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
     return figure
 
 
@@ -203,7 +204,8 @@ def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Fig
             # A run that was tested only once is one point, which a line without a marker does not show.
             marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
             axes.plot(*_xy(mean), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
-    losses, errors = ([y for line in axes.lines for y in _heights(line)] for axes in (top, bottom))
+    losses, errors = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
+    losses = [loss for loss in losses if math.isfinite(loss)]
     if losses and 0 < 20 * min(losses) < max(losses):
         top.set_yscale("log")
     top.set_ylabel("training loss")
@@ -238,10 +240,6 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
 
 def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in curve], [y for _, y in curve]
-
-
-def _heights(line: Line2D) -> list[float]:
-    return [y for y in np.asarray(line.get_ydata(), dtype=float).tolist() if math.isfinite(y)]
 
 
 def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:

@@ -127,15 +127,19 @@ def same_runs(along: Sequence[tuple[int, Setting]]) -> bool:
 
 def contrast_words(study: Study, contrast: Contrast) -> str:
     """A contrast without its place: "SyncBatchNorm − Local BatchNorm"."""
-    first, second = contrast.first, contrast.second
-    if contrast.minus is None:
-        return _difference(study, first, second)
-    parts = [((first, second), contrast.minus[0]), (contrast.minus, first)]
+    if contrast.minus is not None:
+        return f" {MINUS} ".join(difference_sides(study, contrast))
+    return _difference(study, contrast.first, contrast.second)
+
+
+def difference_sides(study: Study, contrast: Contrast) -> tuple[str, str]:
+    """The two differences of a difference of differences, each in brackets."""
+    assert contrast.minus is not None
     words = []
-    for (one, two), other in parts:
+    for (one, two), other in (((contrast.first, contrast.second), contrast.minus[0]), (contrast.minus, contrast.first)):
         values = place_words(pair for pair in one.point if pair in two.point and pair not in other.point)
         words.append(f"({_difference(study, one, two)}{f' at {values}' if values else ''})")
-    return f" {MINUS} ".join(words)
+    return words[0], words[1]
 
 
 def contrast_place(study: Study, contrast: Contrast) -> str:

@@ -23,9 +23,9 @@ from syncbn.study.report.figures import (
     forest_figure,
     main_figure,
     main_figure_name,
+    save,
     statistics_figure,
     svg_of,
-    write_png,
 )
 from syncbn.study.report.format import axis_word, joined, place_words, value_word
 from syncbn.study.report.tables import (
@@ -123,15 +123,14 @@ def _figures(summary: Summary, findings: Findings, out: Path) -> dict[str, str]:
         return found
     name = main_figure_name(summary)
     found["main"] = svg_of(partial(main_figure, summary, marks), out / f"{name}.svg")
-    write_png(partial(main_figure, summary, marks), out / f"{name}.png")
+    save(partial(main_figure, summary, marks), out / f"{name}.png")
     rows = contrasts_table(summary, findings).rows
     known = [(f, row[0]) for f, row in zip(findings.items, rows, strict=True) if not math.isnan(f.difference)]
     if known:
         found["contrasts"] = svg_of(partial(forest_figure, *zip(*known, strict=True)), out / "contrasts.svg")
     panel = summary.layout.panel_of(study.comparison_point())
-    items = [
-        item for (_, point), item in evaluated_settings(summary).items() if summary.layout.panel_of(point) == panel
-    ]
+    every = evaluated_settings(summary).values()
+    items = [item for item in every if summary.layout.panel_of(item.setting.point) == panel]
     if items:
         found["statistics"] = svg_of(partial(statistics_figure, summary, items), out / "statistics.svg")
     here = [setting for setting in summary.at(study.comparison_point()) if setting.runs]

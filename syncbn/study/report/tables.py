@@ -209,12 +209,13 @@ def print_tables(summary: Summary, findings: Findings, words: str) -> None:
     for means in means_tables(summary):
         title = "Mean test error in %" + (f", {means.title}" if means.title else "")
         rows = [[row[0], *(cell.replace(" ", "\n") for cell in row[1:])] for row in means.rows]
-        _print(console, Table(title=f"{title} (k×: k runs diverged; =: the same runs)", head=means.head, rows=rows))
+        _print(console, Table(title=title, head=means.head, rows=rows))
     if summary.layout.across is None:
         settings = settings_table(summary)
         last = settings.head.index("SD")
         rows = [row[:last] for row in settings.rows]
-        _print(console, Table(title="Test error in % (k×: k runs diverged)", head=settings.head[:last], rows=rows))
+        _print(console, Table(title="Test error in %", head=settings.head[:last], rows=rows))
+    console.print(Text(f"k×: k runs diverged, {SAME}: the same runs as at the left, {DASH}: not run"))
 
 
 def write_csv(

@@ -11,7 +11,7 @@ from syncbn.study.plan.contrasts import Place
 from syncbn.study.plan.grid import Point, Study
 from syncbn.study.report.format import (
     contrast_place,
-    contrast_words,
+    difference_sides,
     joined,
     label_of,
     plural,
@@ -37,12 +37,14 @@ def verdict(summary: Summary, findings: Findings) -> str:
     said = _costs(summary, [f for f in shown if f.contrast.minus is None])
     for f in shown:
         if f.contrast.minus is not None:
-            said.append(f"The difference {contrast_words(study, f.contrast)} is {_effect(f)}.")
-    for f in found["no worse"]:
+            said.append("The difference {} − {}{} is {}.".format(*_sides(study, f), _effect(f)))
+    unclear = found["no difference shown"]
+    for f in (*found["no worse"], *(f for f in unclear if f.contrast.margin is not None)):
+        words = "is no worse than" if f.verdict == "no worse" else "is not shown to be no worse than"
         first, second, place = _sides(study, f)
         margin = points(f.contrast.margin or 0)
-        said.append(f"{first} is no worse than {second}{place} by a margin of {margin} points: {_effect(f)}.")
-    if unclear := sorted(found["no difference shown"], key=lambda f: -abs(f.difference)):
+        said.append(f"{first} {words} {second}{place} by a margin of {margin} points: {_effect(f)}.")
+    if unclear := sorted((f for f in unclear if f.contrast.margin is None), key=lambda f: -abs(f.difference)):
         which = "" if len(unclear) == 1 else f"in {len(unclear)} contrasts; the largest is "
         first, second, place = _sides(study, unclear[0])
         said.append(f"No difference is shown {which}between {first} and {second}{place}: {_effect(unclear[0])}.")
@@ -54,7 +56,7 @@ def verdict(summary: Summary, findings: Findings) -> str:
         said.append(f"{plural(len(study.seeds), 'seed')} cannot show a difference; {MIN_SEEDS} are needed.")
     if found[None]:
         waiting = f"{len(found[None])} of {plural(len(items), 'contrast')}"
-        said.append(f"{ended} of {len(planned)} runs have ended; {waiting} cannot be judged before theirs have.")
+        said.append(f"Nothing is claimed for {waiting}: {ended} of {len(planned)} runs have a result.")
     if not items:
         said.append("The study plans no contrast, so nothing is compared.")
     return " ".join([*said, *["No arm's learning rate was tuned."] * findings.untuned])
@@ -78,15 +80,15 @@ def _costs(summary: Summary, shown: Sequence[Finding]) -> list[str]:
             place = setting_words(summary.settings[worse.arm, worse.point])
             words = f"At {place}, {words} of test error against {side(study, better, worse)}"
         sentences.append(f"{words} {interval}.")
-        gains = [(side(study, _ends(f)[1], worse), abs(f.difference)) for f in group if f is not main]
-        back = [f"{name} gives {_part(gain, cost)}" for name, gain in gains]
+        back = []
+        for remedy, gain in [(_ends(f)[1], abs(f.difference)) for f in group if f is not main]:
+            # A remedy that itself costs something against another setting does not give all of it back.
+            whole = (gain >= cost or points(gain) == points(cost)) and remedy not in groups
+            part = "all of it back" if whole else f"back {points(gain)} points"
+            back.append(f"{side(study, remedy, worse)} gives {part}")
         if back:
             sentences.append("; ".join(_first(back)) + ".")
     return [" ".join(_first(sentences)) for sentences in said.values()][:MAX_NAMED]
-
-
-def _part(gain: float, cost: float) -> str:
-    return "all of it back" if gain >= cost or points(gain) == points(cost) else f"back {points(gain)} points"
 
 
 def _first(texts: list[str]) -> list[str]:
@@ -98,9 +100,11 @@ def _sides(study: Study, finding: Finding) -> tuple[str, str, str]:
     """The two sides of a contrast and their common place: "SyncBatchNorm", "GroupNorm", " at 2 images per GPU"."""
     first, second = finding.contrast.first, finding.contrast.second
     sides, place = (side(study, first, second), side(study, second, first)), contrast_place(study, finding.contrast)
-    if first.arm == second.arm:
-        sides = (f"{label_of(study, first.arm)} at {sides[0]}", f"at {sides[1]}")
-    return (*sides, (f", {place}," if first.arm == second.arm else f" at {place}") if place else "")
+    if finding.contrast.minus is not None:
+        sides = difference_sides(study, finding.contrast)
+    elif first.arm == second.arm:
+        return f"{label_of(study, first.arm)} at {sides[0]}", f"at {sides[1]}", f", {place}," if place else ""
+    return (*sides, f" at {place}" if place else "")
 
 
 def _effect(finding: Finding) -> str:
