@@ -99,7 +99,7 @@ def _cell(study: Study, arm: Arm, seed: int, point: Any) -> Cell:
 
 def results_of(cells: list[Cell], **options: Any) -> dict[str, RunResult]:
     """A result for each cell's key, as training might have ended."""
-    return {cell.key: result_of(cell, **options) for cell in cells}
+    return {cell.key: replace(result_of(cell, **options), train_images=50_000, test_images=10_000) for cell in cells}
 
 
 def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int = len(LAYERS)) -> RunResult:
@@ -129,8 +129,6 @@ def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int
         evaluations=[] if diverged else _evaluations(error, lost * estimation, size, samples, draw),
         layers=[] if diverged or size is None else _layers(size, layers, draw),
         peak_memory_bytes=int(3e8 * (1 + draw.gauss(0, 0.01))),
-        train_images=50_000,
-        test_images=10_000,
         processes=1,
         environment={"python": "3.12", "torch": "2.13", "device": "CPU (x86_64)", "git_commit": "0123abc"},
         config=config,

@@ -81,7 +81,7 @@ def test_grid_words_are_of_its_numbers(grid):
     assert "322 of 324 runs have ended; 1 of 11 contrasts cannot be judged before theirs have." in words
     assert "global batch, learning rate and steps are the same everywhere" in words
     assert "training images 50,000 test images 10,000" in words
-    assert "corrected by Holm, over 11 planned contrasts" in words
+    assert "corrected by Holm, over 11 planned contrasts." in words
     assert "Intervals cover seeds only" in words
 
 
@@ -250,7 +250,7 @@ def test_curves_of_runs():
     assert thinned[0] == (3, 1.0)
     assert thinned[-1][0] == 150
     assert error_curve(run)[-1] == (390.0, run.test_error)
-    assert mean_curve([[(1, 0.2), (2, 0.4)], [(2, 0.2)], []]) == [(2, pytest.approx(0.3))]
+    assert mean_curve([[(1, 0.2), (2, 0.4)], [(2, 0.2)]]) == [(2, pytest.approx(0.3))]
     assert mean_curve([[]]) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import math
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from study_fakes import fake_result, small_study
 
 from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
-from syncbn.study.report.format import SPACE, coordinate, percent, percent_interval, points, points_interval
+from syncbn.study.report.format import coordinate, percent, percent_interval, points, points_interval
 from syncbn.study.report.report import print_table, write_report
 from syncbn.study.run.runner import Outcome
 from syncbn.study.run.worker import Job
@@ -101,7 +102,7 @@ def test_labels_and_digits_are_printed_as_they_are(capsys):
 
 
 def test_an_interval_has_the_digits_of_its_middle():
-    assert [percent(0.0173), percent(0.0052)] == [f"1.7{SPACE}%", f"0.52{SPACE}%"]
+    assert [percent(0.0173), percent(0.0052), percent(math.nan)] == ["1.7", "0.52", "–"]
     assert percent_interval(-0.1, 1.2) == "0.0 to 100.0"
     assert [points(0.701), points(-0.0312, signed=True), points(0.0012, signed=True)] == ["70", "−3.1", "+0.12"]
     assert points_interval(0.494, 0.911, 0.701) == "49 to 91"

@@ -73,11 +73,6 @@ class Summary:
         found = [(i, self.settings.get((arm, self.layout.point(panel, value)))) for i, value in enumerate(values)]
         return [(i, setting) for i, setting in found if setting is not None]
 
-    def constant(self, arm: str, panel: Point) -> bool:
-        """Whether an arm's settings within a panel are all the same runs: what varies across does not change it."""
-        found = [setting for _, setting in self.across(arm, panel)]
-        return len(found) > 1 and len({setting.keys for setting in found}) == 1
-
 
 def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
     """The settings of a study; ``results`` by the cells' keys."""

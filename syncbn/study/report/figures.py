@@ -12,6 +12,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from syncbn.study.analysis.evaluations import FAMILIES, Evaluated
 from syncbn.study.analysis.findings import Finding
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
 from syncbn.study.plan.grid import Point, Study
-from syncbn.study.report.format import axis_word, panel_title, value_word
+from syncbn.study.report.format import axis_word, panel_title, same_runs, value_word
 from syncbn.train.result import RunResult, write_atomically
 
 WIDTH = 440
@@ -37,6 +38,8 @@ CURVE_POINTS = 60
 """Points of one curve at most."""
 MAX_SEED_CURVES = 30
 """With more runs than this, curves are drawn as means over the seeds alone."""
+MAX_MARKS = 12
+"""Marks on one curve at most."""
 MAX_PANELS = 12
 """Panels of one figure at most."""
 INK, MUTED, GRID = "#1c1e21", "#5f6770", "#d9dce0"
@@ -125,11 +128,10 @@ def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
     figure, every = _axes(len(panels), 1, 3.9 if layout.across is not None else rows)
     for axes, panel in zip(every, panels, strict=True):
         if layout.across is None:
-            here = by_badness([s for s in summary.at(panel) if s.runs])
-            _arm_rows(axes, here, marks)
+            _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs]), marks)
         else:
             _sweep(axes, summary, panel, marks)
-        error_axis(axes, _extent(settings), "x" if layout.across is None else "y")
+        error_axis(axes, [error for s in settings for error in s.errors], "x" if layout.across is None else "y")
         axes.set_title(panel_title(layout, panel))
     if layout.across is not None:
         _legend(figure, {s.arm: s.label for s in settings}, marks)
@@ -171,20 +173,17 @@ def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
     """Test error of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
     layout = summary.layout
     errors = [item.errors[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
-    by_arm: dict[str, list[Evaluated]] = {}
-    for item in items:
-        by_arm.setdefault(item.setting.arm, []).append(item)
     if layout.across is None:
         figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
         _statistics_rows(axes, items)
         error_axis(axes, errors, "x")
     else:
-        shown = list(by_arm.values())[:MAX_PANELS]
+        shown = [list(series) for _, series in groupby(items, key=lambda item: item.setting.arm)][:MAX_PANELS]
         figure, every = _axes(len(shown), 2, 1.9)
         for axes, series in zip(every, shown, strict=True):
             _statistics_panel(axes, summary, series)
             error_axis(axes, errors, "y")
-            axes.set_title(_short(series[0].setting.label), fontsize=10)
+            axes.set_title(textwrap.shorten(series[0].setting.label, 27, placeholder="…"), fontsize=10)
             axes.set_ylabel("")
     used = [family for family in FAMILIES if any(item.largest(family) for item in items)]
     _legend(figure, {family: FAMILIES[family] for family in used}, FAMILY_MARKS)
@@ -195,25 +194,19 @@ def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Fig
     """Training loss and test error against the optimizer step: means over the seeds, and thin lines for single runs."""
     figure, (top, bottom) = _axes(2, 1, 2.3)
     thin = sum(len(setting.runs) for setting in settings) <= MAX_SEED_CURVES
-    errors: list[float] = []
     for setting in settings:
-        mark = marks[setting.arm]
-        for axes, marker, curves in (
-            (top, "", [loss_curve(run) for run in setting.runs]),
-            (bottom, mark.marker, [error_curve(run) for run in setting.runs]),
-        ):
-            for curve in curves if thin else ():
-                axes.plot(*zip(*curve, strict=True), color=mark.colour, linewidth=0.7, alpha=0.4)
-            mean = mean_curve(curves)
+        for axes, curve_of in ((top, loss_curve), (bottom, error_curve)):
+            colour, marker = marks[setting.arm]
+            for run in setting.runs if thin else ():
+                axes.plot(*_xy(curve_of(run)), color=colour, linewidth=0.7, alpha=0.4)
+            mean = mean_curve([curve_of(run) for run in setting.runs if run.status != "diverged"])
             # A run that was tested only once is one point, which a line without a marker does not show.
-            few = marker if len(mean) <= 12 else ""
-            if mean:
-                axes.plot(*zip(*mean, strict=True), color=mark.colour, linewidth=1.6, marker=few, markersize=4.5)
-            errors += [y for _, y in mean] if axes is bottom else []
-    top.set_ylabel("training loss")
-    losses = [y for line in top.lines for y in np.asarray(line.get_ydata(), dtype=float) if math.isfinite(y)]
-    if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
+            marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
+            axes.plot(*_xy(mean), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
+    losses, errors = ([y for line in axes.lines for y in _heights(line)] for axes in (top, bottom))
+    if losses and 0 < 20 * min(losses) < max(losses):
         top.set_yscale("log")
+    top.set_ylabel("training loss")
     top.grid(axis="y")
     error_axis(bottom, errors, "y")
     bottom.set_xlabel("optimizer step")
@@ -237,10 +230,18 @@ def error_curve(run: RunResult) -> list[tuple[float, float]]:
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean at the steps that all curves have; curves without a point (of diverged runs) do not count."""
-    tables = [dict(curve) for curve in curves if curve]
+    """The mean at the steps that all curves have."""
+    tables = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
+
+
+def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
+
+
+def _heights(line: Line2D) -> list[float]:
+    return [y for y in np.asarray(line.get_ydata(), dtype=float).tolist() if math.isfinite(y)]
 
 
 def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:
@@ -305,7 +306,7 @@ def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]
     study, layout = summary.study, summary.layout
     traces = [(arm.name, summary.across(arm.name, panel)) for arm in study.arms]
     traces = [(arm, along) for arm, along in traces if any(setting.runs for _, setting in along)]
-    level = [arm for arm, along in traces if all(setting.level for _, setting in along)]
+    level = [arm for arm, along in traces if same_runs(along)]
     varied = [arm for arm, _ in traces if arm not in level]
     right = len(layout.values) - 0.1
     step = min(0.017 * (right + 2 * bool(level)), 0.8 / max(1, len(varied)))  # about a marker's width
@@ -370,11 +371,3 @@ def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) 
     axes.tick_params(axis="y", labelsize=9)
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.set_xlabel(axis_word(summary.layout.across or ""), fontsize=9)
-
-
-def _extent(settings: Sequence[Setting]) -> list[float]:
-    return [error for setting in settings for error in setting.errors]
-
-
-def _short(label: str) -> str:
-    return textwrap.shorten(label, 27, placeholder="…")

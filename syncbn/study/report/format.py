@@ -26,22 +26,17 @@ _AXES = {
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage.
+    """A fraction in percent, without the sign; with a second decimal below one percent.
 
-    >>> percent(0.0213), percent(0.718)
-    ('2.1\\xa0%', '71.8\\xa0%')
+    >>> percent(0.0213), percent(0.0052)
+    ('2.1', '0.52')
     """
-    return DASH if math.isnan(fraction) else f"{bare_percent(fraction)}{SPACE}%"
-
-
-def bare_percent(fraction: float) -> str:
-    """A percentage without its sign, with a second decimal below one percent."""
     return DASH if math.isnan(fraction) else f"{100 * fraction:.{2 if 0 < fraction < 0.00995 else 1}f}"
 
 
 def percent_interval(low: float, high: float) -> str:
     """An interval of errors in percent, cut off at 0 and 100: "2.1 to 2.6"."""
-    return DASH if math.isnan(low) else f"{bare_percent(max(low, 0.0))} to {bare_percent(min(high, 1.0))}"
+    return DASH if math.isnan(low) else f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
 
 
 def points(difference: float, *, signed: bool = False) -> str:
@@ -123,6 +118,11 @@ def panel_title(layout: Layout, panel: Point) -> str:
     """What a panel of the main figure shows, as far as it differs from the other panels."""
     several = [name for name, _ in panel if len({dict(other)[name] for other in layout.panels}) > 1]
     return place_words((name, value) for name, value in panel if name in several)
+
+
+def same_runs(along: Sequence[tuple[int, Setting]]) -> bool:
+    """Whether all settings of an arm within a panel are the same runs: the axis across does not change the arm."""
+    return len(along) > 1 and len({setting.keys for _, setting in along}) == 1
 
 
 def contrast_words(study: Study, contrast: Contrast) -> str:

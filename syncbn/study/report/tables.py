@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -18,22 +18,23 @@ from rich.text import Text
 
 from syncbn.study.analysis.evaluations import Kind, columns_of, evaluated, evaluated_settings
 from syncbn.study.analysis.findings import Findings
-from syncbn.study.analysis.layers import layer_means
+from syncbn.study.analysis.layers import LayerMeans, layer_means
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
 from syncbn.study.plan.grid import Cell, Point, Study, Value
 from syncbn.study.report.format import (
     DASH,
     axis_word,
-    bare_percent,
     compact,
     contrast_place,
     contrast_words,
     p_value,
     panel_title,
+    percent,
     percent_interval,
     plural,
     points,
     points_interval,
+    same_runs,
     value_word,
 )
 from syncbn.train.result import RunResult, write_atomically
@@ -46,17 +47,8 @@ MAX_LAYERS = 24
 LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Divergences at which the colour of a heat map changes, the same on every page."""
 _FIGURES = (
-    "test_error",
-    "test_loss",
-    "steps",
-    "samples",
-    "seconds",
-    "images_per_second",
-    "peak_memory_bytes",
-    "parameters",
-    "train_images",
-    "test_images",
-    "processes",
+    *("test_error", "test_loss", "steps", "samples", "seconds", "images_per_second", "peak_memory_bytes"),
+    *("parameters", "train_images", "test_images", "processes"),
 )
 
 
@@ -91,17 +83,8 @@ def contrasts_table(summary: Summary, findings: Findings) -> Table:
     """The planned contrasts, in points of test error; effects come before p values."""
     study = summary.study
     places = [contrast_place(study, f.contrast) for f in findings.items]
-    head = [
-        "contrast",
-        "verdict",
-        "difference",
-        "95 % interval",
-        "p",
-        "sign-flip p",
-        "smallest effect",
-        "test set error",
-    ]
-    table = Table(title=places[0] if len(set(places)) == 1 else "", head=head)
+    head = ["contrast", "verdict", "difference", "95 % interval", "p", "sign-flip p", "smallest effect"]
+    table = Table(title=places[0] if len(set(places)) == 1 else "", head=[*head, "test set error"])
     for place, f in zip(places, findings.items, strict=True):
         words = contrast_words(study, f.contrast)
         table.rows.append(
@@ -123,14 +106,13 @@ def means_tables(summary: Summary) -> list[Table]:
     """Mean errors in percent of the arms along the sweep, a table a panel; none where nothing goes across."""
     layout, found = summary.layout, []
     for panel in layout.panels if layout.across is not None else ():
-        table = Table(
-            title=panel_title(layout, panel), head=[axis_word(layout.across or ""), *map(value_word, layout.values)]
-        )
+        head = [axis_word(layout.across or ""), *map(value_word, layout.values)]
+        table = Table(title=panel_title(layout, panel), head=head)
         for arm in summary.study.arms:
             along = dict(summary.across(arm.name, panel))
             if any(setting.runs for setting in along.values()):
                 cells = [_mean_cell(along.get(i)) for i in range(len(layout.values))]
-                if summary.constant(arm.name, panel):
+                if same_runs(list(along.items())):
                     cells = [SAME if i in along and i != min(along) else cell for i, cell in enumerate(cells)]
                 table.rows.append([arm.label, *cells])
                 table.arms.append(arm.name)
@@ -150,7 +132,7 @@ def settings_table(summary: Summary) -> Table:
         seen.add((setting.arm, setting.keys))
         places = ["all" if free else value_word(value) for free, value in _places(summary, setting)]
         size, error = setting.normalization_batch_size, setting.error
-        mean = [_mean_cell(setting), percent_interval(error.low, error.high), bare_percent(error.sd)]
+        mean = [_mean_cell(setting), percent_interval(error.low, error.high), percent(error.sd)]
         seeds = [_seed_cell(run) for run in setting.results]
         name = f"{setting.label} (reference)" if setting.reference else setting.label
         table.rows.append([name, *places, DASH if size is None else str(size), *mean, *seeds])
@@ -167,10 +149,8 @@ def statistics_table(summary: Summary) -> Table | None:
         return None
     table = Table(head=["arm", *(_kind_word(name, kinds[0]) for name, kinds in columns)])
     for item in items:
-        means = [
-            next((item.errors[kind].mean for kind in kinds if kind in item.errors), math.nan) for _, kinds in columns
-        ]
-        table.rows.append([item.setting.label, *map(bare_percent, means)])
+        known = [[item.errors[kind].mean for kind in kinds if kind in item.errors] for _, kinds in columns]
+        table.rows.append([item.setting.label, *(percent(means[0]) if means else DASH for means in known)])
         table.arms.append(item.setting.arm)
     return table
 
@@ -178,57 +158,34 @@ def statistics_table(summary: Summary) -> Table | None:
 def cost_table(settings: Sequence[Setting]) -> Table:
     """What a run of each arm was and took: medians over the seeds."""
     table = Table(head=["arm", "parameters", "images seen", "steps", "seconds", "images/s", "memory, MiB"])
-    figures: list[Callable[[RunResult], float | None]] = [
-        lambda run: run.parameters,
-        lambda run: run.samples,
-        lambda run: run.steps,
-        lambda run: run.seconds,
-        lambda run: run.images_per_second,
-        lambda run: None if run.peak_memory_bytes is None else run.peak_memory_bytes / 2**20,
-    ]
+    figures = ("parameters", "samples", "steps", "seconds", "images_per_second", "peak_memory_bytes")
     for setting in settings:
         if setting.runs:
-            every = [[value for run in setting.runs if (value := figure(run)) is not None] for figure in figures]
-            table.rows.append([setting.label, *(f"{median(v):,.{int(median(v) < 10)}f}" if v else DASH for v in every)])
+            every = [[value for run in setting.runs if (value := getattr(run, name)) is not None] for name in figures]
+            medians = [median(values) if values else math.nan for values in every]
+            medians[-1] /= 2**20
+            cells = [DASH if math.isnan(m) else f"{m:,.{int(m < 10)}f}" for m in medians]
+            table.rows.append([setting.label, *cells])
             table.arms.append(setting.arm)
     return table
 
 
 def heat_maps(summary: Summary) -> list[HeatMap]:
     """The layers' divergence: a map an arm along the sweep, the reference's first; or one map with a column an arm."""
-    panel = summary.layout.panel_of(summary.study.comparison_point())
-    if summary.layout.across is None:
-        here = [setting for setting in summary.at(summary.study.comparison_point()) if layer_means(setting)]
-        return [_heat_map("", [(setting.label, setting) for setting in here])] if here else []
     found = []
-    for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
-        along = [
-            (value_word(summary.layout.values[i]), s) for i, s in summary.across(arm.name, panel) if layer_means(s)
-        ]
-        found += [_heat_map(arm.label, along)] if along else []
+    for title, columns in _layer_columns(summary):
+        means = [{entry.layer: entry.kl for entry in layer_means(setting)} for _, setting in columns]
+        rows = [(layer, [_heat_cell(kl.get(layer, math.nan)) for kl in means]) for layer in _layers(means)]
+        found.append(HeatMap(title=title, columns=[heading for heading, _ in columns], rows=rows))
     return found
 
 
 def effective_table(summary: Summary) -> Table | None:
-    """How many independent values a batch is worth in each layer, for the reference or else the first arm."""
-    panel = summary.layout.panel_of(summary.study.comparison_point())
-    for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
-        along = [(i, s) for i, s in summary.across(arm.name, panel) if layer_means(s)]
-        if along:
-            values = summary.layout.values
-            head = [value_word(values[i]) if values else s.label for i, s in along]
-            means = [{entry.layer: entry for entry in layer_means(s)} for _, s in along]
-            rows = [
-                [
-                    layer,
-                    *(
-                        f"{compact(m[layer].effective)} of {compact(m[layer].count)}" if layer in m else DASH
-                        for m in means
-                    ),
-                ]
-                for layer in _spread(list(dict.fromkeys(layer for column in means for layer in column)))
-            ]
-            return Table(title=arm.label, head=["layer", *head], rows=rows)
+    """How many independent values a batch is worth in each layer, for the arms of the first heat map."""
+    for title, columns in _layer_columns(summary)[:1]:
+        means = [{entry.layer: entry for entry in layer_means(setting)} for _, setting in columns]
+        rows = [[layer, *(_worth(column.get(layer)) for column in means)] for layer in _layers(means)]
+        return Table(title=title, head=["layer", *(heading for heading, _ in columns)], rows=rows)
     return None
 
 
@@ -308,10 +265,8 @@ def write_csv(
 def _print(console: Console, table: Table) -> None:
     shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(table.head):
-        words = number == 0 or heading == "verdict"
-        shown.add_column(
-            Text(heading), justify="left" if words else "right", overflow="fold", min_width=4 if number else 18
-        )
+        side: Literal["left", "right"] = "left" if number == 0 or heading == "verdict" else "right"
+        shown.add_column(Text(heading), justify=side, overflow="fold", min_width=4 if number else 18)
     for row in table.rows:
         shown.add_row(*map(Text, row))  # Text, not markup: a label may hold brackets
     console.print(shown)
@@ -320,14 +275,14 @@ def _print(console: Console, table: Table) -> None:
 def _mean_cell(setting: Setting | None) -> str:
     if setting is None or not setting.runs:
         return DASH
-    words = [bare_percent(setting.error.mean)] if setting.finished else []
+    words = [percent(setting.error.mean)] if setting.finished else []
     return " ".join([*words, *[f"{setting.diverged}×"] * (setting.diverged > 0)])
 
 
 def _seed_cell(run: RunResult | None) -> str:
     if run is None:
         return DASH
-    return "diverged" if run.status == "diverged" or run.test_error is None else bare_percent(run.test_error)
+    return "diverged" if run.status == "diverged" or run.test_error is None else percent(run.test_error)
 
 
 def _places(summary: Summary, setting: Setting) -> list[tuple[bool, Value]]:
@@ -342,11 +297,22 @@ def _kind_word(name: str, kind: Kind) -> str:
     return f"population, {name.partition(f'_{kind.estimator}_')[2].replace('_', ' ')} images, {kind.estimator}"
 
 
-def _heat_map(title: str, columns: Sequence[tuple[str, Setting]]) -> HeatMap:
-    means = [{entry.layer: entry.kl for entry in layer_means(setting)} for _, setting in columns]
-    layers = _spread(list(dict.fromkeys(layer for column in means for layer in column)))
-    rows = [(layer, [_heat_cell(column.get(layer, math.nan)) for column in means]) for layer in layers]
-    return HeatMap(title=title, columns=[heading for heading, _ in columns], rows=rows)
+def _layer_columns(summary: Summary) -> list[tuple[str, list[tuple[str, Setting]]]]:
+    """A title for each heat map, and its settings with their headings."""
+    point = summary.study.comparison_point()
+    if summary.layout.across is None:
+        here = [(setting.label, setting) for setting in summary.at(point) if layer_means(setting)]
+        return [("", here)] if here else []
+    found, values = [], summary.layout.values
+    for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
+        settings = summary.across(arm.name, summary.layout.panel_of(point))
+        along = [(value_word(values[i]), setting) for i, setting in settings if layer_means(setting)]
+        found += [(arm.label, along)] if along else []
+    return found
+
+
+def _worth(layer: LayerMeans | None) -> str:
+    return DASH if layer is None else f"{compact(layer.effective)} of {compact(layer.count)}"
 
 
 def _heat_cell(kl: float) -> HeatCell:
@@ -354,7 +320,8 @@ def _heat_cell(kl: float) -> HeatCell:
     return HeatCell(compact(kl), heat_level(rounded))
 
 
-def _spread(layers: list[str]) -> list[str]:
+def _layers(columns: Sequence[Mapping[str, object]]) -> list[str]:
+    layers = list(dict.fromkeys(layer for column in columns for layer in column))
     if len(layers) <= MAX_LAYERS:
         return layers
     return [layers[round(i * (len(layers) - 1) / (MAX_LAYERS - 1))] for i in range(MAX_LAYERS)]
