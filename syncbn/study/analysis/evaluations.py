@@ -125,7 +125,7 @@ def _column_name(kinds: Sequence[Kind]) -> str:
 
 
 def _entries(result: RunResult) -> list[dict[str, Any]]:
-    """A run's evaluations without one that is none: the test batch's own statistics under batch renormalization."""
+    """A run's evaluations. Batch renormalization has none with the test batch's own statistics: it maps them back."""
     renorm = is_renorm(result)
     return [entry for entry in result.evaluations if not (renorm and entry.get("statistics") == "batch")]
 

@@ -12,6 +12,7 @@ from syncbn.study.analysis.statistics import (
     ALPHA,
     MIN_SEEDS,
     SIGN_FLIP_SEEDS,
+    SPREAD_FLOOR,
     TEST,
     FloatArray,
     difference_p,
@@ -71,6 +72,8 @@ class Findings:
     items: tuple[Finding, ...]
     test: str
     """The test that decides."""
+    spread_floor: float
+    """The spread in that test is at least this many times that of the better setting's own errors."""
     contrasts: int
     """Planned contrasts, over which p is corrected."""
     untuned: bool
@@ -91,6 +94,7 @@ def findings_of(summary: Summary) -> Findings:
     return Findings(
         items=tuple(map(_finding, contrasts, scores, p, p_no_worse)),
         test=TEST,
+        spread_floor=SPREAD_FLOOR,
         contrasts=len(contrasts),
         untuned=True,
     )

@@ -73,7 +73,7 @@ SIGN_FLIP_SEEDS = 6
 """Seeds from which on the sign-flip test of one contrast can reach 0.05."""
 POWER = 0.8
 ROUNDING = 1e-12
-"""Scores that differ by less than some times this are equal."""
+"""The spread counts as at least this: scores that differ by rounding alone are equal."""
 TEST = "paired Student t with a floor under the spread, corrected by Holm"
 """The test that decides."""
 
