@@ -108,7 +108,7 @@ def svg_of(draw: Callable[[], Figure], path: Path) -> str:
 def save(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a figure and write it to ``path``, whole or not at all, in the format of its suffix."""
     draft = path.with_name(f".{os.getpid()}.{path.name}")
-    # The salt of the ids in an SVG: figures of one page share none, and a figure has the same whenever it is drawn.
+    # Of the ids that an SVG refers to: no two figures of a page share one, and a figure drawn again has the same.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if path.suffix == ".svg" else None
         draw().savefig(draft, dpi=160, metadata=metadata)

@@ -43,8 +43,6 @@ from syncbn.study.report.tables import (
 from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
 
-TEMPLATE = "report.html.j2"
-
 
 def write_report(
     study: Study,
@@ -78,7 +76,7 @@ def write_report(
     marks = arm_marks(study)
     write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = importlib.resources.files("syncbn.study.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         study=study,
         marks=marks,
