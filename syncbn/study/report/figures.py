@@ -33,12 +33,12 @@ from syncbn.train.result import RunResult
 
 WIDTH = 440
 """Width of a figure in units of 1/72 inch."""
-CURVE_POINTS = 60
-"""Points of one curve at most."""
+CURVE_POINTS, MAX_MARKS = 60, 12
+"""Points of one curve at most, and points up to which they have marks."""
 MAX_SEED_CURVES = 30
 """With more runs than this, curves are drawn as means over the seeds alone."""
-MAX_MARKS = 12
-"""Marks on one curve at most."""
+SEED_SHIFT = 0.09
+"""Distance of the seeds' points from the mean's mark, in the distance of two values of the axis."""
 MAX_PANELS = 12
 """Panels of one figure at most."""
 INK, MUTED, GRID = "#1c1e21", "#5f6770", "#d9dce0"
@@ -328,10 +328,10 @@ def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]
 
 
 def _trace(axes: Axes, places: Sequence[float], settings: Sequence[Setting], mark: Mark) -> None:
-    """One arm: thin lines (or small points, at a single place) for the seeds, marks at the means, crosses on top."""
-    single = len(places) == 1
+    """One arm: thin lines (or small points beside the mean, at a single place) for the seeds, marks at the means."""
+    shape, beside = (".", [places[0] + SEED_SHIFT]) if len(places) == 1 else ("-", places)
     for errors in zip(*(setting.errors for setting in settings), strict=True):
-        axes.plot(places, errors, "." if single else "-", color=mark.colour, linewidth=0.6, alpha=0.45, markersize=4)
+        axes.plot(beside, errors, shape, color=mark.colour, linewidth=0.6, alpha=0.5, markersize=4)
     means = [setting.error.mean for setting in settings]
     axes.plot(places, means, color=mark.colour, marker=mark.marker, linewidth=1.8, markeredgecolor="white", zorder=4)
     lost = [place for place, setting in zip(places, settings, strict=True) if setting.diverged]
