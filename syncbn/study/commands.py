@@ -87,8 +87,7 @@ def report_study(config: str, out: Path) -> int:
     outcomes = study_outcomes(study, cells, out)
     if not any(outcome.result is not None for outcome in outcomes.values()):
         raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
-    report = write_report(study, cells, outcomes, out, command=_command(config, out))
-    print_table(study, cells, outcomes)
+    report = _write(study, cells, outcomes, config, out)
     print(f"report: {report}")
     return 0
 
@@ -137,11 +136,19 @@ def _measure(study: Study, cells: Sequence[Cell], out: Path, workers: int | None
     )
 
 
+def _write(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome], config: str, out: Path) -> Path:
+    """Write the report and print its tables; the path of its page."""
+    results = {key: outcome.result for key, outcome in outcomes.items() if outcome.result is not None}
+    failures = {key: outcome.message for key, outcome in outcomes.items() if outcome.status == "failed"}
+    report = write_report(study, cells, results, out, command=_command(config, out), failures=failures)
+    print_table(study, cells, results)
+    return report
+
+
 def _report_run(
     study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], config: str, out: Path, seconds: float
 ) -> int:
-    report = write_report(study, cells, outcomes, out, command=_command(config, out))
-    print_table(study, cells, outcomes)
+    report = _write(study, cells, outcomes, config, out)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
         print(f"failed: {outcome.job.label}: {outcome.message} (log: {outcome.job.log})", file=sys.stderr)

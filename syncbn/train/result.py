@@ -59,6 +59,10 @@ class RunResult:
     :class:`syncbn.population.LayerDivergence`. Empty for a norm without batch statistics."""
     peak_memory_bytes: int | None = None
     """Peak memory of rank 0: allocated on a GPU, resident on a CPU; None if unknown."""
+    train_images: int | None = None
+    """Number of images in the training set; None in a result that was written before this was recorded."""
+    test_images: int | None = None
+    """Number of images in the test set; None in a result that was written before this was recorded."""
     processes: int
     """Number of processes."""
     environment: dict[str, str]

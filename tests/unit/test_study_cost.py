@@ -105,7 +105,7 @@ def test_records_of_cells_that_the_study_no_longer_has_are_counted(tmp_path, mon
     for module in (cost, status, commands):
         monkeypatch.setattr(module, "load_study", lambda name: study)
     monkeypatch.setattr(commands, "print_table", lambda *arguments: None)
-    monkeypatch.setattr(commands, "write_report", lambda *arguments, command: "the page")
+    monkeypatch.setattr(commands, "write_report", lambda *arguments, command, failures: "the page")
     for command in ("plan", "run", "status"):
         assert main(["study", command, "--config", "small", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out.splitlines()

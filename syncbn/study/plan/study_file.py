@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 import yaml
 
+from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
 from syncbn.study.plan.grid import (
     Arm,
     Cell,
-    Comparisons,
     RepeatDistributed,
     Study,
     Sweep,
@@ -84,7 +84,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
             configuration is impossible.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
-    data = _mapping(content, source, required, optional=("sweep", "axes", "compare", "repeat_distributed", "notes"))
+    data = _mapping(content, source, required, optional=("sweep", "axes", "contrasts", "repeat_distributed", "notes"))
     arms = _mapping(data["arms"], f"{source}: arms")
     seeds = data["seeds"]
     _require(bool(arms), f"{source}: arms", arms, "at least one arm")
@@ -101,7 +101,6 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         seeds=tuple(seeds),
         sweep=sweep,
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
-        compare=_comparisons(data.get("compare"), f"{source}: compare"),
         repeat_distributed=_repeat(data.get("repeat_distributed"), source),
         notes=None if data.get("notes") is None else _text(data["notes"], f"{source}: notes"),
     )
@@ -109,7 +108,10 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     _require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
     _check_places(study, source)
     check_overlaps(study, source)
+    study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
     cells = study_cells(study, source)
+    if data.get("contrasts") is not None:
+        check_runs_differ(study.contrasts, cells, f"{source}: contrasts")
     if study.repeat_distributed is None:
         return _with_default_repeat(study, cells)
     _check_repeat(study, cells, source)
@@ -201,15 +203,6 @@ def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[V
     return {name: _values(values, f"{where}.{name}") for name, values in axes.items()}
 
 
-def _comparisons(content: object, where: str) -> Comparisons:
-    if content is None:
-        return Comparisons()
-    data = _mapping(content, where, optional=("at", "arms"))
-    arms = data.get("arms")
-    _require(arms is None or isinstance(arms, list), f"{where}.arms", arms, "a list of arms")
-    return Comparisons(at=_place(data.get("at", {}), f"{where}.at"), arms=None if arms is None else tuple(arms))
-
-
 def _repeat(content: object, source: str) -> RepeatDistributed | None:
     if content is None:
         return None
@@ -225,9 +218,8 @@ def _repeat(content: object, source: str) -> RepeatDistributed | None:
 
 
 def _check_places(study: Study, source: str) -> None:
-    names = [arm.name for arm in study.arms]
     axes = study.axes
-    ones = {"compare.at": study.compare.at}
+    ones = {}
     if study.repeat_distributed is not None:
         ones["repeat_distributed.at"] = study.repeat_distributed.at
     places = [(f"{source}: {key}", {axis: [value] for axis, value in at.items()}) for key, at in ones.items()]
@@ -239,21 +231,6 @@ def _check_places(study: Study, source: str) -> None:
             _require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
     for arm in study.arms:
         _require(bool(study.points(arm)), f"{source}: arms.{arm.name}.only", arm.only, "a part of the grid, not none")
-    compared = study.compare.arms or ()
-    unknown = [name for name in compared if name not in names]
-    _require(not unknown, f"{source}: compare.arms", unknown, f"arms of the study ({', '.join(names)})")
-    _require(
-        not compared or study.reference is not None,
-        f"{source}: compare.arms",
-        list(compared),
-        "an arm with `reference: true` to compare with",
-    )
-    if study.reference is not None:
-        point = study.comparison_point()
-        run_there = point in study.points(study.reference)
-        _require(run_there, f"{source}: compare.at", dict(point), "a place at which the reference is run")
-        absent = [arm.name for arm in study.arms if arm.name in compared and point not in study.points(arm)]
-        _require(not absent, f"{source}: compare.arms", absent, f"arms that are run at {dict(point)}")
 
 
 def _with_default_repeat(study: Study, cells: list[Cell]) -> Study:
