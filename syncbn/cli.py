@@ -121,9 +121,9 @@ def _study_parsers() -> dict[str, Any]:
     from syncbn.train.config_io import make_parser
 
     words = {
-        "plan": "Say what a study runs, and estimate from a few timed steps what it takes.",
+        "plan": "Say what a study runs, and estimate from its finished runs how long the rest takes.",
         "run": "Run what is missing of a study, and write its report; under a launcher, on all its processes together.",
-        "status": "Say what of a study is done, running, failed and missing, also while it runs.",
+        "status": "Say which runs of a study are missing, running, done, diverged and failed, also while it runs.",
         "report": "Write a study's report from what is there, without running anything.",
     }
     parsers = {name: make_parser(description=description) for name, description in words.items()}
@@ -153,11 +153,6 @@ def _study_parsers() -> dict[str, Any]:
         type=str | None,
         default=None,
         help="submitit's parameters of a job, such as '{partition: gpu, gpus_per_node: 1, timeout_min: 120}'.",
-    )
-    run.add_argument(
-        "--measure-speedup",
-        action="store_true",
-        help="First train one cell for some seconds with one worker and with all, and keep the speeds in speedup.json.",
     )
     return parsers
 
@@ -214,16 +209,12 @@ def _integers(key: str, text: str) -> list[int]:
 def _study(parser: Any, parsed: Any) -> int:
     command = parsed.subcommand
     options = parsed[command]
-    if command == "plan":
-        from syncbn.study.run.cost import plan_study
+    from syncbn.study.commands import plan_study, print_status, report_study, run_study
 
+    if command == "plan":
         return plan_study(options.config, None if options.out is None else Path(options.out), options.workers)
     if command == "status":
-        from syncbn.study.run.status import print_status
-
         return print_status(options.config, Path(options.out))
-    from syncbn.study.commands import report_study, run_study
-
     if command == "report":
         return report_study(options.config, Path(options.out))
     return run_study(
@@ -232,7 +223,6 @@ def _study(parser: Any, parsed: Any) -> int:
         options.workers,
         executor=options.executor,
         slurm_options=_mapping(options.slurm_options),
-        speedup=options.measure_speedup,
     )
 
 

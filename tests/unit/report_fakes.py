@@ -13,8 +13,8 @@ import pytest
 
 from syncbn.population import effective_count
 from syncbn.study.analysis.summary import Summary, summary_of
-from syncbn.study.plan.grid import Arm, Cell, Comparisons, RepeatDistributed, Study, Sweep, cell_key
-from syncbn.study.run.runner import Outcome
+from syncbn.study.plan.grid import Arm, Cell, Comparisons, Study, Sweep, cell_key
+from syncbn.study.run.status import Outcome
 from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from syncbn.train.config_io import config_to_dict
 from syncbn.train.norms.config import NormConfig
@@ -56,7 +56,6 @@ def grid_study(arms: int = 12, values: int = 8, seeds: int = 6, **changes: Any) 
         seeds=tuple(range(seeds)),
         sweep=Sweep(values=sizes, global_batch_size=WHOLE),
         compare=Comparisons(at={"per_gpu_batch_size": 2 if values > 1 else 1}),
-        repeat_distributed=RepeatDistributed(arm="sync", seed=0, processes=2) if arms > 1 else None,
     )
     return replace(study, **changes)
 
@@ -94,7 +93,7 @@ def _cell(study: Study, arm: Arm, seed: int, point: Any) -> Cell:
 
 def outcomes_of(cells: list[Cell], **options: Any) -> dict[str, Outcome]:
     """A result for each cell's key, as training might have ended."""
-    return {c.key: Outcome(job=None, status="ran", result=result_of(c, **options)) for c in cells}  # type: ignore[arg-type]
+    return {c.key: Outcome(job=None, state="done", result=result_of(c, **options)) for c in cells}  # type: ignore[arg-type]
 
 
 def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int = len(LAYERS)) -> RunResult:
@@ -138,7 +137,7 @@ def plain_study(
     **changes: Any,
 ) -> Study:
     """A study without axes: some of :data:`ARMS`, one of them (or none) the reference."""
-    study = grid_study(seeds=seeds, sweep=None, compare=Comparisons(), repeat_distributed=None)
+    study = grid_study(seeds=seeds, sweep=None, compare=Comparisons())
     chosen = {arm.name: arm for arm in study.arms}
     return replace(study, arms=tuple(replace(chosen[name], reference=name == reference) for name in arms), **changes)
 
@@ -156,7 +155,7 @@ def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[lis
             result = replace(result, status="ok", test_error=error, test_loss=error, evaluations=entries)
         else:
             result = replace(result, status="diverged", test_error=None, test_loss=None, history=[], evaluations=[])
-        outcomes[cell.key] = Outcome(job=None, status="ran", result=result)  # type: ignore[arg-type]
+        outcomes[cell.key] = Outcome(job=None, state="done", result=result)  # type: ignore[arg-type]
     return cells, outcomes
 
 

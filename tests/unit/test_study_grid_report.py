@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import html
-import math
 import re
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from report_fakes import (
@@ -27,13 +25,11 @@ from syncbn.study.analysis.evaluations import columns_of, evaluated_settings
 from syncbn.study.analysis.layers import divergence_maps, effective_map, heat_level, layer_words
 from syncbn.study.analysis.layout import layout_of
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.analysis.throughput import costs_of, study_speed_words
+from syncbn.study.analysis.throughput import costs_of
 from syncbn.study.plan.grid import Comparisons, Sweep
 from syncbn.study.report.captions import chance_words, diverged_words, fair_words, sweep_caption
 from syncbn.study.report.report import print_table, write_report
 from syncbn.study.report.results_csv import write_csv
-from syncbn.study.run.records import Records
-from syncbn.study.run.repeat import repeat_words
 from syncbn.study.run.runner import Outcome
 
 NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
@@ -71,7 +67,7 @@ def test_grid_page_is_whole_and_small(grid):
     assert not NO_NUMBER.search(words)
     for arm in study.arms:
         assert words.count(arm.label) >= 5
-    for heading in ("error", "comparisons", "estimation", "layers", "curves", "costs", "numbers", "emulation", "run"):
+    for heading in ("error", "comparisons", "estimation", "layers", "curves", "costs", "numbers", "run"):
         assert f'<h2 id="{heading}">' in text
         assert f'href="#{heading}"' in text
     files = {file.name for file in path.parent.iterdir()}
@@ -138,7 +134,7 @@ def test_csv_has_axes_and_evaluations(grid):
 
 def test_coupled_sweep_has_a_panel_for_what_is_held(tmp_path):
     sweep = Sweep(kind="coupled", values=(2, 8, 32), hold=("epochs", "steps"), steps=400)
-    study = grid_study(arms=7, seeds=3, sweep=sweep, repeat_distributed=None)
+    study = grid_study(arms=7, seeds=3, sweep=sweep)
     cells = cells_of(study)
     _, text, words = written(study, cells, outcomes_of(cells), tmp_path)
     assert "At 2 images a GPU, constant epochs" in words or "at 2 images a GPU, constant epochs" in words
@@ -151,7 +147,6 @@ def test_coupled_sweep_has_a_panel_for_what_is_held(tmp_path):
 
 def test_axis_of_numbers_goes_across_where_there_is_no_sweep(tmp_path):
     study = grid_study(arms=2, seeds=2, sweep=None, grid={"data.class_skew": (1, 2, 4)}, compare=Comparisons())
-    study = replace(study, repeat_distributed=None)
     cells = cells_of(study)
     path, _, words = written(study, cells, outcomes_of(cells), tmp_path)
     assert path.with_name("error_by_class_skew.svg").is_file()
@@ -170,7 +165,7 @@ def test_pages_of_unfinished_studies(tmp_path, capsys, seeds):
     assert "<svg" not in text
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "results.csv"}
     diverged = {
-        c.key: Outcome(job=None, status="ran", result=replace(result_of(c), status="diverged", test_error=None))
+        c.key: Outcome(job=None, state="done", result=replace(result_of(c), status="diverged", test_error=None))
         for c in cells
     }
     _, text, words = written(study, cells, diverged, tmp_path)
@@ -181,7 +176,7 @@ def test_pages_of_unfinished_studies(tmp_path, capsys, seeds):
 
 
 def test_user_labels_are_escaped_everywhere(tmp_path):
-    study = grid_study(arms=3, values=2, seeds=2, question="<i>?</i>", repeat_distributed=None)
+    study = grid_study(arms=3, values=2, seeds=2, question="<i>?</i>")
     bad = "</svg><script>alert(1)</script>"
     study = replace(study, arms=tuple(replace(arm, label=f"{bad} {arm.name}") for arm in study.arms))
     cells = cells_of(study)
@@ -282,21 +277,6 @@ def test_divergence_is_named_by_place_and_level_arms_once():
     assert "lowest of the level lines" in caption
 
 
-def test_speed_of_the_study_comes_from_its_records(tmp_path):
-    study = plain_study(seeds=1, arms=("batch",))
-    records, start = Records(tmp_path), datetime(2026, 1, 1, tzinfo=UTC)
-    for number, cell in enumerate(cells_of(study) * 4):
-        began = start + timedelta(seconds=60 * number)
-        records.add(str(number), began, 60.0, result_of(cell), ended=began + timedelta(seconds=60))
-    rate = "60 runs an hour while the study was running."
-    assert study_speed_words(tmp_path, "012") == [f"3 recorded runs, one after another: {rate}"]  # 3 is no cell's
-    records.add("beside", start, 180.0, result_of(cell), ended=start + timedelta(seconds=180))
-    assert study_speed_words(tmp_path, ["0", "1", "2", "beside"])[0].startswith("4 recorded runs, at most 2 side by")
-    (tmp_path / "speedup.json").write_text("[1, 2]")
-    assert len(study_speed_words(tmp_path, "012")) == 1
-    assert study_speed_words(tmp_path / "nowhere", "012") == []
-
-
 def test_speeds_are_compared_seed_by_seed_and_ranked_only_where_they_are_apart():
     study = plain_study(seeds=3)
     cells, outcomes = with_errors(study, {arm.name: [0.1, 0.11, 0.12] for arm in study.arms})
@@ -356,23 +336,6 @@ def test_numbers_of_images_that_were_rounded_apart_share_a_column():
         "error_population_total_1024_to_1088",
     ]
     assert len(columns_of([result_of(cell, samples=(1024, 1088))])) == 6  # two columns each: one run has both
-
-
-def test_repeat_has_the_number_of_processes_that_ran():
-    cell = cells_of(plain_study(seeds=1, arms=("batch",)))[0]
-    one = replace(result_of(cell), losses=[1.0, 0.5], processes=1)
-    four = replace(one, processes=4)
-    assert repeat_words(four, one, "A run", 2).startswith(
-        "A run was run under 4 real processes and again in one process."
-    )
-    lost = replace(one, losses=[1.0, math.inf], status="diverged", test_error=None, processes=2)
-    words = repeat_words(one, lost, "A run", 2)
-    assert (
-        "At step 2 of 2 the training loss of one of the two is no longer finite; before, they agree within 0.001 up to"
-        in words
-    )
-    assert "inf" not in words.replace("infinite", "")
-    assert re.search(r"They end at \S+\s% and divergence\.", words)
 
 
 def test_what_all_arms_share_and_who_learnt_nothing():

@@ -15,8 +15,8 @@ from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.report.report import print_table, write_report
 from syncbn.study.report.words import SPACE, spread
-from syncbn.study.run.runner import Outcome, repeat_id
-from syncbn.study.run.worker import Job
+from syncbn.study.run.jobs import Job
+from syncbn.study.run.status import Outcome
 from syncbn.train.config import ConfigError
 
 ERRORS = {"batch": (0.40, 0.36), "sync": (0.02, 0.03), "iid": (0.02, 0.024)}
@@ -28,19 +28,16 @@ def outcomes_of(study, errors=ERRORS):
     for cell in cells:
         error = errors[cell.arm][cell.seed]
         result = fake_result(cell.config, error, "diverged" if error is None else "ok")
-        found[cell.key] = Outcome(job=None, status="ran", result=result)
+        found[cell.key] = Outcome(job=None, state="done", result=result)
     return cells, found
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    study = small_study(repeat_distributed={"arm": "sync", "seed": 0, "processes": 2}, notes="Mind <this>.")
+    study = small_study(notes="Mind <this>.")
     cells, outcomes = outcomes_of(study)
-    repeated = fake_result(cells[1].config, 0.02, losses=(1.0, 0.75))
-    outcomes[repeat_id(study.repeat_distributed, cells)] = Outcome(job=None, status="ran", result=repeated)
-    speedup = {"workers": 2, "cores": 2, "speedup": 1.84, "spread": {"speedup": [1.8, 1.9]}}
-    (out / "speedup.json").write_text(json.dumps(speedup))
+    (out / "parity.json").write_text(json.dumps({"lines": ["2 processes against 1 process: the <same>"]}))
     path = write_report(study, cells, outcomes, out, command="syncbn study run --config <x>")
     return path, path.read_text()
 
@@ -52,8 +49,7 @@ def test_page_has_the_answer_the_tables_and_the_figures(page):
     assert "SyncBatchNorm has the lowest mean of the other arms, 2.5 %, 0.30 points" in words
     assert "above that of the reference, Reference <b> (2.2 %); Local BatchNorm has the highest, 38.0 %." in words
     assert "no claim: 2 seeds, needs 7" in words
-    assert "The training losses differ by 0 at the first step and by at most 0.25, at step 2 of 2" in words
-    assert "2 workers side by side on 2 cores trained 1.84 times as many images a second as one alone (1.80 to" in words
+    assert "2 processes against 1 process: the <same>" in words
     assert "Means go from 2.2 % (Reference <b>) to 38.0 % (Local BatchNorm)" in words
     assert text.count("<svg") == 2 + 3  # the main figure for either width, and the learning curves
     assert "Small &lt;study&gt; &amp; more" in text
@@ -65,9 +61,9 @@ def test_page_has_the_answer_the_tables_and_the_figures(page):
     assert sorted(file.name for file in path.parent.iterdir()) == [
         "error_by_arm.png",
         "error_by_arm.svg",
+        "parity.json",
         "report.html",
         "results.csv",
-        "speedup.json",
     ]
 
 
@@ -106,8 +102,8 @@ def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeyp
     assert commands.run_study("small", tmp_path / "out") == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
-    job = Job(id="k", label="sync, seed 1", config=None, directory=tmp_path, lock=tmp_path / "l", log=tmp_path / "log")
-    outcomes[study_cells(study)[4].key] = Outcome(job=job, status="failed", message="no luck <today>")
+    cell = study_cells(study)[4]
+    outcomes[cell.key] = Outcome(job=Job(cell=cell, out=tmp_path), state="failed", message="no luck <today>")
     assert commands.run_study("small", tmp_path / "out") == 1
     printed = capsys.readouterr()
     assert "failed: sync, seed 1: no luck <today>" in printed.err

@@ -11,7 +11,6 @@ import pytest
 from scipy import stats
 
 from syncbn.study.analysis.statistics import compare, holm, interval, seeds_needed, sign_flip_p, summarize
-from syncbn.study.run.agreement import agreement
 
 
 def test_against_numpy_and_scipy():
@@ -211,10 +210,3 @@ def test_wrong_input():
             compare([[0.1, 0.2]], None, [pair], rng=rng)
     with pytest.raises(ValueError, match="comparisons: got 0, expected at least 1"):
         seeds_needed(0)
-
-
-def test_agreement():
-    found = agreement([1.0, 0.5, 0.25], [1.0, 0.5005, 0.3, 9.0])
-    assert (found.first, found.largest_step, found.steps_within) == (0.0, 3, 2)
-    assert found.largest == pytest.approx(0.05)
-    assert agreement([1.0, math.nan], [1.0, 0.5]).largest == math.inf

@@ -1,4 +1,4 @@
-"""What each arm costs: images a second and memory, and how fast the whole study went.
+"""What each arm costs: images a second and memory.
 
 Runs of one configuration differ in speed by whatever else the machine was doing, far more than most arms differ. Each
 run is therefore divided by the reference's of the same seed, which was nearest to it in time, and the median of the
@@ -7,18 +7,14 @@ ratios is shown with the lowest and the highest of them. Where these lie on both
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from syncbn.study.analysis.summary import Setting
-from syncbn.study.report.words import DASH, plural, some
-from syncbn.study.run.records import Record, cells_per_hour, read_records
+from syncbn.study.report.words import DASH, some
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult
@@ -71,12 +67,6 @@ def costs_of(settings: Sequence[Setting]) -> Costs | None:
     )
 
 
-def study_speed_words(out: Path, keys: Collection[str]) -> list[str]:
-    """Runs an hour, from the records of the runs with these keys, and what a second worker added, where measured."""
-    records = [record for key, record in read_records(out).items() if key in keys]
-    return [words for words in (_hourly(records), _speedup(out / "speedup.json")) if words]
-
-
 def _cost_line(setting: Setting, against: Setting) -> CostLine:
     speeds, ratios = _finite(_figures(setting, _speed)), _ratios(setting, against, _speed)
     memory, more = _finite(_figures(setting, _memory)), _ratios(setting, against, _memory)
@@ -116,49 +106,6 @@ def _order_words(settings: Sequence[Setting], against: Setting) -> str:
     if open_:
         words.append(f"No order is claimed for {some(open_, 4)}, whose ratios lie on both sides of 1, or are too few.")
     return " ".join(words)
-
-
-def _hourly(records: Sequence[Record]) -> str:
-    hourly = cells_per_hour(records)
-    if hourly is None:
-        return ""
-    most = _most_at_once([(record.started, record.ended) for record in records])
-    beside = f", at most {most} side by side" if most > 1 else ", one after another"
-    return (
-        f"{plural(len(records), 'recorded run')}{beside}: {_rounded(hourly)} runs an hour while the study was running."
-    )
-
-
-def _most_at_once(spans: Sequence[tuple[datetime, datetime]]) -> int:
-    """The most spans that overlap at a moment; one that begins as another ends does not overlap with it."""
-    changes = sorted([(ended, -1) for _, ended in spans] + [(started, 1) for started, _ in spans])
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most
-
-
-def _speedup(path: Path) -> str:
-    """What ``speedup.json`` says; nothing, where it does not exist or is not a record of two speeds."""
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    if not isinstance(found, dict) or not _is_number(found.get("speedup")) or not _is_number(found.get("workers")):
-        return ""
-    cores = f" on {plural(found['cores'], 'core')}" if _is_number(found.get("cores")) else ""
-    spread = found["spread"].get("speedup") if isinstance(found.get("spread"), dict) else None
-    rounds = ""
-    if isinstance(spread, list) and len(spread) == 2 and all(map(_is_number, spread)):
-        rounds = f" ({spread[0]:.2f} to {spread[1]:.2f} in the rounds of the measurement)"
-    workers = f"{plural(found['workers'], 'worker')} side by side{cores}"
-    ratio = f"{found['speedup']:.2f} times as many images a second as one alone"
-    return f"Measured before: {workers} trained {ratio}{rounds}."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _speed(run: RunResult) -> float:

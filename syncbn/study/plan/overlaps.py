@@ -1,4 +1,4 @@
-"""A value of a run is said once: what an axis or the sweep sets, an arm may not say too, as it would be lost."""
+"""Checks that each value of a run is set in one place only, so that none is silently overwritten."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from syncbn.train.config import ConfigError
 
 
 def check_overlaps(study: Study, source: str) -> None:
-    """Check that no two parts of a study set the same value.
+    """Check that no two parts of a study set the same key.
 
-    The base may name a key of an axis, which then stands in for it; a key that the sweep sets may be named nowhere.
-
-    Args:
-        study: the study.
-        source: what error messages call its file.
+    The base may set the key of an axis, which the axis then replaces. Nothing may set a key that the sweep sets.
 
     Raises:
-        ConfigError: two parts name a key; the message names the file, the part and the key.
+        ConfigError: two parts set a key; the message names the file (``source``), the part and the key.
     """
     _check_axes(study, source)
     base = list(_leaves(study.base))
@@ -38,7 +34,7 @@ def check_overlaps(study: Study, source: str) -> None:
     taken = _sweep_keys(study.sweep)
     for where, values in [(f"{source}: base", base), *arms]:
         for key, value in values:
-            # A budget's null is what the sweep puts there itself.
+            # A null in the budget is what the sweep itself sets.
             if key in taken and not (value is None and key.startswith("budget.")):
                 raise ConfigError(f"{where}: {key}", value, "no such key here, as the sweep sets it")
 
@@ -60,7 +56,7 @@ def _check_axes(study: Study, source: str) -> None:
 
 
 def _sweep_keys(sweep: Sweep) -> list[str]:
-    """The keys that a sweep sets whatever an arm says of them."""
+    """The keys that the sweep sets."""
     if sweep.kind == "coupled":
         keys = ["per_gpu_batch_size"]
         if "steps" in sweep.hold:
@@ -74,7 +70,7 @@ def _sweep_keys(sweep: Sweep) -> list[str]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys are the same, or one lies in the other."""
+    """Whether two dotted keys are the same, or one contains the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ from syncbn.study.report.sections import (
 )
 from syncbn.study.report.tables import axis_headings, means_tables, print_numbers, table_lines
 from syncbn.study.report.words import axis_word, between, coordinate, joined, percent, place_words, plural, value_word
-from syncbn.study.run.repeat import study_repeat_words
-from syncbn.study.run.runner import Outcome
+from syncbn.study.run.status import Outcome
 from syncbn.train.result import RunResult, write_atomically
 
 TEMPLATE = "report.html.j2"
@@ -47,7 +47,7 @@ def write_report(
     Args:
         study, cells: as they were run.
         outcomes: of :func:`syncbn.study.run.runner.run_cells`; cells without a result are shown as missing.
-        out: the study's folder; its records and ``speedup.json`` are read if they are there.
+        out: the study's folder; its ``parity.json`` is read if it is there.
         command: what made it, for the page.
 
     Returns:
@@ -57,7 +57,7 @@ def write_report(
     summary = summary_of(study, cells, results)
     comparisons = comparisons_of(summary)
     marks = arm_marks(study)
-    failed = {key for key, outcome in outcomes.items() if outcome.status == "failed"}
+    failed = {key for key, outcome in outcomes.items() if outcome.state == "failed"}
     write_csv(study, cells, results, out / "results.csv", failed=failed)
     lines = table_lines(summary)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -79,8 +79,8 @@ def write_report(
         across=axis_word(summary.layout.across) if summary.layout.across is not None else "",
         lines_open=len(lines) <= OPEN_LINES,
         lines_title=plural(len(lines), "setting"),
-        repeat=study_repeat_words(study, cells, outcomes),
-        failures=[(o.job.label, o.message) for o in outcomes.values() if o.status == "failed"],
+        repeat=_parity_words(out / "parity.json"),
+        failures=[(o.job.label, o.message) for o in outcomes.values() if o.state == "failed"],
         methods=_methods(comparisons),
         plan=_plan(summary, comparisons),
         versions=_versions(results),
@@ -96,6 +96,10 @@ def print_table(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outc
     """The table of the page and its answer, on the terminal."""
     summary = summary_of(study, cells, _results(outcomes))
     print_numbers(summary, answer(summary, comparisons_of(summary)))
+
+
+def _parity_words(path: Path) -> str:
+    return " ".join(json.loads(path.read_text())["lines"]) if path.exists() else ""
 
 
 def _results(outcomes: Mapping[str, Outcome]) -> dict[str, RunResult]:

@@ -22,7 +22,7 @@ from syncbn.study.analysis.layers import (
     layer_words,
 )
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
-from syncbn.study.analysis.throughput import Costs, costs_of, study_speed_words
+from syncbn.study.analysis.throughput import Costs, costs_of
 from syncbn.study.plan.grid import Point
 from syncbn.study.report.captions import (
     arms_caption,
@@ -284,14 +284,10 @@ def curve_section(summary: Summary, comparisons: Comparisons, marks: Mapping[str
 
 def cost_section(summary: Summary, comparisons: Comparisons, out: Path) -> CostSection | None:
     """Speed and memory; None where nothing was run."""
-    costs, words = costs_of(comparisons.settings), study_speed_words(out, _keys(summary))
-    if costs is None and not words:
+    costs = costs_of(comparisons.settings)
+    if costs is None:
         return None
-    return CostSection(costs=costs, words=_said(shown_words(summary, comparisons.point), *words))
-
-
-def _keys(summary: Summary) -> set[str]:
-    return {key for setting in summary.settings.values() for key in setting.keys}
+    return CostSection(costs=costs, words=_said(shown_words(summary, comparisons.point)))
 
 
 def _reading(summary: Summary, figure: Figure) -> str:
