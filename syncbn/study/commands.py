@@ -1,4 +1,8 @@
-"""The ``study`` commands: what a study will run, running it, where it stands, its report."""
+"""The ``study`` commands: plan, run, status and report.
+
+Each takes a study's YAML file, or the name of one that comes with the package, and the study's folder; it returns the
+exit code, and raises ConfigError for a mistake in the study or in the arguments.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +29,7 @@ from syncbn.train.launch import LaunchError
 
 
 def plan_study(config: str, out: Path | None = None, workers: int | None = None) -> int:
-    """Print a study's grid, how much of it is done, and an estimate of how long the rest takes.
-
-    Args:
-        config: a study's YAML file, or the name of one that comes with the package.
-        out: the study's folder; without one, nothing is done yet.
-        workers: runs side by side, by default one per core.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        ConfigError: a mistake in the study, or in the number of workers.
-    """
+    """Print a study's grid, how much of it is done in ``out``, and an estimate of how long the rest takes."""
     if workers is not None and workers < 1:
         raise ConfigError("workers", workers, "a positive integer")
     study = load_study(config)
@@ -68,20 +60,11 @@ def run_study(
 ) -> int:
     """Run the missing cells of a study and its parity check, and write its report; run again, it goes on.
 
-    Under a launcher such as torchrun, all its processes train each cell together, one cell after another.
-
-    Args:
-        config: a study's YAML file, or the name of one that comes with the package.
-        out: folder of the study.
-        workers: runs side by side, by default one per core, or on a Slurm cluster all at once.
-        executor: who does the runs; see :data:`syncbn.study.run.runner.Executor`.
-        slurm_options: parameters of a cluster's jobs, for submitit.
-
-    Returns:
-        Exit code: 1 if a cell failed or the parity check did not hold, otherwise 0.
+    Under a launcher such as torchrun, all its processes train each cell together, one cell after another. The exit code
+    is 1 if a cell failed or the parity check did not hold.
 
     Raises:
-        ConfigError: a mistake in the study, or in the arguments.
+        ConfigError: a mistake in the study or in the arguments.
         ImportError: submitit, which a cluster needs, is not installed.
         LaunchError: the cluster did not take the jobs.
     """
@@ -101,8 +84,7 @@ def run_study(
         outcomes = run_cells(cells, out, workers=workers, executor=executor, options=slurm_options)
     seconds = time.monotonic() - started
     agrees = _parity(study, cells, out)
-    report = write_report(study, cells, outcomes, out, command=_command(config, out))
-    print_table(study, cells, outcomes)
+    report = _write(study, cells, outcomes, config, out)
     failed = _print_failures(outcomes, sys.stderr)
     ran = sum(outcome.ran for outcome in outcomes.values())
     print(f"{ran} runs in {seconds:.0f} s, {len(outcomes) - ran - failed} kept from before, {failed} failed")
@@ -113,18 +95,7 @@ def run_study(
 
 
 def print_status(config: str, out: Path) -> int:
-    """Print how many runs of a study are in which state, and about how long the rest takes.
-
-    Args:
-        config: a study's YAML file, or the name of one that comes with the package.
-        out: its folder, which may be in use, or not exist yet.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        ConfigError: a mistake in the study, or records or a result of another version.
-    """
+    """Print how many runs of a study are in which state, and about how long the rest takes; nothing is written."""
     study = load_study(config)
     if out.exists() and not out.is_dir():
         raise ConfigError("out", str(out), "a folder")
@@ -149,25 +120,13 @@ def print_status(config: str, out: Path) -> int:
 
 
 def report_study(config: str, out: Path) -> int:
-    """Write the report of a study from what is there, without running anything.
-
-    Args:
-        config: a study's YAML file, or the name of one that comes with the package.
-        out: folder of the study.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        ConfigError: a mistake in the study, or a folder without any finished run of it.
-    """
+    """Write the report of a study from what is there, without running anything."""
     study = load_study(config)
     cells = study_cells(study)
     outcomes = study_outcomes(cells, out)
     if not any(outcome.result is not None for outcome in outcomes.values()):
         raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
-    report = write_report(study, cells, outcomes, out, command=_command(config, out))
-    print_table(study, cells, outcomes)
+    report = _write(study, cells, outcomes, config, out)
     print(f"report: {report}")
     return 0
 
@@ -191,7 +150,7 @@ def _parity(study: Study, cells: list[Cell], out: Path) -> bool:
     try:
         return check_parity(study, cells, out)
     except LaunchError as error:  # the runs are done, and the report shows them
-        print(f"parity check: failed: {error}", file=sys.stderr)
+        print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return False
 
 
@@ -225,8 +184,12 @@ def _print_failures(outcomes: Mapping[str, Outcome], file: Any) -> int:
     return len(failed)
 
 
-def _command(config: str, out: Path) -> str:
-    return shlex.join(["syncbn", "study", "run", "--config", _shown(config), "--out", _shown(out)])
+def _write(study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], config: str, out: Path) -> Path:
+    """Write the report and print its table; returns the path of its page."""
+    command = shlex.join(["syncbn", "study", "run", "--config", _shown(config), "--out", _shown(out)])
+    report = write_report(study, cells, outcomes, out, command=command)
+    print_table(study, cells, outcomes)
+    return report
 
 
 def _shown(path: str | Path) -> str:

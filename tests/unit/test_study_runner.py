@@ -19,7 +19,7 @@ from syncbn.cli import main
 from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.run.jobs import attempt, load_result, study_jobs
-from syncbn.study.run.logs import failure, last_error, note_failure
+from syncbn.study.run.logs import failure, note_failure
 from syncbn.study.run.records import Records, read_records
 from syncbn.study.run.runner import run_cells
 from syncbn.study.run.status import study_outcomes
@@ -193,13 +193,11 @@ def test_report_from_what_is_there(tmp_path, monkeypatch, capsys):
 def test_a_log_tells_of_its_last_attempt(tmp_path):
     log = tmp_path / "logs" / "k.log"
     assert failure(log) is None
-    assert last_error(log) == ""
     note_failure(log, "OSError: first")
     assert failure(log) == "OSError: first"
     with log.open("a") as file:
         file.write("== 2026-03-01T12:00:00+00:00 began: sync, seed 0\nstep 1\nValueError: second\nstep 2\n")
     assert failure(log) is None
-    assert last_error(log) == "ValueError: second"
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):

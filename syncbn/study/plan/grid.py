@@ -12,10 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.config_io import config_from_dict, config_to_dict
+
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
 
 KEY_LENGTH = 16
 """Hexadecimal digits of a cell's key. 64 bits rule out accidental collisions."""
@@ -170,15 +173,11 @@ def study_cells(study: Study, source: str | None = None) -> list[Cell]:
     Seeds are paired: a cell's seed is its run's seed, so all arms of one seed share initial weights, data order and
     augmentation as far as their configurations allow.
 
-    Args:
-        study: the study.
-        source: name of the study in error messages, by default its own.
-
-    Raises:
-        ConfigError: a setting has an impossible configuration; the message names the arm and the key.
+    Raises ConfigError if a setting has an impossible configuration; the message names ``source`` (by default the
+    study's name), the arm and the key.
     """
     where = source or study.name
-    parsed: _Parsed = {}
+    parsed: dict[str, RunConfig] = {}  # by the values they are parsed from: parsing is slow, and settings share values
     settings = [(arm, point) for arm in study.arms for point in study.points(arm)]
     configs = [_resolve(study, arm, point, where, parsed) for arm, point in settings]
     return [
@@ -201,6 +200,11 @@ def parity_cell(parity: Parity, cells: Sequence[Cell]) -> Cell | None:
     return next((c for c in cells if c.arm == parity.arm and parity.at.items() <= dict(c.point).items()), None)
 
 
+def state_of(result: RunResult) -> State:
+    """State of a cell whose run has a result: ``done`` or ``diverged``."""
+    return "diverged" if result.status == "diverged" else "done"
+
+
 def cell_key(config: RunConfig) -> str:
     """The first ``KEY_LENGTH`` hexadecimal digits of the SHA-256 of a run configuration's canonical JSON."""
     content = json.dumps(_canonical(config_to_dict(config)), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -216,11 +220,7 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-_Parsed = dict[str, RunConfig]
-"""Configurations by the values that they were parsed from. Parsing is slow, and settings often share values."""
-
-
-def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: _Parsed) -> RunConfig:
+def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: dict[str, RunConfig]) -> RunConfig:
     """The configuration of a setting, before a seed is set."""
     values = merge(study.base, arm.overrides)
     if "seed" in values:
@@ -276,7 +276,7 @@ def _seeded(arm: Arm, point: Point, config: RunConfig, seed: int) -> Cell:
     return Cell(arm=arm.name, seed=seed, point=point, config=config, key=cell_key(config))
 
 
-def _parse(values: dict[str, Any], where: str, parsed: _Parsed) -> RunConfig:
+def _parse(values: dict[str, Any], where: str, parsed: dict[str, RunConfig]) -> RunConfig:
     name = repr(values)
     if name not in parsed:
         try:

@@ -10,20 +10,9 @@ from typing import Any, get_args
 
 import yaml
 
-from syncbn.study.plan.grid import (
-    Arm,
-    Cell,
-    Comparisons,
-    Parity,
-    Study,
-    Sweep,
-    Value,
-    Vary,
-    parity_cell,
-    study_cells,
-)
+from syncbn.study.plan.grid import Arm, Cell, Comparisons, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
 from syncbn.study.plan.overlaps import check_overlaps
-from syncbn.train.config import ConfigError
+from syncbn.train.checks import ConfigError, require
 from syncbn.train.config_io import known_keys
 
 
@@ -48,21 +37,20 @@ def load_study(path_or_name: str | Path) -> Study:
     """Read a study from its YAML file.
 
     Args:
-        path_or_name: path of a YAML file, or the name of a study that comes with the package (see
-            :func:`available_studies`).
+        path_or_name: path of a YAML file, or the name of a study that comes with the package.
 
     Returns:
-        The study, checked: every cell has a possible configuration.
+        The study. Each of its cells has a possible configuration.
 
     Raises:
-        ConfigError: there is no such study, or its file has a mistake; the message names the file, the key and what
-            was expected. It is a :class:`ValueError`.
+        ValueError: there is no such study, or its file has a mistake; the message names the file, the key, the value
+            and what was expected.
 
     Example:
         >>> from syncbn.study import load_study
         >>> study = load_study("quickstart")
-        >>> study.title, study.seeds
-        ('Four images a GPU, in class order', (0, 1, 2))
+        >>> study.name, study.seeds
+        ('quickstart', (0, 1, 2))
     """
     path = _find_study(str(path_or_name))
     try:
@@ -79,19 +67,14 @@ def available_studies() -> list[str]:
 
 
 def study_from_dict(content: object, source: str = "study") -> Study:
-    """Build a study from the content of its file.
+    """Build a study from the parsed content of its file; ``source`` is the file's name in error messages.
 
-    Args:
-        content: the parsed file; ``configs/study/nbs_sweep.yaml`` shows the keys.
-        source: name of the file in error messages.
-
-    Raises:
-        ConfigError: a key is missing, unknown or of the wrong type, or a cell has an impossible configuration.
+    Raises ConfigError if a key is missing, unknown or of the wrong type, or a cell has an impossible configuration.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
     data = _mapping(content, source, required, optional=("sweep", "axes", "compare", "parity", "notes"))
     arms = _mapping(data["arms"], f"{source}: arms")
-    _require(bool(arms), f"{source}: arms", arms, "at least one arm")
+    require(bool(arms), f"{source}: arms", arms, "at least one arm")
     sweep = _sweep(data.get("sweep"), f"{source}: sweep")
     study = Study(
         name=_text(data["name"], f"{source}: name"),
@@ -107,7 +90,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         notes=None if data.get("notes") is None else _text(data["notes"], f"{source}: notes"),
     )
     references = [arm.name for arm in study.arms if arm.reference]
-    _require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
+    require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
     _check_places(study, source)
     _check_comparisons(study, source)
     check_overlaps(study, source)
@@ -144,7 +127,7 @@ def _seeds(content: object, where: str) -> tuple[int, ...]:
     integers = isinstance(content, list) and bool(content) and all(type(seed) is int for seed in content)
     if not isinstance(content, list) or not integers or len(set(content)) < len(content):
         raise ConfigError(where, content, "a list of different integers")
-    _require(all(0 <= seed < 2**31 for seed in content), where, content, "integers from 0 to 2^31 - 1")
+    require(all(0 <= seed < 2**31 for seed in content), where, content, "integers from 0 to 2^31 - 1")
     return tuple(content)
 
 
@@ -154,7 +137,7 @@ def _arm(name: object, content: object, source: str) -> Arm:
         raise ConfigError(f"{source}: arms", name, "a name (YAML reads an unquoted no, off, 1 or null as a value)")
     data = _mapping(content, where, optional=("label", "overrides", "reference", "only"))
     reference = data.get("reference", False)
-    _require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
+    require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
     only = _mapping(data.get("only", {}), f"{where}.only")
     return Arm(
         name=name,
@@ -171,28 +154,28 @@ def _sweep(content: object, where: str) -> Sweep | None:
     optional = ("kind", "vary", "global_batch_size", "hold", "steps")
     data = _mapping(content, where, required=("values",), optional=optional)
     kind, vary = data.get("kind", "decoupled"), data.get("vary", "per_gpu_batch_size")
-    _require(kind in ("decoupled", "coupled"), f"{where}.kind", kind, "decoupled or coupled")
-    _require(vary in get_args(Vary), f"{where}.vary", vary, f"one of {', '.join(get_args(Vary))}")
-    _require(kind == "decoupled" or vary == "per_gpu_batch_size", f"{where}.vary", vary, "per_gpu_batch_size (coupled)")
+    require(kind in ("decoupled", "coupled"), f"{where}.kind", kind, "decoupled or coupled")
+    require(vary in get_args(Vary), f"{where}.vary", vary, f"one of {', '.join(get_args(Vary))}")
+    require(kind == "decoupled" or vary == "per_gpu_batch_size", f"{where}.vary", vary, "per_gpu_batch_size (coupled)")
     given = _values(data["values"], f"{where}.values")
     values = tuple(value for value in given if type(value) is int and value >= 1)
-    _require(len(values) == len(given), f"{where}.values", list(given), "positive integers")
+    require(len(values) == len(given), f"{where}.values", list(given), "positive integers")
     whole = data.get("global_batch_size")
     if kind == "decoupled" and vary == "per_gpu_batch_size":
         whole = _positive(whole, f"{where}.global_batch_size")
         odd = [v for v in values if whole % v]
-        _require(not odd, f"{where}.values", odd, f"divisors of global_batch_size ({whole})")
+        require(not odd, f"{where}.values", odd, f"divisors of global_batch_size ({whole})")
     else:
-        _require(whole is None, f"{where}.global_batch_size", whole, f"none with a {kind} sweep of {vary}")
+        require(whole is None, f"{where}.global_batch_size", whole, f"none with a {kind} sweep of {vary}")
     hold, steps = data.get("hold", ["epochs"]), data.get("steps")
     hold = [hold] if isinstance(hold, str) else hold
     hold_ok = isinstance(hold, list) and bool(hold) and all(h in ("epochs", "steps") for h in hold)
-    _require(hold_ok and len(set(hold)) == len(hold), f"{where}.hold", hold, "epochs, steps or both")
-    _require(kind == "coupled" or "hold" not in data, f"{where}.hold", hold, "none with a decoupled sweep")
+    require(hold_ok and len(set(hold)) == len(hold), f"{where}.hold", hold, "epochs, steps or both")
+    require(kind == "coupled" or "hold" not in data, f"{where}.hold", hold, "none with a decoupled sweep")
     if kind == "coupled" and "steps" in hold:
         _positive(steps, f"{where}.steps")
     else:
-        _require(steps is None, f"{where}.steps", steps, "none unless a coupled sweep holds steps")
+        require(steps is None, f"{where}.steps", steps, "none unless a coupled sweep holds steps")
     return Sweep(kind=kind, vary=vary, values=values, global_batch_size=whole, hold=tuple(hold), steps=steps)
 
 
@@ -204,9 +187,9 @@ def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[V
     for name in axes:
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f"a key of the run configuration{', such as ' + ', '.join(close) if close else ''}"
-        _require(name in known, f"{where}: axis", name, hint)
+        require(name in known, f"{where}: axis", name, hint)
         swept = sweep is not None and name == sweep.vary
-        _require(not swept, f"{where}: axis", name, "an axis that the sweep does not vary already")
+        require(not swept, f"{where}: axis", name, "an axis that the sweep does not vary already")
     return {name: _values(values, f"{where}.{name}") for name, values in axes.items()}
 
 
@@ -215,7 +198,7 @@ def _comparisons(content: object, where: str) -> Comparisons:
         return Comparisons()
     data = _mapping(content, where, optional=("at", "arms"))
     arms = data.get("arms")
-    _require(arms is None or isinstance(arms, list), f"{where}.arms", arms, "a list of arms")
+    require(arms is None or isinstance(arms, list), f"{where}.arms", arms, "a list of arms")
     return Comparisons(at=_place(data.get("at", {}), f"{where}.at"), arms=None if arms is None else tuple(arms))
 
 
@@ -246,36 +229,36 @@ def _check_places(study: Study, source: str) -> None:
     places += [(f"{source}: arms.{arm.name}.only", {k: list(v) for k, v in arm.only.items()}) for arm in study.arms]
     for where, place in places:
         for axis, values in place.items():
-            _require(axis in axes, where, axis, f"an axis of the study ({', '.join(axes) or 'it has none'})")
+            require(axis in axes, where, axis, f"an axis of the study ({', '.join(axes) or 'it has none'})")
             missing = [value for value in values if value not in axes[axis]]
-            _require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
+            require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
 
 
 def _check_comparisons(study: Study, source: str) -> None:
     names = [arm.name for arm in study.arms]
     compared = study.compare.arms or ()
     unknown = [name for name in compared if name not in names]
-    _require(not unknown, f"{source}: compare.arms", unknown, f"arms of the study ({', '.join(names)})")
+    require(not unknown, f"{source}: compare.arms", unknown, f"arms of the study ({', '.join(names)})")
     if study.reference is None:
-        _require(
+        require(
             not compared, f"{source}: compare.arms", list(compared), "an arm with `reference: true` to compare with"
         )
         return
     point = study.comparison_point()
     run_there = point in study.points(study.reference)
-    _require(run_there, f"{source}: compare.at", dict(point), "a place at which the reference is run")
+    require(run_there, f"{source}: compare.at", dict(point), "a place at which the reference is run")
     absent = [arm.name for arm in study.arms if arm.name in compared and point not in study.points(arm)]
-    _require(not absent, f"{source}: compare.arms", absent, f"arms that are run at {dict(point)}")
+    require(not absent, f"{source}: compare.arms", absent, f"arms that are run at {dict(point)}")
 
 
 def _check_parity(study: Study, parity: Parity, cells: list[Cell], where: str) -> None:
     names = [arm.name for arm in study.arms]
-    _require(parity.arm in names, f"{where}.arm", parity.arm, f"one of the arms ({', '.join(names)})")
+    require(parity.arm in names, f"{where}.arm", parity.arm, f"one of the arms ({', '.join(names)})")
     cell = parity_cell(parity, cells)
     if cell is None:
         raise ConfigError(f"{where}.at", parity.at, "a place at which the arm is run")
     odd = [number for number in parity.processes if cell.config.gpus % number]
-    _require(not odd, f"{where}.processes", odd, f"divisors of the {cell.config.gpus} logical GPUs")
+    require(not odd, f"{where}.processes", odd, f"divisors of the {cell.config.gpus} logical GPUs")
 
 
 # ---- types
@@ -289,9 +272,9 @@ def _mapping(
         raise ConfigError(where, content, "a mapping")
     known = required + optional
     for key in content:
-        _require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
+        require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
     for key in required:
-        _require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
+        require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
     return content
 
 
@@ -301,7 +284,7 @@ def _values(content: object, where: str) -> tuple[Value, ...]:
     if not isinstance(content, list) or not plain or not content:
         raise ConfigError(where, content, "a list of at least one value")
     values = tuple(map(_number, content))
-    _require(len({(type(v) is bool, v) for v in values}) == len(values), where, content, "values that differ")
+    require(len({(type(v) is bool, v) for v in values}) == len(values), where, content, "values that differ")
     return values
 
 
@@ -330,8 +313,3 @@ def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(where, value, "a text")
     return value.strip()
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(key, value, expected)

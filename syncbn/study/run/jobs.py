@@ -21,9 +21,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syncbn.study.plan.grid import Cell, State, unique_cells
+from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.logs import error_line, note_begin, note_failure, output_to
-from syncbn.study.run.records import Record, Records, state_of
+from syncbn.study.run.records import Record, Records
 from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from syncbn.train.result import RunResult
 
 TrainFunction = Callable[..., object]
-"""Called as ``train(config, folder, resume=True)``. The default everywhere is :func:`syncbn.train.loop.train`."""
+"""Called as ``train(config, folder, resume=True)``, such as :func:`syncbn.train.loop.train`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def study_jobs(cells: Sequence[Cell], out: Path) -> list[Job]:
     return [Job(cell=cell, out=out) for cell in unique_cells(cells)]
 
 
-def attempt(job: Job, train: TrainFunction | None, records: Records) -> Event:
+def attempt(job: Job, train: TrainFunction, records: Records) -> Event:
     """Train a cell and record its result, unless another process is working on it or has done it.
 
     An exception of the run is caught: it goes to the job's log, and its first line into the event.
@@ -104,7 +104,7 @@ def attempt(job: Job, train: TrainFunction | None, records: Records) -> Event:
         return Event(job, "failed", message)
 
 
-def _train_once(job: Job, train: TrainFunction | None, records: Records) -> State:
+def _train_once(job: Job, train: TrainFunction, records: Records) -> State:
     with try_lock(job.lock) as held:
         # The process that held the lock before may just have finished the run.
         if not held or recorded(job, records) is not None:
@@ -114,7 +114,7 @@ def _train_once(job: Job, train: TrainFunction | None, records: Records) -> Stat
         with output_to(job.log):
             note_begin(job.label)
             try:
-                (train or _default_train())(job.cell.config, job.directory, resume=True)
+                train(job.cell.config, job.directory, resume=True)
             except Exception:
                 traceback.print_exc()
                 raise
@@ -123,12 +123,6 @@ def _train_once(job: Job, train: TrainFunction | None, records: Records) -> Stat
             raise RuntimeError(f"the run ended without a readable {job.directory / 'result.json'}")
         records.add(job.key, started, time.monotonic() - clock, result)
     return state_of(result)
-
-
-def _default_train() -> TrainFunction:
-    from syncbn.train.loop import train
-
-    return train
 
 
 def recorded(job: Job, records: Records) -> Record | None:

@@ -35,13 +35,6 @@ def failure(log: Path) -> str | None:
     return None
 
 
-def last_error(log: Path) -> str:
-    """The last line of the last attempt that names an error, otherwise its last line; empty without a log."""
-    lines = [line for line in _last_attempt(log) if line and not line.startswith(f"{MARK} ")]
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
-    return (errors or lines or [""])[-1]
-
-
 def error_line(error: Exception) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

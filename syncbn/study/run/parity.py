@@ -20,16 +20,8 @@ def check_parity(study: Study, cells: Sequence[Cell], out: Path, say: Callable[[
     The file holds ``key`` (of the cell), ``arm``, ``processes``, ``steps``, ``lines`` (the result in words) and
     ``agrees``.
 
-    Args:
-        study, cells: the study; without a parity check nothing is run.
-        out: the study's folder.
-        say: receives each line of a check that is run.
-
-    Returns:
-        Whether all numbers of processes gave the same losses, weights and buffers; True if the study names no check.
-
-    Raises:
-        LaunchError: a training failed.
+    Returns whether all numbers of processes gave the same losses, weights and buffers; True if the study names no
+    check. Raises LaunchError if a training failed.
     """
     if study.parity is None:
         return True

@@ -14,10 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction
-from syncbn.study.run.logs import last_error, note_failure
+from syncbn.study.run.logs import note_failure
 from syncbn.study.run.worker import worker_main
 
 POLL_SECONDS = 0.5
@@ -33,14 +32,14 @@ class _Worker:
     job: Job | None = None
 
 
-def pool_events(jobs: Sequence[Job], size: int, train: TrainFunction | None, out: Path) -> Events:
+def pool_events(jobs: Sequence[Job], size: int, train: TrainFunction) -> Events:
     """Do the jobs in at most ``size`` processes, which have ended when this ends."""
     queue = deque(jobs)
     workers: list[_Worker] = []
     finished = False
     try:
         while queue or any(worker.job for worker in workers):
-            while queue and (worker := _idle_worker(workers, size, train, out)):
+            while queue and (worker := _idle_worker(workers, size, train)):
                 worker.job = queue.popleft()
                 with suppress(OSError):  # the worker has just died, which _ended finds
                     worker.connection.send(worker.job)
@@ -52,13 +51,13 @@ def pool_events(jobs: Sequence[Job], size: int, train: TrainFunction | None, out
         _stop(workers, at_once=not finished)
 
 
-def _idle_worker(workers: list[_Worker], size: int, train: TrainFunction | None, out: Path) -> _Worker | None:
+def _idle_worker(workers: list[_Worker], size: int, train: TrainFunction) -> _Worker | None:
     idle = next((worker for worker in workers if worker.job is None), None)
     if idle is not None or len(workers) == size:
         return idle
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=worker_main, args=(there, train, out), name="syncbn study worker")
+    process = context.Process(target=worker_main, args=(there, train), name="syncbn study worker")
     with _interrupts_ignored():
         process.start()
     there.close()  # otherwise the pipe would stay open when the worker ends
@@ -78,7 +77,7 @@ def _ended(workers: list[_Worker]) -> Iterator[Event]:
             workers.remove(worker)
             worker.connection.close()
             worker.process.join(STOP_SECONDS)
-            message = _death(worker.process.exitcode, last_error(job.log))
+            message = _death(worker.process.exitcode)
             note_failure(job.log, message)
             event = Event(job, "failed", message)
         yield event
@@ -96,9 +95,9 @@ def _stop(workers: list[_Worker], at_once: bool) -> None:
             worker.process.join()
 
 
-def _death(code: int | None, last: str) -> str:
+def _death(code: int | None) -> str:
     how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    return f"the worker process died ({how})" + (f" after: {last}" if last else "")
+    return f"the worker process died ({how})"
 
 
 @contextmanager

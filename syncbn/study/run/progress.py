@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -35,7 +34,7 @@ class Display:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -63,8 +62,8 @@ class Display:
         """A run has ended."""
         self.done += 1
         key, result = outcome.job.key, outcome.result
-        if key in self._running:
-            _, began = self._running.pop(key)
+        _, began = self._running.pop(key, ("", time.monotonic()))
+        if outcome.ran:
             self._seconds.append(time.monotonic() - began)
         if result is None:
             news = f"failed: {outcome.message}"
@@ -91,9 +90,8 @@ class Display:
             return ""
         mean = sum(self._seconds) / len(self._seconds)
         now = time.monotonic()
-        running = sum(max(mean - (now - began), 0.0) for _, began in self._running.values())
-        waiting = mean * (remaining - len(self._running))
-        return f"about {duration((running + waiting) / min(self.workers, remaining))} left"
+        begun = sum(min(now - began, mean) for _, began in self._running.values())
+        return f"about {duration((mean * remaining - begun) / min(self.workers, remaining))} left"
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

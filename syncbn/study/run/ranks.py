@@ -15,9 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
 from syncbn.study.run.logs import error_line, failure, note_failure, output_to
 from syncbn.study.run.records import Records
+from syncbn.train import loop
 from syncbn.train.config import RunConfig
 
 FIRST_WORD_SECONDS = 5.0
@@ -32,19 +36,14 @@ def launched() -> bool:
 @contextmanager
 def process_group() -> Iterator[int]:
     """Join the launcher's other processes; yields the rank of this one."""
-    import torch
-    import torch.distributed as dist
-
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield dist.get_rank()
     dist.destroy_process_group()  # not after an error, when it may wait for the others forever
 
 
-def rank_events(jobs: Sequence[Job], train: TrainFunction | None, out: Path) -> Events:
+def rank_events(jobs: Sequence[Job], train: TrainFunction) -> Events:
     """Do the jobs on all processes; for the first one, while the others :func:`follow`."""
-    import torch.distributed as dist
-
-    records = Records(out)
+    records = Records(jobs[0].out)
     # Cells that failed before come last: a failure ends the run, and must not keep the other cells from being run.
     for job in sorted(jobs, key=lambda job: failure(job.log) is not None):
 
@@ -57,7 +56,7 @@ def rank_events(jobs: Sequence[Job], train: TrainFunction | None, out: Path) -> 
         yield attempt(job, train_on_all, records)
 
 
-def follow(train: TrainFunction | None = None) -> None:
+def follow(train: TrainFunction = loop.train) -> None:
     """Take part in every run of the first process, until it shares None."""
     while (job := share(None)) is not None:
         with output_to(job.log):
@@ -66,30 +65,22 @@ def follow(train: TrainFunction | None = None) -> None:
 
 def share(job: Job | None) -> Job | None:
     """The first process's job, on every process."""
-    import torch.distributed as dist
-
     shared: list[Any] = [job]
     dist.broadcast_object_list(shared, src=0)
     found: Job | None = shared[0]
     return found
 
 
-def _train(job: Job, train: TrainFunction | None) -> None:
+def _train(job: Job, train: TrainFunction) -> None:
     """Train a cell together with the others; an error ends this process with one line."""
-    import torch.distributed as dist
-
-    from syncbn.train import loop
-
     try:
-        (train or loop.train)(job.cell.config, job.directory, resume=True)
+        train(job.cell.config, job.directory, resume=True)
     except Exception as error:  # whatever it is, the others cannot go on
         traceback.print_exc()
         if dist.get_rank():
             time.sleep(FIRST_WORD_SECONDS)
         if failure(job.log) is not None:
-            sys.exit(
-                1
-            )  # another process failed first, has reported it, and left this one in the middle of a collective
+            sys.exit(1)  # another process has reported a failure, which broke a collective of this one
         message = f"process {dist.get_rank()}: {error_line(error)}"
         note_failure(job.log, message)
         sys.exit(f"syncbn: error: {job.label}: {message}; run the study again to go on with its other cells")

@@ -16,13 +16,12 @@ import math
 import os
 import re
 import socket
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from syncbn.study.plan.grid import State
+from syncbn.study.plan.grid import State, state_of
 from syncbn.train.config import ConfigError
 
 if TYPE_CHECKING:
@@ -54,13 +53,8 @@ class Record:
         return state_of(self.result)
 
 
-def state_of(result: RunResult) -> State:
-    """State of a run that has a result: ``done`` or ``diverged``."""
-    return "diverged" if result.status == "diverged" else "done"
-
-
 def append(path: Path, record: Record) -> None:
-    """Add a line to a worker's own file and flush it to the disk.
+    """Add a line to a worker's own file.
 
     Raises:
         OSError: it cannot be written. A line written in part is no record.
@@ -78,18 +72,12 @@ def append(path: Path, record: Record) -> None:
     }
     data = (json.dumps(jsonable(values), allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            data = b"\n" + data  # a full disk cut off the line before
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if not size:
-        _sync_folder(path.parent)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data  # a full disk cut off the line before
+        file.write(data)
 
 
 def read_records(out: Path) -> dict[str, Record]:
@@ -211,13 +199,3 @@ def _record(line: bytes, path: Path) -> Record | None:
     except (KeyError, TypeError, ValueError) as error:
         # Not a missing run, which would be run again over a result that another version can read.
         raise ConfigError(where, values["key"], f"a record that this version of syncbn can read ({error})") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a new file's name to the disk."""
-    with suppress(OSError):  # some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

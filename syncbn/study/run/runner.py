@@ -19,6 +19,7 @@ from syncbn.study.run.pool import pool_events
 from syncbn.study.run.progress import Display
 from syncbn.study.run.records import Records
 from syncbn.study.run.status import Outcome
+from syncbn.train import loop
 from syncbn.train.checkpoint import try_lock
 
 Executor = Literal["pool", "slurm", "local"]
@@ -32,7 +33,7 @@ def run_cells(
     out: Path,
     *,
     workers: int | None = None,
-    train: TrainFunction | None = None,
+    train: TrainFunction = loop.train,
     display: Display | None = None,
     executor: Executor = "pool",
     options: Mapping[str, Any] | None = None,
@@ -44,21 +45,18 @@ def run_cells(
         cells: cells of a study; those with the same key are one run.
         out: the study's folder, made if need be.
         workers: runs side by side; by default one per core, or on a Slurm cluster all at once.
-        train: what does a run, by default :func:`syncbn.train.loop.train`.
+        train: what does a run.
         display: shows the progress.
-        executor: who does the runs.
-        options: parameters of the cluster's jobs, for submitit.
-        together: this is the first process of a launcher, and all its processes do each run together; the others have
-            to call :func:`syncbn.study.run.ranks.follow`.
+        executor, options: who does the runs, and for submitit the parameters of a job.
+        together: all processes of a launcher do each run together. This is the first of them, and the others have to
+            call :func:`syncbn.study.run.ranks.follow`.
 
     Returns:
         One outcome per key. A run that failed is an outcome, not an error.
 
     Raises:
         KeyboardInterrupt: after the workers were stopped or their jobs cancelled; finished runs are kept.
-        ConfigError: records or a result of another version, or options that submitit does not know.
-        ImportError: submitit is not installed.
-        LaunchError: the cluster did not take the jobs.
+        ConfigError: records or a result of another version.
     """
     jobs = {job.key: job for job in study_jobs(cells, out)}
     records = Records(out)
@@ -70,34 +68,26 @@ def run_cells(
         while left := [job for key, job in jobs.items() if key not in outcomes]:
             if free := [job for job in left if not job.held()]:
                 size = min(side_by_side, len(free))
-                events = _events(free, size, train, out, "ranks" if together else executor, options or {})
+                events = _events(free, size, train, "ranks" if together else executor, options or {})
                 outcomes |= _collect(events, jobs, records, shown)
             else:
                 time.sleep(RETRY_SECONDS)
-            for job in left:
-                if job.key in outcomes:
-                    continue
-                shown.waiting(job)
+            for job in [job for job in left if job.key not in outcomes]:
                 if outcome := _settled(job, records):
                     outcomes[job.key] = outcome
                     shown.ended(outcome)
+                else:
+                    shown.waiting(job)
     return {key: outcomes[key] for key in jobs}
 
 
-def _events(
-    jobs: Sequence[Job],
-    size: int,
-    train: TrainFunction | None,
-    out: Path,
-    executor: Literal["pool", "slurm", "local", "ranks"],
-    options: Mapping[str, Any],
-) -> Events:
+def _events(jobs: Sequence[Job], size: int, train: TrainFunction, executor: str, options: Mapping[str, Any]) -> Events:
     if executor == "pool":
-        return pool_events(jobs, size, train, out)
+        return pool_events(jobs, size, train)
     if executor == "ranks":
         from syncbn.study.run.ranks import rank_events
 
-        return rank_events(jobs, train, out)
+        return rank_events(jobs, train)
     from syncbn.study.run.submit import submitted_events
 
     return submitted_events(jobs, size, train, executor, options)
@@ -114,16 +104,16 @@ def _collect(events: Events, jobs: Mapping[str, Job], records: Records, display:
             job = jobs[event.job.key]
             if event.state == "running":
                 display.began(job)
-            elif event.state == "missing":
+                continue
+            # A worker that died may have finished its run before.
+            outcome = _settled(job, records, ran=event.state != "missing")
+            if outcome is None and event.state == "failed":
+                outcome = Outcome(job=job, state="failed", message=event.message)
+            if outcome is None:
                 display.waiting(job)
             else:
-                # A worker that died may have finished its run before.
-                outcome = _settled(job, records, ran=True)
-                if outcome is None and event.state == "failed":
-                    outcome = Outcome(job=job, state="failed", message=event.message)
-                if outcome is not None:  # else the record is not visible here yet, as on a shared file system
-                    outcomes[job.key] = outcome
-                    display.ended(outcome)
+                outcomes[job.key] = outcome
+                display.ended(outcome)
     return outcomes
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from syncbn.study.plan.grid import Cell, State, unique_cells
+from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.jobs import Job, load_result, study_jobs
 from syncbn.study.run.logs import failure
-from syncbn.study.run.records import Record, read_records, state_of
+from syncbn.study.run.records import Record, read_records
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult

@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
-from syncbn.study.run.logs import last_error, note_failure, output_to
+from syncbn.study.run.logs import note_failure, output_to
 from syncbn.study.run.records import Records
 from syncbn.study.run.worker import use_threads
 from syncbn.train.config import ConfigError
@@ -40,7 +40,7 @@ _GENERIC = ("name", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "
 class CellRun:
     """What a job of the cluster does, as submitit pickles it."""
 
-    def __init__(self, train: TrainFunction | None) -> None:
+    def __init__(self, train: TrainFunction) -> None:
         self.train = train
 
     def __call__(self, job: Job) -> Event:
@@ -49,7 +49,9 @@ class CellRun:
 
     def checkpoint(self, job: Job) -> Any:
         """What submitit queues when the time is up: the same again, which goes on from its checkpoint."""
-        return _submitit().helpers.DelayedSubmission(self, job)
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, job)
 
 
 @dataclass(kw_only=True)
@@ -69,22 +71,14 @@ class _Handle:
 def submitted_events(
     jobs: Sequence[Job],
     size: int,
-    train: TrainFunction | None,
-    kind: Literal["slurm", "local"],
+    train: TrainFunction,
+    kind: str,
     options: Mapping[str, Any],
 ) -> Events:
-    """Do the jobs on a cluster, at most ``size`` at a time.
+    """Do the jobs on a cluster, at most ``size`` at a time; closing the events cancels the jobs that have not ended.
 
-    Args:
-        jobs: what is to be done.
-        size: jobs at one time.
-        train: what does the runs.
-        kind: ``slurm``, or ``local`` for processes of this machine that submitit starts, which see as many GPUs as the
-            option ``gpus_per_node`` says.
-        options: submitit's parameters of a job; Slurm's own can be named without the prefix ``slurm_``.
-
-    Returns:
-        The jobs' events. Closing it cancels the jobs that have not ended.
+    ``local`` is processes of this machine that submitit starts, which see as many GPUs as the option ``gpus_per_node``
+    says. ``options`` are submitit's parameters of a job; Slurm's own can be named without the prefix ``slurm_``.
 
     Raises:
         ConfigError: an option that submitit does not know, or no Slurm on this machine.
@@ -95,7 +89,7 @@ def submitted_events(
     return _events(jobs, _executor(jobs[0].out, kind, size, options), CellRun(train), size, kind)
 
 
-def _events(queue: list[Job], executor: Any, run: CellRun, size: int, kind: Literal["slurm", "local"]) -> Events:
+def _events(queue: list[Job], executor: Any, run: CellRun, size: int, kind: str) -> Events:
     active: list[_Handle] = []
     asked = float("-inf")
     try:
@@ -168,9 +162,8 @@ def _ended(handle: _Handle, kind: str) -> Event | None:
         said = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("---")]
         message = next((line for line in reversed(said) if "Error" in line), said[0])
     elif handle.gone_at is not None and time.monotonic() - handle.gone_at >= grace:
-        last = last_error(handle.job.log) if handle.begun else ""
         state = f" ({submitted.state})" if kind == "slurm" and shutil.which("sacct") else ""
-        message = f"job {submitted.job_id} ended without an answer{state}{f' after: {last}' if last else ''}"
+        message = f"job {submitted.job_id} ended without an answer{state}"
     else:
         return None
     message += f" (submitit's log: {submitted.paths.stderr})"
@@ -192,16 +185,11 @@ def _cancel(active: list[_Handle], kind: str) -> None:
         time.sleep(0.1)
 
 
-def _submitit() -> Any:
+def _executor(out: Path, kind: str, size: int, options: Mapping[str, Any]) -> Any:
     try:
         import submitit
     except ImportError:
         raise ImportError("submitit is not installed; pip install 'syncbn[slurm]'") from None
-    return submitit
-
-
-def _executor(out: Path, kind: Literal["slurm", "local"], size: int, options: Mapping[str, Any]) -> Any:
-    submitit = _submitit()
     if kind == "slurm" and shutil.which("srun") is None:
         raise ConfigError("executor", kind, "pool or local, as this machine has no Slurm (srun was not found)")
     for name in ("nodes", "tasks_per_node", "slurm_nodes", "slurm_ntasks_per_node", "ntasks_per_node"):

@@ -7,24 +7,24 @@ import os
 import signal
 import threading
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 from syncbn.study.run.jobs import Job, TrainFunction, attempt
 from syncbn.study.run.records import Records
 
 
-def worker_main(connection: Connection, train: TrainFunction | None, out: Path) -> None:
+def worker_main(connection: Connection, train: TrainFunction) -> None:
     """Body of a worker process: answers each :class:`Job` with an :class:`Event`, until the pipe closes."""
     # Ctrl-C reaches all processes of the terminal; the runner acts on it and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_threads(1)
-    records = Records(out)
+    records: Records | None = None
     while True:
         try:
             job: Job = connection.recv()
         except EOFError:
             return
+        records = records or Records(job.out)
         connection.send(attempt(job, train, records))
 
 
