@@ -187,8 +187,11 @@ def _print_failures(outcomes: Mapping[str, Outcome], file: Any) -> int:
 def _write(study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], config: str, out: Path) -> Path:
     """Write the report and print its table; returns the path of its page."""
     command = shlex.join(["syncbn", "study", "run", "--config", _shown(config), "--out", _shown(out)])
-    report = write_report(study, cells, outcomes, out, command=command)
-    print_table(study, cells, outcomes)
+    results = {key: outcome.result for key, outcome in outcomes.items() if outcome.result is not None}
+    failures = {key: outcome.message for key, outcome in outcomes.items() if outcome.state == "failed"}
+    running = [key for key, outcome in outcomes.items() if outcome.state == "running"]
+    report = write_report(study, cells, results, out, command=command, failures=failures, running=running)
+    print_table(study, cells, results)
     return report
 
 

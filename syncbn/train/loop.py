@@ -272,6 +272,8 @@ def _result(run: Run) -> RunResult:
         evaluations=evaluations,
         layers=[asdict(layer) for layer in layers],
         peak_memory_bytes=peak_memory(run.device),
+        train_images=len(run.data.train),
+        test_images=len(run.data.test),
         processes=run.layout.placement.processes,
         environment=environment(run.device),
         config=config_to_dict(run.config),

@@ -51,6 +51,10 @@ class RunResult:
     :class:`syncbn.population.LayerDivergence` for the keys. Empty without batch statistics."""
     peak_memory_bytes: int | None = None
     """Largest memory of the first process: allocated on a GPU, resident on a CPU; None where it cannot be told."""
+    train_images: int | None = None
+    """Images in the training set; None in a result from before this was recorded."""
+    test_images: int | None = None
+    """Images in the test set; None in a result from before this was recorded."""
     processes: int
     """Processes that executed the run."""
     environment: dict[str, str]

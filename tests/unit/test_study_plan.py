@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
-from syncbn.study.analysis.statistics import seeds_needed
+from syncbn.study.analysis.statistics import MIN_SEEDS
 from syncbn.study.plan.grid import parity_cell, study_cells, unique_cells
 from syncbn.study.plan.study_file import available_studies, load_study
 from syncbn.train.config import ConfigError
@@ -144,7 +144,7 @@ def test_an_axis_stands_in_for_the_base():
 def test_a_number_that_yaml_takes_for_a_text():
     study = swept(
         axes={"optimizer.lr": ["1e-3", "2E-1"], "optimizer.nesterov": [True, False]},
-        compare={"at": {"optimizer.lr": "2e-1"}},
+        contrasts=[{"arm": "sync", "at": {"optimizer.lr": "2e-1"}, "against": {"arm": "batch"}}],
     )
     assert study.axes["optimizer.lr"] == (0.001, 0.2)
     assert dict(study.comparison_point())["optimizer.lr"] == 0.2
@@ -238,9 +238,11 @@ def test_the_cell_of_the_parity_check():
             r"only.per_gpu_batch_size: got \[3\]",
         ),
         ({"arms": {"a": {"only": {"gpus": [3]}}}}, "only: got 'gpus', expected an axis of the study"),
-        ({"compare": {"arms": ["batch"]}}, "compare.arms: .*an arm with `reference: true`"),
-        ({"compare": {"arms": ["nobody"]}}, "compare.arms: got"),
-        ({"compare": {"at": {"per_gpu_batch_size": 9}}}, "compare.at.per_gpu_batch_size: got"),
+        ({"contrasts": [{"arm": "nobody", "against": {"arm": "batch"}}]}, r"contrasts\[0\].arm: got 'nobody'"),
+        (
+            {"contrasts": [{"arm": "batch", "at": {"per_gpu_batch_size": 9}, "against": {"arm": "sync"}}]},
+            r"contrasts\[0\].at.per_gpu_batch_size: got 9",
+        ),
         (
             {"parity": {"arm": "sync", "at": {"gpus": 1}}},
             "parity.at: got 'gpus', expected an axis of the study",
@@ -290,9 +292,8 @@ def test_malformed_files_are_one_line(tmp_path, text, message):
 def test_reference_studies_can_reach_their_claims(name):
     """As many seeds as the planned comparisons need, but where a seed costs days."""
     study = load_study(name)
-    point = study.comparison_point()
-    compared = study.compare.arms or [a.name for a in study.arms if not a.reference and point in study.points(a)]
-    enough = len(study.seeds) >= seeds_needed(len(compared))
+    assert study.contrasts
+    enough = len(study.seeds) >= MIN_SEEDS
     assert enough == (not name.startswith("imagenet"))
 
 

@@ -175,7 +175,7 @@ def test_report_from_what_is_there(tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
     monkeypatch.setattr(commands, "print_table", lambda *arguments: None)
-    monkeypatch.setattr(commands, "write_report", lambda *arguments, command: written.append(arguments) or "the page")
+    monkeypatch.setattr(commands, "write_report", lambda *arguments, **options: written.append(arguments) or "the page")
     words = ["study", "report", "--config", "small", "--out"]
     assert main([*words, str(tmp_path / "none")]) == 2
     assert "expected a folder with at least one finished run of the study small" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_records_of_cells_that_the_study_no_longer_has_are_counted(tmp_path, mon
     records.add("gone-2", study_fakes.NOON, 1.0, fake_result(cells[0].config))
     monkeypatch.setattr(commands, "load_study", lambda name: study)
     monkeypatch.setattr(commands, "print_table", lambda *arguments: None)
-    monkeypatch.setattr(commands, "write_report", lambda *arguments, command: "the page")
+    monkeypatch.setattr(commands, "write_report", lambda *arguments, **options: "the page")
     for command in ("plan", "run", "status"):
         assert main(["study", command, "--config", "small", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out.splitlines()

@@ -40,6 +40,7 @@ def test_result_and_files(tmp_path):
     result = train(config, tmp_path, trackers=["tensorboard"])
     assert result.status == "ok"
     assert (result.steps, result.samples, len(result.losses)) == (15, 450, 15)
+    assert (result.train_images, result.test_images) == (150, 355)
     assert [h["epoch"] for h in result.history] == [1, 2, 3]
     assert result.test_error == result.history[-1]["test_error"]
     assert 0 <= result.test_error <= 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
+from syncbn.study.plan.contrasts import Contrast
 from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.config_io import config_from_dict, config_to_dict
 
@@ -72,16 +73,6 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparisons:
-    """The comparisons with the reference arm that are tested: the family over which the tests are corrected."""
-
-    at: dict[str, Value] = field(default_factory=dict)
-    """Place on the axes; an axis that is not named is at its first value."""
-    arms: tuple[str, ...] | None = None
-    """Arms compared with the reference; None is all others."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Parity:
     """The exact check of one cell: its training must not depend on the number of processes (``syncbn parity``)."""
 
@@ -117,7 +108,8 @@ class Study:
     sweep: Sweep | None = None
     grid: dict[str, tuple[Value, ...]] = field(default_factory=dict)
     """Further axes: a dotted key of the run configuration, and its values."""
-    compare: Comparisons = field(default_factory=Comparisons)
+    contrasts: tuple[Contrast, ...] = ()
+    """The planned comparisons, which are the family over which the tests are corrected."""
     parity: Parity | None = None
     notes: str | None = None
     """A remark for the reader of the main figure, such as why it differs from a published one."""
@@ -146,8 +138,11 @@ class Study:
         return list(product(*choices))
 
     def comparison_point(self) -> Point:
-        """The place at which arms are compared with the reference."""
-        return tuple((name, self.compare.at.get(name, values[0])) for name, values in self.axes.items())
+        """The place to show arms side by side: that of the first contrast between arms, or the axes' first values."""
+        for contrast in self.contrasts:
+            if contrast.first.point == contrast.second.point:
+                return contrast.first.point
+        return tuple((name, values[0]) for name, values in self.axes.items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from syncbn.study.plan.grid import Arm, Cell, Comparisons, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
+from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
+from syncbn.study.plan.grid import Arm, Cell, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
 from syncbn.study.plan.overlaps import check_overlaps
 from syncbn.train.checks import ConfigError, require
 from syncbn.train.config_io import known_keys
@@ -72,7 +74,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     Raises ConfigError if a key is missing, unknown or of the wrong type, or a cell has an impossible configuration.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
-    data = _mapping(content, source, required, optional=("sweep", "axes", "compare", "parity", "notes"))
+    data = _mapping(content, source, required, optional=("sweep", "axes", "contrasts", "parity", "notes"))
     arms = _mapping(data["arms"], f"{source}: arms")
     require(bool(arms), f"{source}: arms", arms, "at least one arm")
     sweep = _sweep(data.get("sweep"), f"{source}: sweep")
@@ -85,16 +87,17 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         seeds=_seeds(data["seeds"], f"{source}: seeds"),
         sweep=sweep,
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
-        compare=_comparisons(data.get("compare"), f"{source}: compare"),
         parity=_parity(data.get("parity"), f"{source}: parity"),
         notes=None if data.get("notes") is None else _text(data["notes"], f"{source}: notes"),
     )
     references = [arm.name for arm in study.arms if arm.reference]
     require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
     _check_places(study, source)
-    _check_comparisons(study, source)
     check_overlaps(study, source)
+    study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
     cells = study_cells(study, source)
+    if data.get("contrasts") is not None:
+        check_runs_differ(study.contrasts, cells, f"{source}: contrasts")
     if study.parity is not None:
         _check_parity(study, study.parity, cells, f"{source}: parity")
     return study
@@ -193,15 +196,6 @@ def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[V
     return {name: _values(values, f"{where}.{name}") for name, values in axes.items()}
 
 
-def _comparisons(content: object, where: str) -> Comparisons:
-    if content is None:
-        return Comparisons()
-    data = _mapping(content, where, optional=("at", "arms"))
-    arms = data.get("arms")
-    require(arms is None or isinstance(arms, list), f"{where}.arms", arms, "a list of arms")
-    return Comparisons(at=_place(data.get("at", {}), f"{where}.at"), arms=None if arms is None else tuple(arms))
-
-
 def _parity(content: object, where: str) -> Parity | None:
     if content is None:
         return None
@@ -224,31 +218,14 @@ def _parity(content: object, where: str) -> Parity | None:
 def _check_places(study: Study, source: str) -> None:
     """Every place that the file names has to lie on the axes."""
     axes = study.axes
-    ones = {"compare.at": study.compare.at} | ({} if study.parity is None else {"parity.at": study.parity.at})
-    places = [(f"{source}: {key}", {axis: [value] for axis, value in at.items()}) for key, at in ones.items()]
-    places += [(f"{source}: arms.{arm.name}.only", {k: list(v) for k, v in arm.only.items()}) for arm in study.arms]
+    places = [(f"{source}: arms.{arm.name}.only", {k: list(v) for k, v in arm.only.items()}) for arm in study.arms]
+    if study.parity is not None:
+        places.append((f"{source}: parity.at", {axis: [value] for axis, value in study.parity.at.items()}))
     for where, place in places:
         for axis, values in place.items():
             require(axis in axes, where, axis, f"an axis of the study ({', '.join(axes) or 'it has none'})")
             missing = [value for value in values if value not in axes[axis]]
             require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
-
-
-def _check_comparisons(study: Study, source: str) -> None:
-    names = [arm.name for arm in study.arms]
-    compared = study.compare.arms or ()
-    unknown = [name for name in compared if name not in names]
-    require(not unknown, f"{source}: compare.arms", unknown, f"arms of the study ({', '.join(names)})")
-    if study.reference is None:
-        require(
-            not compared, f"{source}: compare.arms", list(compared), "an arm with `reference: true` to compare with"
-        )
-        return
-    point = study.comparison_point()
-    run_there = point in study.points(study.reference)
-    require(run_there, f"{source}: compare.at", dict(point), "a place at which the reference is run")
-    absent = [arm.name for arm in study.arms if arm.name in compared and point not in study.points(arm)]
-    require(not absent, f"{source}: compare.arms", absent, f"arms that are run at {dict(point)}")
 
 
 def _check_parity(study: Study, parity: Parity, cells: list[Cell], where: str) -> None:
