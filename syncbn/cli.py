@@ -159,9 +159,7 @@ def _integers(key: str, text: str) -> list[int]:
 
 def _study(command: str) -> Callable[..., int]:
     def call(**options: Any) -> int:
-        from syncbn.study.commands import report_study, run_study
-        from syncbn.study.run.cost import plan_study
-        from syncbn.study.run.status import print_status
+        from syncbn.study.commands import plan_study, print_status, report_study, run_study
 
         functions: dict[str, Callable[..., int]] = {
             "plan": plan_study,
@@ -215,7 +213,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "study plan": Command(
         _study("plan"),
-        "List the runs of a study and estimate how long they take.",
+        "List the runs of a study, and estimate from its finished runs how long the rest takes.",
         {
             "--config": _STUDY,
             "--out": {"type": Path, "help": "Folder of the study, if it was started."},
@@ -244,7 +242,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "study status": Command(
         _study("status"),
-        "Tell which runs of a study are done, running, failed or missing, also while it runs.",
+        "Tell which runs of a study are missing, running, done, diverged or failed, also while it runs.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),
     "study report": Command(

@@ -16,8 +16,8 @@ from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.report.format import coordinate, percent, percent_interval, points, points_interval
 from syncbn.study.report.report import print_table, write_report
-from syncbn.study.run.runner import Outcome
-from syncbn.study.run.worker import Job
+from syncbn.study.run.jobs import Job
+from syncbn.study.run.status import Outcome
 from syncbn.train.config import ConfigError
 
 ERRORS = {"batch": (0.40, 0.36), "sync": (0.02, 0.03), "iid": (0.02, 0.024)}
@@ -129,14 +129,14 @@ def test_places_in_words(name, value, words):
 def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeypatch, capsys):
     study = small_study()
     cells, results = results_of(study)
-    outcomes = {key: Outcome(job=None, status="ran", result=result) for key, result in results.items()}
+    outcomes = {key: Outcome(job=None, state="done", result=result) for key, result in results.items()}
     monkeypatch.setattr(commands, "load_study", lambda name: study)
     monkeypatch.setattr(commands, "run_cells", lambda *args, **kwargs: outcomes)
     assert commands.run_study("small", tmp_path / "out") == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
-    job = Job(id="k", label="sync, seed 1", config=None, directory=tmp_path, lock=tmp_path / "l", log=tmp_path / "log")
-    outcomes[cells[4].key] = Outcome(job=job, status="failed", message="no luck <today>")
+    job = Job(cell=cells[4], out=tmp_path)
+    outcomes[job.key] = Outcome(job=job, state="failed", message="no luck <today>")
     assert commands.run_study("small", tmp_path / "out") == 1
     printed = capsys.readouterr()
     assert "failed: sync, seed 1: no luck <today>" in printed.err
