@@ -52,7 +52,7 @@ def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
 def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statistics:
     """As :func:`syncbn.functional.finish.finish`."""
     g, c = len(sums), (sums.shape[1] - 1) // 2
-    if not (is_like(sums, WIRE_DTYPE, g, 2 * c + 1) and is_readable(running, c)):
+    if not (is_like(sums, WIRE_DTYPE, (g, 2 * c + 1)) and is_readable(running, c)):
         return finish_twin.finish(sums, eps, running)
     call = Call(sums=sums.data_ptr(), channels=c, num_groups=g, eps=eps)
     # One tensor each: a tensor saved for the backward pass must not keep the others alive.
@@ -163,7 +163,7 @@ def grad_input(
     """As :func:`syncbn.functional.normalize.grad_input`."""
     call = make_call(x, affine.scale, affine.shift, groups, epilogue)
     means = means.contiguous()
-    readable = is_like(means, WIRE_DTYPE, groups.number, 2, x.shape[1]) and fits(dz, x)
+    readable = is_like(means, WIRE_DTYPE, (groups.number, 2, x.shape[1])) and fits(dz, x)
     if call is None or not (readable and put_moments(call, affine)):
         return twin.grad_input(dz, x, affine, means, groups, epilogue)
     _put_gradient(call, dz, x, write=False)
@@ -194,12 +194,12 @@ def local_backward(
     moments, corrections = statistics
     call = make_call(x, weight, bias, groups, epilogue)
     shape = (2, groups.number, x.shape[1])
-    if call is None or not (is_like(moments, WIRE_DTYPE, *shape) and fits(grad_output, x)):
+    if call is None or not (is_like(moments, WIRE_DTYPE, shape) and fits(grad_output, x)):
         return None
     call.mean, call.invstd = halves(moments)
     if corrections is not None:
         wide_corrections = corrections.to(WIRE_DTYPE)
-        if not is_like(wide_corrections, WIRE_DTYPE, *shape):
+        if not is_like(wide_corrections, WIRE_DTYPE, shape):
             return None
         call.kept = (*call.kept, wide_corrections)
         call.r, call.d = halves(wide_corrections)
