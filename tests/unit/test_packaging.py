@@ -121,6 +121,19 @@ def test_pre_commit_uses_the_pinned_versions() -> None:
     assert {hook["entry"].split()[0] for hook in hooks} == set(pinned)
 
 
+def test_the_workflow_covers_the_supported_pythons() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads the workflow")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    supported = [text.split()[-1] for text in project()["classifiers"] if re.search(r"Python :: 3\.\d+$", text)]
+    assert jobs["test"]["strategy"]["matrix"]["python-version"] == supported
+    assert {step["run"] for job in ("lint", "test", "docs") for step in jobs[job]["steps"] if "run" in step} == {
+        "make lint",
+        "make test",
+        "make docs",
+    }
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == project()["license"]
+
+
 # -- the wheel ---------------------------------------------------------------------------------------------------------
 
 
