@@ -6,8 +6,8 @@ Run: python examples/study.py
 import tempfile
 from pathlib import Path
 
+from syncbn.study import load_study
 from syncbn.study.commands import run_study
-from syncbn.study.plan.study_file import load_study
 
 STUDY = """
 name: digits

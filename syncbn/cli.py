@@ -1,47 +1,71 @@
-"""The command line: ``syncbn train``, ``syncbn parity``, ``syncbn diagnose``, ``syncbn study``, ``syncbn bench``."""
+"""The command line: a table from each command to its function, its options and its help."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import syncbn
+from syncbn.train.checks import ConfigError, LocalError
+from syncbn.train.config import RunConfig
+from syncbn.train.config_io import config_to_yaml, load_config
+from syncbn.train.launch import LaunchError
+
+_SILENT_SECONDS = 10.0
+"""How long a process waits while another one reports their common mistake. A launcher ends all processes as soon as one
+has ended."""
+
+
+class UsageError(ValueError):
+    """Options that a command's parser does not accept."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it calls with its options as keyword arguments, and what ``--help`` says."""
+
+    call: Callable[..., int]
+    help: str
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of each option, and arguments of ``add_argument`` for it."""
+    takes_run: bool = False
+    """Whether it also has ``--config`` and an option for each key of a run, and is called with the ``RunConfig``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 1 a check failed, 2 the user's mistake (one line), 130 interrupted."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done, 1 a run or a check failed, 2 the user's mistake (printed in one line), 130 interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["bench"]:  # reads its own options: where GPUs are measured there may be nothing but torch
-        from syncbn.bench.command import run_bench
-
-        return run_bench(words[1:])
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
+    if not name and words[-1:] == ["--version"]:
+        print(syncbn.__version__)
+        return 0
+    if not name and words[-1:] in (["--help"], ["-h"]):
+        print(f"usage: syncbn COMMAND ...\n\n{syncbn.__doc__}\n")
+        print("\n".join(f"  {name:<14}{command.help}" for name, command in COMMANDS.items()))
+        return 0
     try:
-        from jsonargparse import ArgumentError
-    except ImportError as error:
-        print(f"syncbn: error: {error.name} is not installed; pip install 'syncbn[study]'", file=sys.stderr)
-        return 2
-    from syncbn.train.config import ConfigError, LocalError
-    from syncbn.train.launch import LaunchError
-
-    parser, parsers = _parsers()
-    command = "syncbn"
-    try:
-        parsed = parser.parse_args(words)
-        command = parsed.subcommand
-        return _COMMANDS[command](parsers[command], parsed[command])
-    except ArgumentError as error:
-        return _fail(_argument_error(str(error), error, words))
-    except (ConfigError, ImportError) as error:
+        if not name:
+            expected = f"one of {', '.join(COMMANDS)}"
+            raise ConfigError("command", " ".join(words[:2]) or None, f"{expected} (see syncbn --help)")
+        rest = words[len(name.split()) :]
+        if name == "bench":  # reads its own options, as it has to work where only torch is installed
+            return COMMANDS[name].call(rest)
+        return COMMANDS[name].call(**_parse(name, rest))
+    except (ConfigError, UsageError, ImportError) as error:
         return _fail(str(error))
     except LocalError as error:
         return _fail(str(error), everywhere=True)
     except OSError as error:
-        return _fail(f"{error.filename or command}: {error.strerror or error}", everywhere=True)
+        return _fail(f"{error.filename or name}: {error.strerror or error}", everywhere=True)
     except LaunchError as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
         return 2 if error.mistake else 1
@@ -49,12 +73,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-_SILENT_SECONDS = 10.0
-"""How long a process that leaves the word to another one stays: a launcher ends all as soon as one has ended."""
+def _parse(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments for a command's function."""
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed; pip install 'syncbn[study]'") from error
+
+    command = COMMANDS[name]
+    # Abbreviations would take a misspelt key for another, and torchrun's options for ours.
+    parser = ArgumentParser(prog=f"syncbn {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
+    for option, details in command.options.items():
+        parser.add_argument(option, **details)
+    if command.takes_run:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        parser.add_argument("--config", type=str, help="YAML file with any of the keys below.")
+        parser.add_argument("--print-config", action="store_true", help="Print the whole configuration and exit.")
+        parser.add_class_arguments(RunConfig, None)
+    try:
+        # Without defaults, a key that is not given leaves the file's value as it is.
+        given = vars(parser.parse_args(list(words), defaults=False).as_flat())
+    except ArgumentError as error:
+        message, parsers_prefix = str(error), 'Parser key "'
+        if message.startswith(parsers_prefix):
+            raise UsageError(message.removeprefix(parsers_prefix).replace('":', ":", 1)) from error
+        raise UsageError(f"{name}: {message} (see syncbn {name} --help)") from error
+    values: dict[str, Any] = {}
+    for option, details in command.options.items():
+        key = option.removeprefix("--").replace("-", "_")
+        values[key] = given.pop(key, details.get("default", False if "action" in details else None))
+    if command.takes_run:
+        file, show = given.pop("config", None), given.pop("print_config", False)
+        values["run"] = load_config(file, given)
+        if show:
+            print(config_to_yaml(values["run"]), end="")
+            raise SystemExit(0)
+    return values
 
 
 def _fail(message: str, everywhere: bool = False) -> int:
-    # The processes of a node find the same mistake, and one says so; but for what only one of them meets.
+    # All processes of a node meet the same mistake, and the first one reports it, except for what only one can meet.
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
     else:
@@ -62,118 +120,15 @@ def _fail(message: str, everywhere: bool = False) -> int:
     return 2
 
 
-def _argument_error(text: str, error: Exception, words: Sequence[str]) -> str:
-    """What is wrong with the words of a command, in one line."""
-    from syncbn.train.config_io import config_error
-
-    if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", text):
-        choices = choice[2].replace("'", "")
-        return f"command: got {choice[1]!r}, expected one of {choices}"
-    if choice := re.search(r"subcommand\" to be one of \{(.*?)\}", text):
-        return f"command: got none, expected one of {choice[1].replace(',', ', ')}"
-    if missing := re.search(r"arguments are required: (.+)", text):
-        names = ", ".join(f"--{name.split('.')[-1]}" for name in missing[1].split(", "))
-        return f"{' '.join(words[:2])}: expected {names} too (see --help)"
-    if words[0] == "study" and (unknown := re.search(r"unrecognized arguments: (\S+)", text)):
-        return f"{' '.join(words[:2])}: got {unknown[1]}, expected an option of this command (see --help)"
-    return str(config_error(error))
-
-
-def _parsers() -> tuple[Any, dict[str, Any]]:
-    from syncbn.train.config_io import add_run_arguments, make_parser
-
-    parser = make_parser(prog="syncbn", description=syncbn.__doc__, version=syncbn.__version__)
-    train = make_parser(description="Train one configuration, in this process or in all those of a launcher.")
-    add_run_arguments(train)
-    train.add_argument("--out", type=str | None, default=None, help="Folder of the run (default: runs/train-TIME).")
-    train.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in --out.")
-    train.add_argument("--trackers", type=list[str], default=[], help="Accelerate's trackers, such as '[tensorboard]'.")
-    train.add_argument("--progress", type=bool, default=True, help="Show a progress bar.")
-    parity = make_parser(description="Train a configuration in fp64 under several numbers of processes, and compare.")
-    add_run_arguments(parity)
-    parity.add_argument("--processes", type=str, default="1,2,4", help="Numbers of processes, separated by commas.")
-    parity.add_argument("--steps", type=int, default=20, help="Optimizer steps.")
-    diagnose = make_parser(description="Say which layers of a trained model suffer from small batches, and what helps.")
-    diagnose.add_argument(
-        "--checkpoint", type=str, required=True, help="Folder of a run, finished or with a checkpoint."
-    )
-    diagnose.add_argument("--samples", type=int, default=1024, help="Training images to measure on.")
-    diagnose.add_argument(
-        "--sizes",
-        type=str | None,
-        default=None,
-        help="Normalization batch sizes, such as 1,2,4 (default: powers of 2).",
-    )
-    study = make_parser(description="Compare arms over seeds and normalization batches.")
-    # Named for the list of commands alone: `main` has handed it on before it comes to this parser.
-    bench = make_parser(description="Time the layers beside their peers; see 'syncbn bench --help'.")
-    parsers = {"train": train, "parity": parity, "diagnose": diagnose, "study": study, "bench": bench}
-    subcommands = parser.add_subcommands(required=True)
-    for name, subparser in parsers.items():
-        subcommands.add_subcommand(name, subparser)
-    commands = study.add_subcommands(required=True)
-    for name, subparser in _study_parsers().items():
-        commands.add_subcommand(name, subparser)
-    return parser, parsers
-
-
-def _study_parsers() -> dict[str, Any]:
-    from syncbn.train.config_io import make_parser
-
-    words = {
-        "plan": "Say what a study runs, and estimate from a few timed steps what it takes.",
-        "run": "Run what is missing of a study, and write its report; under a launcher, on all its processes together.",
-        "status": "Say what of a study is done, running, failed and missing, also while it runs.",
-        "report": "Write a study's report from what is there, without running anything.",
-    }
-    parsers = {name: make_parser(description=description) for name, description in words.items()}
-    for name, parser in parsers.items():
-        parser.add_argument(
-            "--config", type=str, required=True, help="A study's YAML file, or the name of a packaged one."
-        )
-        if name == "plan":
-            parser.add_argument("--out", type=str | None, default=None, help="Folder of the study, if it was begun.")
-        else:
-            more = "; run again, it goes on there" if name == "run" else ""
-            parser.add_argument("--out", type=str, required=True, help=f"Folder of the study{more}.")
-    run = parsers["run"]
-    for name in ("plan", "run"):
-        default = "one a core" if name == "plan" else "one a core; on a Slurm cluster all at once"
-        parsers[name].add_argument("--workers", type=int | None, default=None, help=f"Runs side by side ({default}).")
-    run.add_argument(
-        "--executor",
-        type=str,
-        default="pool",
-        help="Who does the runs: pool, processes of this machine; slurm, jobs of a Slurm cluster, through submitit "
-        "(pip install 'syncbn[slurm]'); local, the same on this machine, without its GPUs unless --slurm-options has "
-        "gpus_per_node.",
-    )
-    run.add_argument(
-        "--slurm-options",
-        type=str | None,
-        default=None,
-        help="submitit's parameters of a job, such as '{partition: gpu, gpus_per_node: 1, timeout_min: 120}'.",
-    )
-    run.add_argument(
-        "--measure-speedup",
-        action="store_true",
-        help="First train one cell for some seconds with one worker and with all, and keep the speeds in speedup.json.",
-    )
-    return parsers
-
-
-def _train(parser: Any, parsed: Any) -> int:
-    from syncbn.train.config import ConfigError
-    from syncbn.train.config_io import instantiate_run
+def _train(run: RunConfig, out: Path | None, resume: bool, trackers: list[str], progress: bool) -> int:
     from syncbn.train.loop import train
 
-    config = instantiate_run(parser, parsed)
-    if parsed.resume and parsed.out is None:
-        raise ConfigError("resume", True, "--out with it, the folder of the run to go on with")
-    out = Path(parsed.out or f"runs/train-{time.strftime('%Y%m%d-%H%M%S')}")
-    if parsed.resume and not any((out / name).exists() for name in ("result.json", "checkpoint/latest")):
+    if resume and out is None:
+        raise ConfigError("resume", True, "--out with it, the folder of the run to continue")
+    out = out or Path(f"runs/train-{time.strftime('%Y%m%d-%H%M%S')}")
+    if resume and not any((out / name).exists() for name in ("result.json", "checkpoint/latest")):
         print(f"nothing to resume in {out}: starting", flush=True)
-    result = train(config, out, resume=parsed.resume, progress=parsed.progress, trackers=parsed.trackers)
+    result = train(run, out, resume=resume, progress=progress, trackers=trackers)
     if os.environ.get("RANK", "0") == "0":
         error = "diverged" if result.test_error is None else f"test error {100 * result.test_error:.2f} %"
         speed = f"{result.images_per_second:.0f} images/s on {result.processes} process(es)"
@@ -181,73 +136,119 @@ def _train(parser: Any, parsed: Any) -> int:
     return 0
 
 
-def _parity(parser: Any, parsed: Any) -> int:
-    from syncbn.train.config import ConfigError
-    from syncbn.train.config_io import instantiate_run
+def _parity(run: RunConfig, processes: str, steps: int) -> int:
     from syncbn.train.parity import run_parity
 
-    config = instantiate_run(parser, parsed)
-    if parsed.steps < 1:
-        raise ConfigError("steps", parsed.steps, "a positive integer")
-    processes = _integers("processes", parsed.processes)
-    same = run_parity(config, processes, parsed.steps, lambda line: print(line, flush=True))
+    same = run_parity(run, _integers("processes", processes), steps, lambda line: print(line, flush=True))
     return 0 if same else 1
 
 
-def _diagnose(parser: Any, parsed: Any) -> int:
-    from syncbn.train.diagnose import diagnose, print_diagnosis
+def _diagnose(checkpoint: Path, samples: int, sizes: str | None) -> int:
+    from syncbn.train.diagnosis import diagnose, print_diagnosis
 
-    sizes = None if parsed.sizes is None else _integers("sizes", parsed.sizes)
-    print_diagnosis(diagnose(Path(parsed.checkpoint), parsed.samples, sizes))
+    print_diagnosis(diagnose(checkpoint, samples, None if sizes is None else _integers("sizes", sizes)))
     return 0
 
 
 def _integers(key: str, text: str) -> list[int]:
-    from syncbn.train.config import ConfigError
-
     words = text.split(",")
     if not all(word.strip().isdigit() and int(word) > 0 for word in words):
         raise ConfigError(key, text, "positive integers separated by commas, such as 1,2,4")
     return [int(word) for word in words]
 
 
-def _study(parser: Any, parsed: Any) -> int:
-    command = parsed.subcommand
-    options = parsed[command]
-    if command == "plan":
-        from syncbn.study.run.cost import plan_study
+def _study(command: str) -> Callable[..., int]:
+    def call(**options: Any) -> int:
+        from syncbn.study.commands import plan_study, print_status, report_study, run_study
 
-        return plan_study(options.config, None if options.out is None else Path(options.out), options.workers)
-    if command == "status":
-        from syncbn.study.run.status import print_status
+        functions: dict[str, Callable[..., int]] = {
+            "plan": plan_study,
+            "run": run_study,
+            "status": print_status,
+            "report": report_study,
+        }
+        return functions[command](**options)
 
-        return print_status(options.config, Path(options.out))
-    from syncbn.study.commands import report_study, run_study
-
-    if command == "report":
-        return report_study(options.config, Path(options.out))
-    return run_study(
-        options.config,
-        Path(options.out),
-        options.workers,
-        executor=options.executor,
-        slurm_options=_mapping(options.slurm_options),
-        speedup=options.measure_speedup,
-    )
+    return call
 
 
-def _mapping(text: str | None) -> dict[str, Any] | None:
-    import yaml
+def _bench(words: Sequence[str]) -> int:
+    from syncbn.bench.command import run_bench
 
-    from syncbn.train.config import ConfigError
-
-    try:
-        found = None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = text
-    if found is not None and not isinstance(found, dict):
-        raise ConfigError("slurm-options", text, "a mapping, such as '{partition: gpu, timeout_min: 120}'")
-    return found
+    return run_bench(words)
 
 
-_COMMANDS = {"train": _train, "parity": _parity, "diagnose": _diagnose, "study": _study}
+_STUDY = {"type": str, "required": True, "help": "YAML file of the study, or the name of one in the package."}
+_STUDY_OUT = {"type": Path, "required": True, "help": "Folder of the study."}
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        _train,
+        "Train one configuration, in this process or in all processes of a launcher.",
+        {
+            "--out": {"type": Path, "help": "Folder of the run (default: runs/train-TIME)."},
+            "--resume": {"action": "store_true", "help": "Continue from the last checkpoint in --out."},
+            "--trackers": {"type": list[str], "default": [], "help": "Accelerate's trackers, as in '[tensorboard]'."},
+            "--progress": {"type": bool, "default": True, "help": "Show a progress bar."},
+        },
+        takes_run=True,
+    ),
+    "parity": Command(
+        _parity,
+        "Train a configuration in fp64 under several numbers of processes, and compare.",
+        {
+            "--processes": {"type": str, "default": "1,2,4", "help": "Numbers of processes, separated by commas."},
+            "--steps": {"type": int, "default": 20, "help": "Optimizer steps."},
+        },
+        takes_run=True,
+    ),
+    "diagnose": Command(
+        _diagnose,
+        "Tell which layers of a trained model suffer from small batches, and what helps.",
+        {
+            "--checkpoint": {"type": Path, "required": True, "help": "Folder of a run, finished or with a checkpoint."},
+            "--samples": {"type": int, "default": 1024, "help": "Training images to measure on."},
+            "--sizes": {"type": str, "help": "Normalization batch sizes, such as 1,2,4 (default: powers of 2)."},
+        },
+    ),
+    "study plan": Command(
+        _study("plan"),
+        "List the runs of a study, and estimate from its finished runs how long the rest takes.",
+        {
+            "--config": _STUDY,
+            "--out": {"type": Path, "help": "Folder of the study, if it was started."},
+            "--workers": {"type": int, "help": "Runs at a time (default: one per core)."},
+        },
+    ),
+    "study run": Command(
+        _study("run"),
+        "Do the missing runs of a study and write its report; under a launcher, all processes train each run together.",
+        {
+            "--config": _STUDY,
+            "--out": {**_STUDY_OUT, "help": "Folder of the study. If it was started, its missing runs are done."},
+            "--workers": {"type": int, "help": "Runs at a time (default: one per core; on a Slurm cluster, all)."},
+            "--executor": {
+                "type": str,
+                "default": "pool",
+                "help": "Where the runs are done: pool, processes of this machine; slurm, jobs of a Slurm cluster "
+                "through submitit (pip install 'syncbn[slurm]'); local, submitit's jobs on this machine, without its "
+                "GPUs unless --slurm-options has gpus_per_node.",
+            },
+            "--slurm-options": {
+                "type": dict,
+                "help": "submitit's parameters for a job, such as '{partition: gpu, timeout_min: 120}'.",
+            },
+        },
+    ),
+    "study status": Command(
+        _study("status"),
+        "Tell which runs of a study are missing, running, done, diverged or failed, also while it runs.",
+        {"--config": _STUDY, "--out": _STUDY_OUT},
+    ),
+    "study report": Command(
+        _study("report"),
+        "Write a study's report from the runs that are done.",
+        {"--config": _STUDY, "--out": _STUDY_OUT},
+    ),
+    "bench": Command(_bench, "Time the layers beside their peers."),
+}

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
-from syncbn.functional.epilogue import ACTIVATIONS, ActivationName, Epilogue, activate
+from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName, Epilogue, activate
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
@@ -233,7 +233,9 @@ class SmallBatchNorm(_BatchNorm):
             None if self._has_variance(x, samples) else functools.partial(self._check_count, x),
             None if self.observer is None else functools.partial(self.observer, self),
         )
-        epilogue = Epilogue(residual, self.activation, self.negative_slope)
+        epilogue = NO_EPILOGUE
+        if residual is not None or self.activation is not None:
+            epilogue = Epilogue(residual, self.activation, self.negative_slope)
         return batch_norm(x, weight, bias, self._running(samples.divisor), epilogue, rule)
 
     def _running(self, divisor: float | None) -> Running | None:

@@ -1,4 +1,8 @@
-"""The ``study`` commands: run what is missing and write the report, or only the report."""
+"""The ``study`` commands: plan, run, status and report.
+
+Each takes a study's YAML file, or the name of one that comes with the package, and the study's folder; it returns the
+exit code, and raises ConfigError for a mistake in the study or in the arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,44 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from syncbn.study.plan.grid import Cell, Study, study_cells, unique_cells
+from syncbn.study.plan.grid import Cell, State, Study, study_cells, unique_cells
 from syncbn.study.plan.study_file import load_study
 from syncbn.study.report.report import print_table, write_report
-from syncbn.study.run.ranks import Ranks, launched
-from syncbn.study.run.records import read_records
-from syncbn.study.run.runner import Executor, Outcome, left_over, run_cells
-from syncbn.study.run.speedup import MeasurementError, measure_speedup
-from syncbn.study.run.status import study_outcomes
+from syncbn.study.run import ranks
+from syncbn.study.run.parity import check_parity
+from syncbn.study.run.progress import duration
+from syncbn.study.run.records import Record, read_records
+from syncbn.study.run.runner import Executor, run_cells
+from syncbn.study.run.status import Outcome, left_over, seconds_left, study_outcomes
 from syncbn.train.config import ConfigError
+from syncbn.train.launch import LaunchError
+
+
+def plan_study(config: str, out: Path | None = None, workers: int | None = None) -> int:
+    """Print a study's grid, how much of it is done in ``out``, and an estimate of how long the rest takes."""
+    if workers is not None and workers < 1:
+        raise ConfigError("workers", workers, "a positive integer")
+    study = load_study(config)
+    cells = study_cells(study)
+    runs = unique_cells(cells)
+    records = read_records(out) if out is not None else {}
+    missing = sum(cell.key not in records for cell in runs)
+    print(f"{study.title}\n")
+    _print_grid(study, cells)
+    print(f"\n{len(cells)} cells, {len(runs)} different runs: {len(runs) - missing} done, {missing} to do")
+    if study.parity is not None:
+        counts = ", ".join(map(str, study.parity.processes))
+        print(f"parity check: {study.parity.arm}, {study.parity.steps} steps under {counts} processes")
+    if note := left_over(cells, records):
+        print(note)
+    if missing:
+        print(_time_left(cells, records, min(workers or len(os.sched_getaffinity(0)), missing)))
+    return 0
 
 
 def run_study(
@@ -28,136 +57,144 @@ def run_study(
     *,
     executor: Executor = "pool",
     slurm_options: Mapping[str, Any] | None = None,
-    speedup: bool = False,
 ) -> int:
-    """Run a study's missing cells in ``out`` and write its report there; run again, it goes on where it was.
+    """Run the missing cells of a study and its parity check, and write its report; run again, it goes on.
 
-    Under a launcher such as torchrun its processes run the cells together, one after another, and the first of them
-    does all the rest.
-
-    Args:
-        config: a study's YAML file, or the name of one that comes with the package.
-        out: folder of the study.
-        workers: runs side by side; None is one for each core, or on a Slurm cluster all at once.
-        executor: who does the runs; see :data:`syncbn.study.run.runner.Executor`.
-        slurm_options: parameters of a cluster's jobs, for submitit.
-        speedup: first measure what running cells side by side brings (see :mod:`syncbn.study.run.speedup`).
-
-    Returns:
-        0, or 1 if a cell failed (its message is printed, and the report says what is missing).
+    Under a launcher such as torchrun, all its processes train each cell together, one cell after another. The exit code
+    is 1 if a cell failed or the parity check did not hold.
 
     Raises:
-        ConfigError: a mistake in the study, or in the arguments.
+        ConfigError: a mistake in the study or in the arguments.
         ImportError: submitit, which a cluster needs, is not installed.
         LaunchError: the cluster did not take the jobs.
     """
-    _check(workers, executor, slurm_options, speedup)
+    _check(workers, executor, slurm_options)
     study = load_study(config)
     cells = study_cells(study)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    if launched():
-        with Ranks() as ranks:
-            if ranks.rank:
+    if ranks.launched():
+        with ranks.process_group() as rank:
+            if rank:
                 ranks.follow()
                 return 0
-            outcomes = run_cells(study, cells, out, ranks=ranks)
+            outcomes = run_cells(cells, out, together=True)
+            ranks.share(None)
     else:
-        if speedup:
-            _measure(study, cells, out, workers)
-        outcomes = run_cells(study, cells, out, workers=workers, executor=executor, options=slurm_options)
-    return _report_run(study, cells, outcomes, config, out, time.monotonic() - started)
+        outcomes = run_cells(cells, out, workers=workers, executor=executor, options=slurm_options)
+    seconds = time.monotonic() - started
+    agrees = _parity(study, cells, out)
+    report = _write(study, cells, outcomes, config, out)
+    failed = _print_failures(outcomes, sys.stderr)
+    ran = sum(outcome.ran for outcome in outcomes.values())
+    print(f"{ran} runs in {seconds:.0f} s, {len(outcomes) - ran - failed} kept from before, {failed} failed")
+    if note := left_over(cells, read_records(out)):
+        print(note)
+    print(f"report: {report}")
+    return 0 if agrees and not failed else 1
+
+
+def print_status(config: str, out: Path) -> int:
+    """Print how many runs of a study are in which state, and about how long the rest takes; nothing is written."""
+    study = load_study(config)
+    if out.exists() and not out.is_dir():
+        raise ConfigError("out", str(out), "a folder")
+    cells = study_cells(study)
+    outcomes = study_outcomes(cells, out)
+    records = read_records(out)
+    print(f"{study.name}: {len(outcomes)} runs in {out}" + ("" if out.exists() else ", which does not exist yet"))
+    counts = Counter(outcome.state for outcome in outcomes.values())
+    begun = sum(o.state == "missing" and o.job.directory.exists() for o in outcomes.values())
+    remarks = {"failed": ", to be tried again", "missing": f", {begun} of them begun and cut off" if begun else ""}
+    for state in get_args(State):
+        print(f"{state:8} {counts[state]:4}" + (remarks.get(state, "") if counts[state] else ""))
+    print(_time_left(cells, records, counts["running"]))
+    if note := left_over(cells, records):
+        print(note)
+    for state in ("running", "diverged"):
+        for outcome in outcomes.values():
+            if outcome.state == state:
+                print(f"{state}: {outcome.job.label}")
+    _print_failures(outcomes, sys.stdout)
+    return 0
 
 
 def report_study(config: str, out: Path) -> int:
-    """Write the report of a study from what is there, without running anything.
-
-    Args:
-        config: a study's YAML file, or the name of one that comes with the package.
-        out: folder of the study.
-
-    Returns:
-        0.
-
-    Raises:
-        ConfigError: a mistake in the study, or a folder without any finished run of it.
-    """
+    """Write the report of a study from what is there, without running anything."""
     study = load_study(config)
     cells = study_cells(study)
-    outcomes = study_outcomes(study, cells, out)
+    outcomes = study_outcomes(cells, out)
     if not any(outcome.result is not None for outcome in outcomes.values()):
         raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
-    report = write_report(study, cells, outcomes, out, command=_command(config, out))
-    print_table(study, cells, outcomes)
+    report = _write(study, cells, outcomes, config, out)
     print(f"report: {report}")
     return 0
 
 
-def _check(workers: int | None, executor: str, options: Mapping[str, Any] | None, speedup: bool) -> None:
+def _check(workers: int | None, executor: str, options: Mapping[str, Any] | None) -> None:
     if workers is not None and workers < 1:
         raise ConfigError("workers", workers, "a positive integer")
     if executor not in get_args(Executor):
         raise ConfigError("executor", executor, f"one of {', '.join(get_args(Executor))}")
     if options and executor == "pool":
         raise ConfigError("slurm-options", dict(options), "none with --executor pool")
-    if speedup and executor != "pool":
-        raise ConfigError("measure-speedup", speedup, "false unless --executor is pool")
-    if not launched():
-        return
-    size = os.environ["WORLD_SIZE"]
-    together = f"as the {size} processes of the launcher run each cell together"
-    if workers is not None and workers > 1:
-        raise ConfigError("workers", workers, f"1, {together}")
-    if executor != "pool":
-        raise ConfigError("executor", executor, f"none, {together}")
-    if speedup:
-        raise ConfigError("measure-speedup", speedup, f"false, {together}")
+    if ranks.launched():
+        together = f"as the {os.environ['WORLD_SIZE']} processes of the launcher run each cell together"
+        if workers is not None and workers > 1:
+            raise ConfigError("workers", workers, f"1, {together}")
+        if executor != "pool":
+            raise ConfigError("executor", executor, f"none, {together}")
 
 
-def _measure(study: Study, cells: Sequence[Cell], out: Path, workers: int | None) -> None:
-    """Measure the speed-up with the study's first missing cell, and say what was found."""
-    records = read_records(out)
-    missing = [cell for cell in unique_cells(list(cells)) if cell.key not in records]
-    side_by_side = min(workers or len(os.sched_getaffinity(0)), len(missing))
-    if side_by_side < 2:
-        what = "one worker does the runs" if missing else "no cell is missing"
-        print(f"speed-up: nothing to measure, as {what}")
-        return
-    print(f"speed-up: measuring with {missing[0].label}", flush=True)
+def _parity(study: Study, cells: list[Cell], out: Path) -> bool:
     try:
-        found = measure_speedup(missing[0], side_by_side, out)
-    except MeasurementError as error:
-        print(f"speed-up: not measured: {error}", file=sys.stderr)
-        return
-    low, high = found["spread"]["speedup"]
-    print(
-        f"speed-up: {found['together']:.0f} images/s with {side_by_side} workers, {found['alone']:.0f} with one: "
-        f"{found['speedup']:.2f} times ({low:.2f} to {high:.2f} in the rounds)",
-        flush=True,
-    )
+        return check_parity(study, cells, out)
+    except LaunchError as error:  # the runs are done, and the report shows them
+        print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
 
 
-def _report_run(
-    study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], config: str, out: Path, seconds: float
-) -> int:
-    report = write_report(study, cells, outcomes, out, command=_command(config, out))
-    print_table(study, cells, outcomes)
-    failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
+def _print_grid(study: Study, cells: list[Cell]) -> None:
+    for name, values in study.axes.items():
+        print(f"{name}: {', '.join(map(str, values))}")
+    print(f"seeds: {', '.join(map(str, study.seeds))}")
+    for arm in study.arms:
+        own = [cell for cell in cells if cell.arm == arm.name]
+        runs = len(unique_cells(own))
+        sizes = sorted({cell.config.normalization_batch_size or 0 for cell in own})
+        batch = "no batch statistics" if sizes == [0] else f"normalization batch {', '.join(map(str, sizes))}"
+        shared = f" for {len(own)} cells" if runs < len(own) else ""
+        print(f"  {arm.label}{' (reference)' if arm.reference else ''}: {runs} runs{shared}, {batch}")
+
+
+def _time_left(cells: list[Cell], records: Mapping[str, Record], workers: int) -> str:
+    seconds = seconds_left(cells, records)
+    if seconds is None:
+        return "no estimate before the first run has finished"
+    if not seconds:
+        return "nothing is left to do"
+    side = f", {duration(seconds / workers)} with {workers} side by side" if workers > 1 else ""
+    return f"about {duration(seconds)} left, one run at a time{side}, from the runs that have finished"
+
+
+def _print_failures(outcomes: Mapping[str, Outcome], file: Any) -> int:
+    failed = [outcome for outcome in outcomes.values() if outcome.state == "failed"]
     for outcome in failed:
-        print(f"failed: {outcome.job.label}: {outcome.message} (log: {outcome.job.log})", file=sys.stderr)
-    ran = sum(outcome.status == "ran" for outcome in outcomes.values())
-    kept = len(outcomes) - ran - len(failed)
-    print(f"{ran} runs in {seconds:.0f} s, {kept} kept from before, {len(failed)} failed")
-    if note := left_over(study, cells, read_records(out)):
-        print(note)
-    print(f"report: {report}")
-    return 1 if failed else 0
+        print(f"failed: {outcome.job.label}: {outcome.message} (log: {outcome.job.log})", file=file)
+    return len(failed)
 
 
-def _command(config: str, out: Path) -> str:
-    return shlex.join(["syncbn", "study", "run", "--config", _shown(config), "--out", _shown(out)])
+def _write(study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], config: str, out: Path) -> Path:
+    """Write the report and print its table; returns the path of its page."""
+    command = shlex.join(["syncbn", "study", "run", "--config", _shown(config), "--out", _shown(out)])
+    results = {key: outcome.result for key, outcome in outcomes.items() if outcome.result is not None}
+    failures = {key: outcome.message for key, outcome in outcomes.items() if outcome.state == "failed"}
+    running = [key for key, outcome in outcomes.items() if outcome.state == "running"]
+    report = write_report(study, cells, results, out, command=command, failures=failures, running=running)
+    print_table(study, cells, results)
+    return report
 
 
 def _shown(path: str | Path) -> str:
-    """A path for a page that others read: where an absolute one lies on this machine is nothing to them."""
+    """A path for a page that others read, to whom a folder of this machine means nothing."""
     return Path(path).name if Path(path).is_absolute() else str(path)

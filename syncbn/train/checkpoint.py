@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and belong to a configuration, not to a number of processes."""
+"""Checkpoints: written atomically, tied to a configuration, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from syncbn.train.config import ConfigError, RunConfig
-from syncbn.train.config_io import config_to_dict
+from syncbn.train.checks import ConfigError
+from syncbn.train.config import RunConfig
+from syncbn.train.config_io import config_to_dict, flatten
 from syncbn.train.result import write_atomically
 
-# What may change between the parts of a run, as it changes nothing that is computed.
-_NO_MATTER = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
+_MAY_CHANGE = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
+"""Keys that may change when a run is resumed, as they do not change what is computed."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Parameters and buffers as safetensors, atomically."""
+    """Write parameters and buffers as safetensors, atomically."""
     from safetensors.torch import save_model
 
     temporary = path.with_name(f".{path.name}")
@@ -39,7 +40,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, state: dict[str, Any], config: RunConfig) -> None:
-    """Write a checkpoint and make it the latest; the one before is removed only after that."""
+    """Write a checkpoint, make it the latest, and only then remove the one before."""
     target = folder / f"step-{step:08d}"
     target.mkdir(parents=True, exist_ok=True)
     save_weights(model, target / "model.safetensors")
@@ -52,10 +53,10 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, state: dict[str, 
 
 
 def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[str, Any] | None:
-    """Load the latest checkpoint's weights into ``model`` and return its state; None where there is none.
+    """Load the latest checkpoint's weights into ``model`` and return its state; None if there is no checkpoint.
 
     Raises:
-        ConfigError: the checkpoint was made with another configuration, apart from what does not enter the training.
+        ConfigError: the checkpoint belongs to another configuration.
     """
     pointer = folder / "latest"
     if not pointer.exists():
@@ -67,26 +68,21 @@ def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[s
     return state
 
 
-def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, prefix: str = "") -> None:
-    """Raise ConfigError, naming the key, unless two configurations are the same apart from the device."""
+def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    """Raise ConfigError if two configurations differ in a key that enters the training; the error names the key."""
+    theirs, ours = flatten(theirs), flatten(ours)
     for key in sorted(theirs.keys() | ours.keys()):
-        if prefix + key in _NO_MATTER:
-            continue
-        a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            check_same(a, b, folder, f"{prefix}{key}.")
-        elif a != b:
-            raise ConfigError(
-                f"{prefix}{key}", b, f"{a!r}, with which the run in {folder} was begun; use another --out"
-            )
+        if theirs.get(key) != ours.get(key) and key not in _MAY_CHANGE:
+            expected = f"{theirs.get(key)!r}, the value of the run that was started in {folder}; use another --out"
+            raise ConfigError(key, ours.get(key), expected)
 
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
     """Hold an advisory lock; yields False if another process holds it.
 
-    The kernel releases it when the holder ends, however it ends. The file stays: removing it would let two processes
-    hold locks on two files of the same name.
+    The kernel releases it when its holder ends, however that happens. The file stays, because removing it would let two
+    processes hold locks on two files of the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -99,7 +95,7 @@ def try_lock(path: Path) -> Iterator[bool]:
         try:
             yield held
         finally:
-            if held:  # explicitly, as a forked loader process may still hold a copy of the descriptor
+            if held:  # a forked loader process may still hold a copy of the descriptor, so closing is not enough
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
@@ -107,10 +103,10 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the folder of a run, which is made if need be.
+    """Create the folder of a run if needed, and lock it.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     with try_lock(out / ".lock") as held:

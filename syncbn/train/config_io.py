@@ -1,104 +1,115 @@
-"""Reading and writing run configurations: YAML files, dictionaries, command lines. jsonargparse does the work."""
+"""Reading and writing run configurations: dictionaries, YAML files and command lines."""
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from syncbn.train.config import ConfigError, RunConfig
-
-
-def add_run_arguments(parser: Any) -> None:
-    """Add ``--config`` and an option for every field of :class:`RunConfig` to a jsonargparse parser."""
-    from jsonargparse import set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_class_arguments(RunConfig, None)
+from syncbn.train.checks import ConfigError
+from syncbn.train.config import RunConfig
+from syncbn.train.result import jsonable
 
 
-def make_parser(**options: Any) -> Any:
-    """A jsonargparse parser that raises instead of exiting."""
-    from jsonargparse import ArgumentParser
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a run's configuration from a YAML file; keys that the file leaves out have their defaults.
 
-    # Abbreviations would take a misspelt key for another, and under torchrun its launcher's options for ours.
-    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
-
-
-def instantiate_run(parser: Any, namespace: Any) -> RunConfig:
-    """The run configuration in a parsed namespace, which may hold other options too. Raises ConfigError."""
-    made = parser.instantiate(namespace)
-    return RunConfig(**{f.name: getattr(made, f.name) for f in fields(RunConfig)})
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file; ``overrides`` are command-line words such as ``["--norm.momentum", "0.05"]``.
+    Args:
+        path: the YAML file; None starts from the defaults.
+        overrides: values by dotted key, which replace those of the file.
 
     Raises:
-        ConfigError: no such file, an unknown key, a wrong type, or a value that cannot be.
+        ConfigError: the file cannot be read, a key is unknown, or a value has a wrong type or is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from syncbn.train import load_config
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        ...     print("{gpus: 4, norm: {name: sync}}", file=file, flush=True)
+        ...     config = load_config(file.name, {"norm.momentum": 0.05})
+        >>> config.gpus, config.norm.name, config.norm.momentum
+        (4, 'sync', 0.05)
     """
-    return _parse(lambda parser: parser.parse_args(["--config", str(path), *overrides]))
+    values = {} if path is None else _read(path)
+    _check_keys(values, RunConfig)
+    for key, value in (overrides or {}).items():
+        section = values
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    return config_from_dict(values)
+
+
+def _read(path: str | Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError("config", str(path), f"a file that can be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"a file in YAML ({' '.join(str(error).split())})") from error
 
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """Build a configuration from nested dictionaries; what is missing has its default. Raises ConfigError."""
-    _check_sections(values, RunConfig)
-    return _parse(lambda parser: parser.parse_object(values))
+    """Build a configuration from nested dictionaries; missing keys have their defaults. Raises ConfigError."""
+    _check_keys(values, RunConfig)
+    made: RunConfig = _built(values, RunConfig)
+    return made
 
 
-def _check_sections(values: Any, kind: type, key: str = "") -> None:
-    """jsonargparse takes a section that is no mapping for one of its own objects, and fails in many ways."""
+def _check_keys(values: Any, kind: type, prefix: str = "") -> None:
     if not isinstance(values, dict):
-        raise ConfigError(key or "config", values, "a mapping")
+        raise ConfigError(prefix.removesuffix(".") or "config", values, "a mapping")
     hints = get_type_hints(kind)
     for name, value in values.items():
-        if name in hints and is_dataclass(hints[name]):
-            _check_sections(value, hints[name], f"{key}.{name}" if key else name)
+        if name not in hints:
+            close = difflib.get_close_matches(f"{prefix}{name}", known_keys(), n=3, cutoff=0.5)
+            raise ConfigError(f"{prefix}{name}", value, "a known key" + f", such as {', '.join(close)}" * bool(close))
+        if is_dataclass(hints[name]):
+            _check_keys(value, hints[name], f"{prefix}{name}.")
 
 
-@lru_cache(maxsize=1)  # making it costs a hundred times what parsing does, and a study parses hundreds of runs
-def _run_parser() -> Any:
-    parser = make_parser()
-    add_run_arguments(parser)
-    return parser
-
-
-def _parse(parse: Any) -> RunConfig:
-    from jsonargparse import ArgumentError
-
-    parser = _run_parser()
-    try:
-        return instantiate_run(parser, parse(parser))
-    except ArgumentError as error:
-        raise config_error(error) from error
+def _built(values: Any, hint: Any) -> Any:
+    """``values`` as ``hint`` has them: sections as dataclasses, numbers of float fields as floats."""
+    if is_dataclass(hint):
+        hints, section = get_type_hints(hint), cast(Any, hint)
+        return section(**{name: _built(value, hints[name]) for name, value in values.items()})
+    if get_origin(hint) in (list, tuple) and isinstance(values, list):
+        return get_origin(hint)(_built(value, get_args(hint)[0]) for value in values)
+    if hint is float or (get_origin(hint) in (Union, UnionType) and float in get_args(hint)):
+        # YAML 1.1 reads 1e-3 as text. A bool is left for the check of types to refuse.
+        try:
+            return float(values) if isinstance(values, int | str) and not isinstance(values, bool) else values
+        except ValueError:
+            return values
+    return values
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested dictionaries of plain values, which :func:`config_from_dict` reads back."""
-    plain: dict[str, Any] = _plain(asdict(config))
+    """Nested dictionaries of plain values. :func:`config_from_dict` reads them back."""
+    plain: dict[str, Any] = jsonable(asdict(config))
     return plain
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration, every field of it, as YAML."""
+    """Write all fields of the configuration as YAML."""
+    path.write_text(config_to_yaml(config))
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """All fields of the configuration as YAML, in their order."""
     import yaml
 
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
 def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every key of the configuration, dotted."""
+    """All keys of the configuration, dotted."""
     hints = get_type_hints(kind)
     keys: list[str] = []
     for f in fields(kind):
@@ -108,46 +119,9 @@ def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-class _Unquoted(str):
-    """What stands in a message where there is no value to quote."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def config_error(error: Exception) -> ConfigError:
-    """jsonargparse's several lines as a key, a value and what was expected."""
-    text = str(error)
-    unknown = re.search(r"unrecognized arguments: --?([\w.-]+)(?:[= ](\S+))?", text)
-    in_group = re.search(r"(?:Group|Key) '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", text)
-    top = re.search(r"(?:does not accept|[Uu]nknown|not expected)\D*?[\"']([\w.]+)[\"']", text)
-    if unknown or in_group or (top and "Parser key" not in text):
-        key = unknown[1] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else top[1] if top else ""
-        close = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
-        expected = f"a known key, such as {', '.join(close)}" if close else "a known key (see --help)"
-        value = unknown[2] if unknown and unknown[2] else _Unquoted("an unknown key")
-        return ConfigError(key, value, expected)
-    key_match = re.search(r'[Kk]ey "([\w.]+)"', text)
-    value_match = re.search(r"(?:Got value|Given value): (.+)", text)
-    if key_match and value_match:
-        return ConfigError(key_match[1], value_match[1].strip(), _expected(text))
-    if missing := re.search(r"File does not exist: '(.*)'", text):
-        return ConfigError(key_match[1] if key_match else "config", missing[1], "a file that exists")
-    if option := re.match(r"argument --?([\w.]+): (.*)", text):
-        return ConfigError(option[1], _Unquoted("no value"), option[2].removeprefix("expected "))
-    key = key_match[1] if key_match else "config"
-    return ConfigError(key, _Unquoted("what cannot be read"), f"valid YAML ({' '.join(text.split())})")
-
-
-def _expected(text: str) -> str:
-    """What jsonargparse says it expected, in words."""
-    kinds = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)
-    names = {"<class 'int'>": "an integer", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
-    names |= {"<class 'NoneType'>": "null", "<class 'str'>": "text"}
-    words = []
-    for kind in kinds:
-        literal = re.match(r"(?:typing\.)?Literal\[(.*)\]", kind)
-        words.append(f"one of {literal[1]}" if literal else names.get(kind, kind))
-    return " or ".join(dict.fromkeys(words)) or "another type"
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,21 +1,52 @@
-"""Evaluation on all processes, every test image exactly once."""
+"""Evaluations of a model on the test set, on all processes, with the statistics of its choice.
+
+A trained model is evaluated with running, batch and population statistics. Comparing them separates what small batches
+did to the training from what they did to the statistics that inference uses (Wu and Johnson 2021, arXiv 2105.07576,
+sections 3 and 5).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from syncbn.population import LayerDivergence, Population, batch_statistics
 from syncbn.train.data.datasets import Images, Key, batch_loader
+from syncbn.train.data.order import epoch_order
 from syncbn.train.logical_gpus import Placement
+from syncbn.train.schedule import batches_of
+from syncbn.train.state import Run
+
+Entry = dict[str, Any]
 
 
-def shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list[Key]]:
-    """This process's keys of each evaluation batch: nothing padded, nothing twice, some lists perhaps empty."""
+def evaluate(run: Run) -> tuple[float, float, int]:
+    """Evaluate the model in evaluation mode; every test image is counted once, on one process.
+
+    Returns:
+        Error (fraction wrong), mean cross entropy and number of images, over all processes.
+    """
+    test, size, workers = run.data.test, run.config.budget.eval_batch_size, run.config.data.workers
+    was_training = {module: module.training for module in run.model.modules()}
+    run.model.eval()
+    try:
+        loaded = batch_loader(test, _shares(len(test), size, run.partition.placement), workers)
+        error, loss, count = _count_errors(run, loaded)
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+    assert count == len(test), f"counted {count} of {len(test)} test images"
+    return error, loss, count
+
+
+def _shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list[Key]]:
+    """This process's part of each evaluation batch: no padding, no image twice; a part may be empty."""
     rank, processes = placement.rank, placement.processes
     for start in range(0, samples, batch_size):
         n = min(batch_size, samples - start)
@@ -23,68 +54,112 @@ def shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list
         yield [(0, i) for i in range(first, last)]
 
 
-def evaluate(
-    model: nn.Module,
-    images: Images,
-    batch_size: int,
-    placement: Placement,
-    device: torch.device,
-    dtype: torch.dtype,
-    workers: int = 0,
-) -> tuple[float, float, int]:
-    """Error (fraction wrong), mean cross entropy, and the number of images counted, over all processes.
-
-    The model is put into evaluation mode for the time; a test image is in exactly one process's share. ``workers`` is
-    the number of loader processes for images that are not held in memory.
-    """
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        loaded = batch_loader(images, shares(len(images), batch_size, placement), workers)
-        error, loss, count = count_errors(model, loaded, placement, device, dtype)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
-    assert count == len(images), f"counted {count} of {len(images)} test images"
-    return error, loss, count
-
-
 @torch.no_grad()
-def count_errors(
-    model: nn.Module,
-    loaded: Iterable[tuple[Tensor, Tensor]],
-    placement: Placement,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[float, float, int]:
-    """As :func:`evaluate`, in the model's present mode, over this process's images and labels of each batch.
+def _count_errors(run: Run, loaded: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+    """As :func:`evaluate`, in the model's present mode, over this process's part of each batch.
 
-    An empty share is not shown to the model in evaluation mode; in training mode its layers may wait for it. In that
-    mode a last, smaller batch may leave some logical GPU with one value a channel, which has no variance. Only the
-    processes that share statistics with that GPU find this, and the others have collectives to come, so all go on to
-    the end, and the figures are NaN, and the count 0, on all of them.
+    In training mode the layers may communicate, so the model also gets empty parts. A last, smaller batch may then
+    leave a logical GPU with one value per channel, which has no variance. Only the processes that share statistics with
+    this GPU see the error. As the others still have collectives to come, all processes continue to the end; the
+    figures are then NaN and the count 0 on all of them.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # wrong, loss, count
-    training = any(module.training for module in model.modules())
+    totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # wrong, loss, count
+    training = any(module.training for module in run.model.modules())
     for x, y in loaded:
         if not (len(y) or training):
             continue
         try:
-            logits = model(x.to(device, dtype))
+            logits = run.model(x.to(run.device, run.dtype))
         except ValueError:
             if not training:
                 raise
             totals += math.nan
         else:
-            totals += _batch_totals(logits, y.to(device))
-    if placement.processes > 1:
+            logits, y = logits.to(torch.float64), y.to(run.device)
+            wrong = (logits.argmax(1) != y).sum().to(torch.float64)
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            totals += torch.stack((wrong, loss, torch.full_like(loss, len(y))))
+    if run.partition.placement.processes > 1:
         dist.all_reduce(totals)
-    wrong, loss, count = totals.tolist()
-    return (math.nan, math.nan, 0) if math.isnan(count) else (wrong / count, loss / count, int(count))
+    all_wrong, all_loss, count = totals.tolist()
+    return (math.nan, math.nan, 0) if math.isnan(count) else (all_wrong / count, all_loss / count, int(count))
 
 
-def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = logits.to(torch.float64)
-    wrong = (logits.argmax(1) != labels).sum()
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack((wrong.to(torch.float64), loss, torch.full_like(loss, len(labels))))
+# ---- with other statistics than the running ones
+
+
+def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[LayerDivergence]]:
+    """Evaluate a trained model with each kind of statistics.
+
+    Args:
+        run: a finished run, whose running statistics are the same on all processes.
+        final: its last evaluation, with running statistics.
+
+    Returns:
+        The entries of :attr:`RunResult.evaluations`, and the divergence of each layer over the largest population.
+    """
+    found = [_entry("running", final["test_error"], final["test_loss"])]
+    if not run.norms:
+        return found, []
+    # BatchRenorm pulls batch statistics to the running ones: evaluating with them would repeat the first entry.
+    if run.config.evaluation.batch and run.config.norm.name != "renorm":
+        found.append(_entry("batch", *_with_batch_statistics(run)))
+    layers: list[LayerDivergence] = []
+    population = Population(run.model)
+    for samples in _gather(run, population):
+        layers = population.divergences()
+        for estimator in ("mean", "total"):
+            with population.used(estimator):
+                error, loss, _ = evaluate(run)
+            found.append(_entry("population", error, loss, estimator, samples))
+    return found, layers
+
+
+def _entry(
+    statistics: str, error: float | None, loss: float | None, estimator: str | None = None, samples: int | None = None
+) -> Entry:
+    values = {"statistics": statistics, "estimator": estimator, "samples": samples}
+    return values | {"test_error": error, "test_loss": loss}
+
+
+def _with_batch_statistics(run: Run) -> tuple[float | None, float | None]:
+    """Error and loss with the test batches' own statistics; None if a last, smaller batch cannot be normalized.
+
+    The test images are ordered and cut into batches as in training. Under class skew their statistics are then like
+    those that the model was trained with.
+    """
+    test, c = run.data.test, run.config
+    order = epoch_order(test.labels, c.data.class_skew, c.seed, 0).tolist()
+    with batch_statistics(run.model):
+        error, loss, count = _count_errors(run, _loaded(run, test, [(0, i) for i in order]))
+    return (error, loss) if count else (None, None)
+
+
+def _gather(run: Run, population: Population) -> Iterator[int]:
+    """Gather population statistics over the numbers of samples in the configuration; yields each number when reached.
+
+    The images are those of the epoch after the last one, augmented and in whole global batches, so that the
+    normalization batches are as in training. Numbers are rounded up to whole batches.
+    """
+    train, c = run.data.train, run.config
+    size = min(c.global_batch_size, len(train))
+    most = len(train) // size * size
+    ends = sorted({min(-(-n // size) * size, most) for n in c.evaluation.population_samples})
+    order = epoch_order(train.labels, c.data.class_skew, c.seed, run.schedule.epochs).tolist()
+    done = 0
+    for end in ends:
+        keys = [(run.schedule.epochs, i) for i in order[done:end]]
+        with population.observing(), torch.no_grad():
+            for x, _ in _loaded(run, train, keys):
+                run.model(x.to(run.device, run.dtype))
+        done = end
+        yield end
+
+
+def _loaded(run: Run, images: Images, keys: list[Key]) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of each global batch. The layers are told the batch's groups before it is yielded."""
+    batches = batches_of(keys, run.config.global_batch_size)
+    local = [run.local(batch) for batch in batches]
+    for batch, loaded in zip(batches, batch_loader(images, local, run.config.data.workers), strict=True):
+        run.tell_groups(len(batch))
+        yield loaded

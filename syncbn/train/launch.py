@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class LaunchError(RuntimeError):
-    """The processes failed; the message ends with what they printed, or is the mistake that they reported."""
+    """The processes failed. The message ends with their last output, or is the user's mistake that they reported."""
 
     def __init__(self, message: str, mistake: bool = False) -> None:
         super().__init__(message)
@@ -20,15 +20,15 @@ class LaunchError(RuntimeError):
 
 
 def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None) -> None:
-    """Run ``python -m syncbn ARGUMENTS`` as ``processes`` processes under torchrun, on a free port, one thread each.
+    """Run ``python -m syncbn ARGUMENTS`` in ``processes`` processes under torchrun, on a free port.
 
-    What they print goes to ``log``. When this returns, or raises, none of them is left.
+    Their output goes to ``log``. All of them have ended when this function returns or raises.
 
     Raises:
-        LaunchError: they ended with an error, or not within ``timeout`` seconds.
+        LaunchError: they failed, or did not end within ``timeout`` seconds.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise LaunchError(f"no end after {timeout:.0f} s; see {log}\n{_tail(log)}") from None
+            raise LaunchError(f"not finished after {timeout:.0f} s; see {log}\n{_tail(log)}") from None
         finally:
             _end(process)
     if code and (said := re.findall(r"syncbn: error: (.+)", log.read_text(errors="replace"))):
@@ -54,7 +54,7 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and its children, which are a process group of their own, where any is left."""
+    """End what is left of the launcher and its children, which form a process group."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)

@@ -1,9 +1,9 @@
-"""Logical GPUs: what a process holds of a global batch, and which of its samples share statistics with whose.
+"""Logical GPUs: which samples of a global batch a process holds, and which samples share statistics.
 
-An experiment names R logical GPUs of b samples each; W processes, W dividing R, execute it, each hosting R/W
-consecutive ones. Sample j of a global batch belongs to logical GPU j // b, so a smaller last batch fills the first GPUs
-and leaves the last ones empty, for every W alike. Statistics are kept in *rows*, one for each set of samples that share
-them; the rows are numbered over all logical GPUs, and each process is given those it takes part in.
+An experiment names R logical GPUs of b samples each. W processes execute it, W dividing R, and each process hosts R/W
+consecutive logical GPUs. Sample j of a global batch belongs to logical GPU j // b, so a smaller last batch fills the
+first GPUs and leaves the last ones empty, for every W alike. Samples that share statistics form a *row*. Rows are
+numbered over all logical GPUs, and each process works on the rows that it has samples in.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from syncbn.train.config import RunConfig
 
 @dataclass(frozen=True)
 class Placement:
-    """Which process of how many this is."""
+    """Rank of this process and number of processes."""
 
     rank: int = 0
     processes: int = 1
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the samples of a global batch lie on the processes, and in which rows their statistics are."""
+class Partition:
+    """How a global batch is divided into the processes' shares and into rows."""
 
     gpus: int
     per_gpu_batch_size: int
@@ -39,14 +39,13 @@ class Layout:
     placement: Placement
 
     @classmethod
-    def of(cls, config: RunConfig, placement: Placement) -> Layout:
-        """The layout that a configuration asks for. Raises ConfigError if the processes do not divide the GPUs."""
+    def of(cls, config: RunConfig, placement: Placement) -> Partition:
+        """The partition for a configuration. Raises ConfigError if the processes do not divide the GPUs."""
         config.check_processes(placement.processes)
-        synchronized = config.norm.synchronized
         return cls(
             gpus=config.gpus,
             per_gpu_batch_size=config.per_gpu_batch_size,
-            sync_group_size=(config.sync_group_size or config.gpus) if synchronized else 1,
+            sync_group_size=(config.sync_group_size or config.gpus) if config.norm.synchronized else 1,
             ghost_batch_size=config.norm.ghost_batch_size or config.per_gpu_batch_size,
             placement=placement,
         )
@@ -62,7 +61,7 @@ class Layout:
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Processes that this one shares rows with, itself included."""
+        """The processes that share rows with this one, including itself."""
         rank, processes = self.placement.rank, self.placement.processes
         if self.hosted % self.sync_group_size == 0:
             return (rank,)
@@ -70,18 +69,18 @@ class Layout:
             together = self.sync_group_size // self.hosted
             first = rank // together * together
             return tuple(range(first, first + together))
-        # Sync groups that begin and end within processes: all share one table, in which most rows have few writers.
+        # A sync group may begin or end within a process: all processes share one table of rows.
         return tuple(range(processes))
 
     @cached_property
     def row_range(self) -> range:
-        """The rows that the processes of :attr:`ranks` hold between them."""
+        """The rows of all processes in :attr:`ranks`."""
         first_gpu, last_gpu = self.ranks[0] * self.hosted, (self.ranks[-1] + 1) * self.hosted
         first, last = first_gpu // self.sync_group_size, -(-last_gpu // self.sync_group_size)
         return range(first * self.rows_per_sync_group, last * self.rows_per_sync_group)
 
     def local_range(self, samples: int) -> range:
-        """Positions, in a global batch of ``samples``, of those that this process holds."""
+        """This process's positions in a global batch of ``samples``."""
         share = self.hosted * self.per_gpu_batch_size
         return range(min(self.placement.rank * share, samples), min((self.placement.rank + 1) * share, samples))
 
@@ -92,23 +91,24 @@ class Layout:
         return gpu // self.sync_group_size * self.rows_per_sync_group + within // self.ghost_batch_size
 
     def groups(self, samples: int, device: torch.device) -> SampleGroups:
-        """What a layer on this process is told about a global batch of ``samples`` (at least 1).
+        """How this process's layers group their samples of a global batch of ``samples`` (at least 1).
 
-        The running statistics are means over all filled rows of all processes. Each process adds up its rows and
-        divides by the average number of rows a process, so the mean over processes is that mean, whatever their number.
+        The running statistics are the mean over all filled rows of all processes. Each process adds up its rows and
+        divides by the average number of rows per process. The mean over the processes is then the mean over the rows.
         """
         return _groups(self, samples, device)
 
 
 @lru_cache(maxsize=64)
-def _groups(layout: Layout, samples: int, device: torch.device) -> SampleGroups:
+def _groups(partition: Partition, samples: int, device: torch.device) -> SampleGroups:
     assert samples > 0, "a step has samples"
-    rows, local = layout.row_range, layout.rows(layout.local_range(samples)) - layout.row_range.start
-    sizes = layout.rows(range(samples)).bincount()  # over all processes
+    rows = partition.row_range
+    local = partition.rows(partition.local_range(samples)) - rows.start
+    sizes = partition.rows(range(samples)).bincount()  # over all processes
     filled = sizes[sizes > 0]
     return SampleGroups(
         index=local.to(device) if len(rows) > 1 else None,
         number=len(rows),
-        divisor=len(filled) * len(layout.ranks) / layout.placement.processes,
+        divisor=len(filled) * len(partition.ranks) / partition.placement.processes,
         smallest=int(filled.min()),
     )

@@ -1,4 +1,4 @@
-"""One run is one function: a configuration in, a result out, on however many processes were launched."""
+"""The training of one run: a function from a configuration to a result, on any number of processes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from syncbn.population import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
-from syncbn.train.config import ConfigError, LocalError, RunConfig
-from syncbn.train.config_io import config_to_dict
+from syncbn.train.checks import ConfigError, LocalError
+from syncbn.train.config import RunConfig
+from syncbn.train.config_io import config_to_dict, flatten
 from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import derive_seed
-from syncbn.train.estimation import evaluate_statistics
-from syncbn.train.evaluate import evaluate
-from syncbn.train.logical_gpus import Layout
-from syncbn.train.metrics import flatten, peak_memory, reset_peak_memory
+from syncbn.train.evaluate import evaluate, evaluate_statistics
+from syncbn.train.logical_gpus import Partition
+from syncbn.train.metrics import peak_memory, reset_peak_memory
 from syncbn.train.norms.factory import clip_gradients
 from syncbn.train.norms.moving_average import exchange_rows
 from syncbn.train.result import RunResult, environment
-from syncbn.train.schedule import Step
+from syncbn.train.schedule import OptimizerStep
 from syncbn.train.session import open_session, placement
 from syncbn.train.state import FLUSH_STEPS, Run, prepare
 
@@ -41,25 +41,34 @@ def train(
     progress: bool = False,
     trackers: Sequence[str] = (),
 ) -> RunResult:
-    """Train one configuration, in this process or, under a launcher, together with the others.
+    """Train one configuration, in this process or, under a launcher, in all of its processes together.
 
     Args:
         config: the run.
-        out: folder for the configuration, metrics, checkpoints, weights and result; None writes nothing. With several
-            nodes, one that all of them see.
-        resume: go on from the folder's last checkpoint; a finished run returns its result.
+        out: folder for the configuration, metrics, checkpoints, weights and result; None writes nothing. All nodes have
+            to see it.
+        resume: continue from the last checkpoint in ``out``; a finished run returns its result.
         progress: show a progress bar (rank 0).
         trackers: names of accelerate's trackers, such as ``tensorboard``, which write below ``out``.
 
     Returns:
-        The result, the same on every process. A run whose loss is not finite ends there with status ``diverged``.
+        The result, the same on every process. If a loss is not finite, the run ends there with status ``diverged``.
 
     Raises:
-        ConfigError: a configuration that cannot be run here, or a folder that holds another run.
-        LocalError: an image that cannot be read, or a batch that a layer cannot normalize, on this process.
+        ConfigError: the configuration cannot be run here, or ``out`` holds another run.
+        LocalError: this process has an image that cannot be read, or a batch that a layer cannot normalize.
+
+    Example:
+        >>> from syncbn.train import load_config, train
+        >>> data = {"data.name": "synthetic", "data.synthetic_samples": 64, "data.image_size": 8}
+        >>> run = {"gpus": 4, "per_gpu_batch_size": 4, "norm.name": "sync", "budget.epochs": 1, "device": "cpu"}
+        >>> config = load_config(None, {**data, **run, "model.width": 4})
+        >>> result = train(config)
+        >>> result.status, result.steps, result.samples
+        ('ok', 4, 64)
     """
-    layout = Layout.of(config, placement())
-    first = layout.placement.rank == 0
+    partition = Partition.of(config, placement())
+    first = partition.placement.rank == 0
     if trackers and out is None:
         raise ConfigError("out", None, "a folder, as trackers write to one")
     with locked(out) if out is not None and first else nullcontext():
@@ -67,9 +76,11 @@ def train(
             return done
         with open_session(config, out, trackers) as accelerator:
             reset_peak_memory(accelerator.device)
-            run = prepare(config, layout, accelerator, out, resume, progress)
+            run = prepare(config, partition, accelerator, out, resume, progress)
             if trackers:
-                accelerator.init_trackers("trackers", config=flatten(config_to_dict(config)))
+                values = flatten(config_to_dict(config))
+                shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
+                accelerator.init_trackers("trackers", config=shown)
             with run.bar:
                 _train_epochs(run, out)
             result = _result(run)
@@ -81,39 +92,35 @@ def train(
 
 
 def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
+    """The result of a finished run in ``out``; None if there is none, or if it is damaged."""
     path = out / "result.json"
     if not path.exists():
         if not resume and (out / "checkpoint").exists():
-            raise ConfigError("out", str(out), "an empty folder, or --resume to go on with the run in it")
+            raise ConfigError("out", str(out), "an empty folder, or --resume to continue the run in it")
         return None
     if not resume:
         raise ConfigError("out", str(out), "an empty folder, or --resume; it holds a finished run")
     try:
         result = RunResult.from_json(path)
     except (ValueError, TypeError):
-        return None  # damaged: the same as none
+        return None
     check_same(result.config, config_to_dict(config), out)
     return result
 
 
 def _train_epochs(run: Run, out: Path | None) -> None:
     budget = run.config.budget
-    while run.progress.epoch < run.schedule.epochs and not run.progress.diverged:
+    while run.progress.epoch < run.schedule.epochs:
         _train_epoch(run)
         run.progress.epoch += 1
         if run.progress.diverged:
             return
-        last = run.progress.epoch == run.schedule.epochs
         reconcile(run.model)
         exchange_rows(run.model)
-        if last or run.progress.epoch % budget.eval_every == 0:
+        epoch, last = run.progress.epoch, run.progress.epoch == run.schedule.epochs
+        if last or epoch % budget.eval_every == 0:
             _evaluate(run)
-        if (
-            out is not None
-            and not last
-            and budget.checkpoint_every
-            and run.progress.epoch % budget.checkpoint_every == 0
-        ):
+        if out is not None and not last and budget.checkpoint_every and epoch % budget.checkpoint_every == 0:
             _checkpoint(run, out)
 
 
@@ -124,8 +131,8 @@ def _train_epoch(run: Run) -> None:
     run.wrapped.train()
     started = time.perf_counter()
     for step in steps:
-        # Dropout and the like: a function of the step, so that a resumed run draws as an unbroken one does.
-        torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.layout.placement.rank))
+        # Dropout is seeded by the step, so that a resumed run draws the same numbers.
+        torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.partition.placement.rank))
         _freeze_when_due(run)
         loss = torch.zeros((), dtype=torch.float64, device=run.device)
         for number, batch in enumerate(step.batches, start=1):
@@ -149,7 +156,7 @@ def _train_epoch(run: Run) -> None:
 
 
 def _freeze_when_due(run: Run) -> None:
-    """`frozen`: from its step on the layers normalize by their running statistics, the same on all processes."""
+    """`frozen`: from its step on, the layers use their running statistics, which are the same on all processes."""
     norm = run.config.norm
     if norm.name != "frozen" or run.progress.step < int(norm.freeze_at * run.schedule.total_steps):
         return
@@ -159,35 +166,30 @@ def _freeze_when_due(run: Run) -> None:
             layer.eval()
 
 
-def _forward_backward(run: Run, x: Tensor, y: Tensor, step: Step, last: bool) -> Tensor:
-    """Add a batch's gradients; returns this process's share of the step's mean loss."""
+def _forward_backward(run: Run, x: Tensor, y: Tensor, step: OptimizerStep, last: bool) -> Tensor:
+    """Add the gradients of a batch; returns this process's share of the step's mean loss."""
     x, y = x.to(run.device, run.dtype, non_blocking=True), y.to(run.device, non_blocking=True)
-    processes = run.layout.placement.processes
-    # Gradients are exchanged once for each optimizer step, with its last batch.
+    processes = run.partition.placement.processes
+    # Processes exchange gradients once per optimizer step, with its last batch.
     with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-        logits = _forward(run, x)
-        # A sum over this process's samples over the whole step's number: the same loss however the samples are split.
+        try:
+            logits = run.wrapped(x)
+        except ValueError as error:
+            # For example a last batch that gives one logical GPU a single 1x1 map, which has no variance.
+            expected = f"expected batches that every layer can normalize: {error}"
+            message = f"per_gpu_batch_size: got {run.config.per_gpu_batch_size}, {expected}"
+            raise LocalError(message) from error
+        # Summed over this process, divided by the samples of all: any split of the samples gives the same loss.
         total = F.cross_entropy(logits, y, reduction="sum", label_smoothing=run.config.optimizer.label_smoothing)
         loss = total / step.samples
-        overlap = run.config.norm.name == "renorm" and len(run.layout.ranks) < processes
+        overlap = run.config.norm.name == "renorm" and len(run.partition.ranks) < processes
         if overlap:
             run.shared.start()
-        # DDP averages over the processes; the loss is a sum over them.
+        # DDP averages gradients over the processes, but the loss is a sum over them.
         run.accelerator.backward(loss * processes)
         if overlap:
             run.shared.finish()
     return loss.detach().to(torch.float64)
-
-
-def _forward(run: Run, x: Tensor) -> Tensor:
-    try:
-        logits: Tensor = run.wrapped(x)
-    except ValueError as error:
-        # A layer that cannot normalize what it is given, such as a last batch with one 1x1 map on some logical GPU.
-        size = run.config.per_gpu_batch_size
-        message = f"per_gpu_batch_size: got {size}, expected batches that every layer can normalize: {error}"
-        raise LocalError(message) from error
-    return logits
 
 
 def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -196,7 +198,7 @@ def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     except ConfigError as error:
         raise LocalError(str(error)) from error
     except RuntimeError as error:
-        # What a loader process raised arrives as text, after its traceback.
+        # The DataLoader passes on a loader process's error as text that ends with the message.
         found = re.search(r"ConfigError: (.+)", str(error))
         if found is None:
             raise
@@ -204,10 +206,10 @@ def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _flush(run: Run) -> None:
-    """Bring the pending losses together and to the host, and report them."""
+    """Sum the pending losses over the processes, fetch them and record them."""
     losses = torch.stack(run.pending)
     run.pending.clear()
-    if run.layout.placement.processes > 1:
+    if run.partition.placement.processes > 1:
         dist.all_reduce(losses)
     values: list[float] = losses.tolist()
     first_step = run.progress.step - len(values)
@@ -224,8 +226,7 @@ def _flush(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    size, workers = run.config.budget.eval_batch_size, run.config.data.workers
-    error, loss, count = evaluate(run.model, run.data.test, size, run.layout.placement, run.device, run.dtype, workers)
+    error, loss, count = evaluate(run)
     recent = run.progress.losses[-run.schedule.steps_per_epoch :]
     entry = {
         "epoch": run.progress.epoch,
@@ -240,7 +241,7 @@ def _evaluate(run: Run) -> None:
 
 
 def _checkpoint(run: Run, out: Path) -> None:
-    if run.layout.placement.rank == 0:
+    if run.partition.placement.rank == 0:
         scaler = run.accelerator.scaler
         state = {
             "optimizer": run.optimizer.state_dict(),
@@ -254,7 +255,7 @@ def _checkpoint(run: Run, out: Path) -> None:
 
 def _result(run: Run) -> RunResult:
     done = run.progress
-    # The training losses are from before each step: what the last one did to the weights shows in the evaluation.
+    # Each training loss is computed before its step, so only the evaluation shows what the last step did.
     diverged = done.diverged or not math.isfinite(done.history[-1]["test_loss"])
     final = {} if diverged else done.history[-1]
     evaluations, layers = ([], []) if diverged else evaluate_statistics(run, final)
@@ -272,7 +273,9 @@ def _result(run: Run) -> RunResult:
         evaluations=evaluations,
         layers=[asdict(layer) for layer in layers],
         peak_memory_bytes=peak_memory(run.device),
-        processes=run.layout.placement.processes,
+        train_images=len(run.data.train),
+        test_images=len(run.data.test),
+        processes=run.partition.placement.processes,
         environment=environment(run.device),
         config=config_to_dict(run.config),
     )

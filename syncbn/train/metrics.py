@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: one JSONL file, trackers, a progress bar. All of it on rank 0 only."""
+"""Records of a run while it trains: a JSONL file, a progress bar, memory use. Rank 0 writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from syncbn.train.result import jsonable, write_atomically
 
 
 class MetricsLog:
-    """Appends one JSON object a line; does nothing without a path."""
+    """Appends one JSON object per line to ``path``; None writes nothing.
+
+    A resumed run keeps the records up to ``resume_step``, as the later steps are repeated.
+    """
 
     def __init__(self, path: Path | None, resume_step: int = 0) -> None:
         self._path = path
@@ -22,15 +25,11 @@ class MetricsLog:
             return
         kept = []
         if resume_step and path.exists():
-            # Steps after the checkpoint are taken again; a last line may have been cut off.
             for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if record["step"] <= resume_step:
-                    kept.append(line)
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+                with suppress(json.JSONDecodeError):  # a killed run may leave half a line
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(f"{line}\n")
+        write_atomically(path, "".join(kept))
 
     def write(self, records: list[dict[str, Any]]) -> None:
         if self._path is not None and records:
@@ -39,7 +38,7 @@ class MetricsLog:
 
 
 class ProgressBar:
-    """A rich progress bar over the optimizer steps; as a context manager, and silent unless ``shown``."""
+    """A progress bar over the optimizer steps, as a context manager; does nothing unless ``shown``."""
 
     def __init__(self, total: int, shown: bool) -> None:
         self._bar: Any = None
@@ -65,28 +64,17 @@ class ProgressBar:
             self._bar.update(self._task, completed=step, description=text)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested configuration as dotted keys and values a tracker can store."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
-
-
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin anew to watch :func:`peak_memory`. On Linux the kernel's mark of the resident memory is set back."""
+    """Start a new measurement of :func:`peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError):
+    with suppress(OSError):  # Linux only
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Largest number of bytes since :func:`reset_peak_memory`: allocated on a GPU, else resident in this process."""
+    """Peak bytes since :func:`reset_peak_memory`: allocated on a GPU, else resident in this process (Linux only)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

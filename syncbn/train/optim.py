@@ -1,4 +1,4 @@
-"""Optimizer and learning rate: pure functions of the configuration and the number of optimizer steps."""
+"""Optimizer and learning rate: functions of the configuration and the number of optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from syncbn.train.config import OptimizerConfig, RunConfig
 
 
 def peak_lr(config: RunConfig) -> float:
-    """The learning rate after scaling with the images of an optimizer step.
+    """The learning rate, scaled with the images per optimizer step.
 
-    Linear as in Goyal et al. 2017 (arXiv 1706.02677, section 2.1), or with the root as in Hoffer et al. 2017 (arXiv
-    1705.08741, section 4).
+    Linear scaling follows Goyal et al. 2017 (arXiv 1706.02677, section 2.1), square-root scaling Hoffer et al. 2017
+    (arXiv 1705.08741, section 4).
     """
     optimizer = config.optimizer
     ratio = config.step_batch_size / optimizer.lr_reference_batch_size
@@ -29,15 +29,15 @@ def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     if config.schedule == "one_cycle":
-        return one_cycle(step, total)
+        return _one_cycle(step, total)
     if config.schedule == "step":
         return config.step_gamma ** sum(step >= m * total for m in config.step_milestones)
     return 1.0
 
 
-def one_cycle(step: int, total: int, rise: float = 0.3, start: float = 1 / 25, end: float = 1e-4 / 25) -> float:
-    """Cosine from ``start`` to 1 over the first ``rise`` of the steps, then to ``end`` (Smith and Topin 2017, arXiv
-    1708.07120; the defaults are those of ``torch.optim.lr_scheduler.OneCycleLR``, the momentum stays as it is)."""
+def _one_cycle(step: int, total: int, rise: float = 0.3, start: float = 1 / 25, end: float = 1e-4 / 25) -> float:
+    """Cosine from ``start`` to 1 over the fraction ``rise`` of the steps, then to ``end`` (Smith and Topin 2017, arXiv
+    1708.07120). The defaults are those of ``torch.optim.lr_scheduler.OneCycleLR``; the momentum is constant."""
     peak = max(rise * total - 1, 1e-9)
     if step <= peak:
         low, high, t = start, 1.0, step / peak
@@ -47,10 +47,10 @@ def one_cycle(step: int, total: int, rise: float = 0.3, start: float = 1 / 25, e
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, with normalization parameters and biases (all that has one value a channel) in a group of its own.
+    """The optimizer. Parameters with one value per channel form a group that may have no weight decay.
 
-    The lengths of weight normalization and the gains of scaled weight standardization are such parameters too; they
-    are kept as (C, 1, 1, 1).
+    These are normalization parameters and biases, and also the lengths of weight normalization and the gains of scaled
+    weight standardization, which have shape (C, 1, 1, 1).
     """
     c = config.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -69,5 +69,5 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
 def make_scheduler(
     config: RunConfig, optimizer: torch.optim.Optimizer, total: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule over ``total`` optimizer steps; its state is the number of steps taken."""
+    """The learning-rate schedule over ``total`` optimizer steps."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))

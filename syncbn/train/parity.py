@@ -1,4 +1,4 @@
-"""Does the number of processes change the answer? Train the same configuration under several and compare everything."""
+"""A check that the number of processes does not change a run: train it under several numbers and compare everything."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn.train.config import ConfigError, RunConfig
+from syncbn.train.checks import require
+from syncbn.train.config import RunConfig
 from syncbn.train.config_io import save_config
 from syncbn.train.launch import launch
 from syncbn.train.result import RunResult
 
 TOLERANCE = 1e-10
-"""Largest difference of a float64 run: rounding of sums taken in another order, grown over the steps."""
-_WINDOWS = ("window_second_moment", "window_gradient", "running_second_moment")
+"""Largest accepted difference in float64: sums in another order round differently, and this grows over the steps."""
+_BUFFERS = (
+    *("running_mean", "running_var", "num_batches_tracked"),
+    *("window_second_moment", "window_gradient", "running_second_moment"),  # MovingAverageBatchNorm
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left: its losses, and its parameters and buffers by name."""
+    """The losses of a finished run, and its parameters and buffers by name."""
 
     losses: Sequence[float]
     tensors: Mapping[str, Tensor]
@@ -41,7 +44,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute differences between two trainings, relative to 1 or to the larger value where it exceeds 1."""
+    """Largest differences between two runs: absolute for values up to 1, else relative."""
 
     losses: float
     weights: float
@@ -59,16 +62,15 @@ def parity_config(config: RunConfig, steps: int) -> RunConfig:
     return replace(config, precision="fp64", budget=budget)
 
 
-def compare(a: Trained, b: Trained) -> Difference:
-    """Compare two trainings. What is not finite, or is there in one alone, differs by infinity."""
+def compare_runs(a: Trained, b: Trained) -> Difference:
+    """Compare two runs. A value that is not finite, or a tensor that only one run has, differs by infinity."""
     losses = _distance(torch.tensor(a.losses, dtype=torch.float64), torch.tensor(b.losses, dtype=torch.float64))
     by_tensor = {
         name: _distance(a.tensors[name], b.tensors[name]) if name in a.tensors and name in b.tensors else math.inf
         for name in sorted(a.tensors.keys() | b.tensors.keys())
     }
-    is_buffer = ("running_mean", "running_var", "num_batches_tracked", *_WINDOWS)
-    buffers = [d for name, d in by_tensor.items() if name.endswith(is_buffer)]
-    weights = [d for name, d in by_tensor.items() if not name.endswith(is_buffer)]
+    buffers = [d for name, d in by_tensor.items() if name.endswith(_BUFFERS)]
+    weights = [d for name, d in by_tensor.items() if not name.endswith(_BUFFERS)]
     return Difference(losses, max(weights, default=0.0), max(buffers, default=0.0), by_tensor)
 
 
@@ -83,44 +85,49 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def run_parity(
     config: RunConfig, processes: Sequence[int], steps: int, say: Callable[[str], None], timeout: float = 1800
 ) -> bool:
-    """Train under each number of processes, print the differences from the first, and return whether all are tiny.
+    """Train a configuration under each number of processes, and report how the others differ from the first.
+
+    Args:
+        config: the run; it is trained in fp64, on the CPU.
+        processes: numbers of processes, at least two of them.
+        steps: optimizer steps.
+        say: called with each line of the report.
+        timeout: seconds that one training may take.
+
+    Returns:
+        Whether all differences are within :data:`TOLERANCE`.
 
     Raises:
-        ConfigError: a number of processes that does not divide the logical GPUs.
+        ConfigError: a number of processes does not divide the logical GPUs.
         LaunchError: a training failed.
     """
-    if len(processes) < 2:
-        raise ConfigError("processes", ",".join(map(str, processes)), "at least two numbers to compare")
+    require(steps >= 1, "steps", steps, "an integer of at least 1")
+    require(len(processes) > 1, "processes", ",".join(map(str, processes)), "at least two numbers to compare")
     for number in processes:
         config.check_processes(number)
     config = parity_config(config, steps)
     folder = Path(tempfile.mkdtemp(prefix="syncbn-parity-"))
-    trained = _train_all(config, processes, folder, say, timeout)
-    shutil.rmtree(folder)  # not after an error, which speaks of the logs in it
-    return all(compare(trained[0], other).largest <= TOLERANCE for other in trained[1:])
-
-
-def _train_all(
-    config: RunConfig, processes: Sequence[int], folder: Path, say: Callable[[str], None], timeout: float
-) -> list[Trained]:
     save_config(config, folder / "config.yaml")
-    trained: list[Trained] = []
-    for index, number in enumerate(processes):
-        out = folder / f"{index}-of-{number}"
-        arguments: list[Any] = ["train", "--config", folder / "config.yaml", "--out", out, "--device", "cpu"]
-        launch(number, list(map(str, arguments)), folder / f"{index}.log", timeout)
-        trained.append(Trained.read(out))
-        if index == 0:
-            reference = f"{number} process{'es' if number > 1 else ''}"
-            taken = len(trained[0].losses)
-            say(f"{config.norm.name}: {config.gpus} logical GPUs, {taken} steps in fp64, by {reference}")
-            continue
-        report(compare(trained[0], trained[-1]), number, reference, say)
-    return trained
+    first = _train(folder, 0, processes[0], timeout)
+    reference = f"{processes[0]} process{'es' if processes[0] > 1 else ''}"
+    say(f"{config.norm.name}: {config.gpus} logical GPUs, {len(first.losses)} steps in fp64, by {reference}")
+    same = True
+    for index, number in enumerate(processes[1:], start=1):
+        difference = compare_runs(first, _train(folder, index, number, timeout))
+        _report(difference, number, reference, say)
+        same &= difference.largest <= TOLERANCE
+    shutil.rmtree(folder)  # kept after an error, whose message names the logs in it
+    return same
 
 
-def report(difference: Difference, processes: int, reference: str, say: Callable[[str], None]) -> None:
-    """Say how two trainings differ, by tensor where the tolerance is exceeded."""
+def _train(folder: Path, index: int, processes: int, timeout: float) -> Trained:
+    out = folder / f"{index}-of-{processes}"
+    words = ["train", "--config", str(folder / "config.yaml"), "--out", str(out), "--device", "cpu"]
+    launch(processes, words, folder / f"{index}.log", timeout)
+    return Trained.read(out)
+
+
+def _report(difference: Difference, processes: int, reference: str, say: Callable[[str], None]) -> None:
     verdict = "same" if difference.largest <= TOLERANCE else "DIFFERENT"
     say(
         f"  {processes} processes against {reference}: losses {difference.losses:.1e}, "

@@ -1,4 +1,4 @@
-"""What is trained on when: a function of the configuration and the labels, the same for any number of processes."""
+"""The optimizer steps of a run and their samples: a function of the configuration and the labels alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from syncbn.train.config import ConfigError, RunConfig
+from syncbn.train.checks import require
+from syncbn.train.config import RunConfig
 from syncbn.train.data.datasets import Key
 from syncbn.train.data.order import epoch_order
 
 
 @dataclass(frozen=True)
-class Step:
+class OptimizerStep:
     """One optimizer step: the global batches of its forward passes."""
 
     batches: list[list[Key]]
@@ -31,13 +32,13 @@ class Schedule:
     labels: Tensor  # int64 [n], of the training set
 
     def __post_init__(self) -> None:
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                "per_gpu_batch_size",
-                self.config.per_gpu_batch_size,
-                f"an optimizer step of at most the {len(self.labels)} training images (it has "
-                f"{self.config.step_batch_size}), or data.drop_last false",
-            )
+        require(
+            self.steps_per_epoch > 0,
+            "per_gpu_batch_size",
+            self.config.per_gpu_batch_size,
+            f"an optimizer step of at most the {len(self.labels)} training images (it has "
+            f"{self.config.step_batch_size}), or data.drop_last false",
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,16 +55,19 @@ class Schedule:
 
     @property
     def epochs(self) -> int:
-        """Epochs begun; the last may be cut short by the number of steps."""
+        """Epochs that are started; the last one may be incomplete if the budget is in steps."""
         return -(-self.total_steps // self.steps_per_epoch)
 
-    def steps(self, epoch: int) -> Iterator[Step]:
-        """The steps of an epoch (from 0). A batch holds at most a global batch, and the last ones may hold less."""
+    def steps(self, epoch: int) -> Iterator[OptimizerStep]:
+        """The steps of an epoch (counted from 0). The last batches may be smaller than a global batch."""
         c = self.config
         order = epoch_order(self.labels, c.data.class_skew, c.seed, epoch).tolist()
         count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
         for step in range(count):
             indices = order[step * c.step_batch_size : (step + 1) * c.step_batch_size]
-            keys = [(epoch, i) for i in indices]
-            size = c.global_batch_size
-            yield Step([keys[i : i + size] for i in range(0, len(keys), size)])
+            yield OptimizerStep(batches_of([(epoch, i) for i in indices], c.global_batch_size))
+
+
+def batches_of(keys: list[Key], size: int) -> list[list[Key]]:
+    """Consecutive batches of ``size`` keys; the last one may be smaller."""
+    return [keys[start : start + size] for start in range(0, len(keys), size)]

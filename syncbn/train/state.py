@@ -1,4 +1,4 @@
-"""What the parts of a run work on, and how it is prepared: data, model, optimizer, what a checkpoint brings back."""
+"""The state of a run while it trains, and its preparation: data, model, optimizer, checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from syncbn.train.checkpoint import load_checkpoint
 from syncbn.train.config import RunConfig
 from syncbn.train.config_io import save_config
 from syncbn.train.data.datasets import Data, Key, load_data
-from syncbn.train.logical_gpus import Layout
+from syncbn.train.logical_gpus import Partition
 from syncbn.train.metrics import MetricsLog, ProgressBar
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
@@ -26,13 +26,13 @@ from syncbn.train.optim import make_optimizer, make_scheduler
 from syncbn.train.schedule import Schedule
 from syncbn.train.tasks.models import build_model
 
-# Losses stay on the device, and on their process, for this many steps; then one collective and one transfer for all.
 FLUSH_STEPS = 20
+"""Steps for which losses stay on their device and process. Then one collective and one transfer fetch all of them."""
 
 
 @dataclass
 class Progress:
-    """How far a run is: all that a checkpoint holds besides weights and optimizer."""
+    """How far a run is. A checkpoint holds this besides weights and optimizer."""
 
     step: int = 0
     epoch: int = 0
@@ -48,10 +48,10 @@ class Progress:
 
 @dataclass
 class Run:
-    """What the parts of a run work on."""
+    """The state of a run."""
 
     config: RunConfig
-    layout: Layout
+    partition: Partition
     accelerator: Any
     data: Data
     schedule: Schedule
@@ -61,24 +61,36 @@ class Run:
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LambdaLR
     shared: RunningStatistics
-    """The running statistics that the forward pass itself uses, and that are therefore shared after each."""
+    """Running statistics that training forwards read, and that are therefore averaged after each of them."""
     metrics: MetricsLog
     bar: ProgressBar
     progress: Progress
     norms: list[SmallBatchNorm]
     """The model's layers that share statistics over samples."""
     windowed: list[MovingAverageBatchNorm]
-    """Its layers that average them over past batches."""
+    """The model's layers that average statistics over past batches."""
     pending: list[Tensor] = field(default_factory=list)
+    """Losses that have not been fetched yet."""
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+    @property
+    def gradient_scale(self) -> float | Tensor:
+        """Factor on the loss before a backward pass: a float, or a () tensor on the device."""
+        processes, scaler = float(self.partition.placement.processes), self.accelerator.scaler
+        # Reading the loss scale on the host would wait for the GPU.
+        return processes if scaler is None else scaler.scale(torch.full((), processes, device=self.device))
+
     def tell_groups(self, samples: int) -> None:
         """Tell the layers which samples of the next global batch of ``samples`` share statistics."""
-        groups = self.layout.groups(samples, self.device)
+        groups = self.partition.groups(samples, self.device)
         for layer in self.norms:
             layer.sample_groups = groups
         for windowed in self.windowed:
@@ -87,19 +99,8 @@ class Run:
 
     def local(self, batch: list[Key]) -> list[Key]:
         """This process's share of a global batch."""
-        positions = self.layout.local_range(len(batch))
+        positions = self.partition.local_range(len(batch))
         return batch[positions.start : positions.stop]
-
-    @property
-    def gradient_scale(self) -> float | Tensor:
-        """What the loss is multiplied by before a backward pass: a float, or a () tensor on the device."""
-        processes, scaler = float(self.layout.placement.processes), self.accelerator.scaler
-        # Multiplied on the device, where the loss scale is: asking for its value would wait for the GPU.
-        return processes if scaler is None else scaler.scale(torch.full((), processes, device=self.device))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.config.precision == "fp64" else torch.float32
 
 
 def steps_of(config: RunConfig) -> int:
@@ -107,23 +108,15 @@ def steps_of(config: RunConfig) -> int:
     return Schedule(config, load_data(config.data, config.seed).train.labels).total_steps
 
 
-def prepare(config: RunConfig, layout: Layout, accelerator: Any, out: Path | None, resume: bool, progress: bool) -> Run:
+def prepare(
+    config: RunConfig, partition: Partition, accelerator: Any, out: Path | None, resume: bool, progress: bool
+) -> Run:
+    """Everything a run needs, restored from the checkpoint in ``out`` if ``resume`` and there is one."""
     data = load_data(config.data, config.seed, accelerator.device)
     schedule = Schedule(config, data.train.labels)
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model,
-        norm=norm_factory(config.norm, layout),
-        adapt=partial(adapt_model, config=config.norm, layout=layout),
-        finish=partial(adapt_convolutions, config=config.norm),
-        in_channels=data.shape[0],
-        num_classes=data.num_classes,
-        image_size=data.shape[1],
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, SmallBatchNorm):
-            module.qualified_name = name  # for its messages; conversion has set those of converted models
-    if layout.placement.processes > 1 and layout.placement.rank == 0 and _drops(model):
+    model = _make_model(config, partition, data)
+    first = partition.placement.rank == 0
+    if partition.placement.processes > 1 and first and _drops(model):
         warnings.warn(
             "the model has dropout, which each process draws for itself: this run depends on the number of processes",
             stacklevel=2,
@@ -140,12 +133,11 @@ def prepare(config: RunConfig, layout: Layout, accelerator: Any, out: Path | Non
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         done = Progress(**state["progress"])
-    first = layout.placement.rank == 0
     if out is not None and first:
         save_config(config, out / "config.yaml")
     return Run(
         config=config,
-        layout=layout,
+        partition=partition,
         accelerator=accelerator,
         data=data,
         schedule=schedule,
@@ -162,8 +154,25 @@ def prepare(config: RunConfig, layout: Layout, accelerator: Any, out: Path | Non
     )
 
 
+def _make_model(config: RunConfig, partition: Partition, data: Data) -> nn.Module:
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model,
+        norm=norm_factory(config.norm, partition),
+        adapt=partial(adapt_model, config=config.norm, partition=partition),
+        finish=partial(adapt_convolutions, config=config.norm),
+        in_channels=data.shape[0],
+        num_classes=data.num_classes,
+        image_size=data.shape[1],
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, SmallBatchNorm):
+            module.qualified_name = name  # for error messages
+    return model
+
+
 def _drops(model: nn.Module) -> bool:
-    """Whether a module of the model drops at random (torch's dropouts, torchvision's StochasticDepth)."""
+    """Whether a module drops at random (torch's dropouts, torchvision's StochasticDepth)."""
     return any(
         float(getattr(m, "p", 0.0)) > 0 and ("Dropout" in type(m).__name__ or "StochasticDepth" in type(m).__name__)
         for m in model.modules()

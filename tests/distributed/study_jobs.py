@@ -10,7 +10,6 @@ from syncbn.study.plan.grid import study_cells
 from syncbn.study.plan.study_file import study_from_dict
 from syncbn.study.run.records import read_records
 from syncbn.study.run.runner import run_cells
-from syncbn.study.run.worker import Trainer
 from syncbn.train.result import RunResult
 
 SEEDS = list(range(6))
@@ -18,7 +17,7 @@ EPOCHS = 40
 
 
 def tiny_study(**changes):
-    """Cells of about a second with a checkpoint every few steps; three GPUs, so that no repeat comes with it."""
+    """Cells of about a second with a checkpoint every few steps."""
     content = {
         "name": "tiny",
         "title": "Tiny",
@@ -74,8 +73,7 @@ def trace(out):
 
 
 def run_tiny(out, workers=2):
-    study = tiny_study()
-    return run_cells(study, study_cells(study), Path(out), workers=workers, trainer=Trainer(train=traced_train))
+    return run_cells(study_cells(tiny_study()), Path(out), workers=workers, train=traced_train)
 
 
 def computed(out):

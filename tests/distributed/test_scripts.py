@@ -16,7 +16,7 @@ import pytest
 from syncbn.cli import main
 from syncbn.train.config_io import load_config
 from syncbn.train.loop import train
-from syncbn.train.parity import TOLERANCE, Trained, compare
+from syncbn.train.parity import TOLERANCE, Trained, compare_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launch scripts are for bash")
@@ -67,7 +67,7 @@ def check_run(config, out, processes):
 
     assert json.loads((out / "result.json").read_text())["processes"] == processes
     train(load_config(config), out.parent / "alone")
-    assert compare(Trained.read(out.parent / "alone"), Trained.read(out)).largest <= TOLERANCE
+    assert compare_runs(Trained.read(out.parent / "alone"), Trained.read(out)).largest <= TOLERANCE
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,12 +10,12 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import yaml
 
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.plan.study_file import study_from_dict
 from syncbn.study.run.records import Records, read_records
-from syncbn.study.run.runner import repeat_id
 from syncbn.study.run.status import study_outcomes
 from syncbn.train.loop import train
 
@@ -39,6 +40,7 @@ CONTENT = {
         "sync": {"overrides": {"norm": {"name": "sync"}}, "reference": True},
     },
     "seeds": [0],
+    "parity": {"arm": "sync", "processes": [1, 2], "steps": 3},
 }
 
 
@@ -57,54 +59,56 @@ def test_the_command_under_torchrun(tmp_path):
     study = study_from_dict(CONTENT)
     cells = study_cells(study)
     odd, batch, sync = (cell.key for cell in cells)
-    repeat = repeat_id(study.repeat_distributed, cells)
-    assert repeat == f"{batch}-2"
     Records(out).add(sync, datetime.now(UTC), 1.0, train(cells[2].config))
     code, printed, said = torchrun("-m", "syncbn", "study", "run", "--config", str(config), "--out", str(out))
     assert code == 1, said
     message = "ConfigError: gpus: got 3, expected a multiple of the number of processes (2)"
     assert said.count(f"failed: odd, seed 0: {message} (log: {out}/logs/{odd}.log)") == 1
     assert printed.count("\nreport: ") == 1
-    assert re.search(r"^2 runs in \d+ s, 1 kept from before, 1 failed$", printed, re.MULTILINE)
+    assert re.search(r"^1 runs in \d+ s, 1 kept from before, 1 failed$", printed, re.MULTILINE)
     records = read_records(out)
     assert len(list((out / "records").iterdir())) == 2
-    # Real processes did the cell, so one process repeats it, and finds the same.
-    assert {key: record.result.processes for key, record in records.items()} == {batch: 2, sync: 1, repeat: 1}
-    losses = zip(records[batch].result.losses, records[repeat].result.losses, strict=True)
+    assert {key: record.result.processes for key, record in records.items()} == {batch: 2, sync: 1}
+    # Processes do not change the result.
+    losses = zip(records[batch].result.losses, train(cells[1].config).losses, strict=True)
     assert max(abs(a - b) for a, b in losses) < 1e-10
-    states = {key: outcome.status for key, outcome in study_outcomes(study, cells, out).items()}
-    assert states == {odd: "failed", batch: "kept", sync: "kept", repeat: "kept"}
+    states = {key: outcome.state for key, outcome in study_outcomes(cells, out).items()}
+    assert states == {odd: "failed", batch: "done", sync: "done"}
+    # The check of the emulation was run after the cells, in processes of its own.
+    parity = json.loads((out / "parity.json").read_text())
+    assert (parity["key"], parity["processes"], parity["agrees"]) == (sync, [1, 2], True)
+    assert parity["lines"][1] in printed
 
 
-def run_with_a_lonely_failure(out):
-    """Every rank of a launcher runs the tiny study; one of the processes cannot do one cell."""
+def run_with_failures(out, failing):
+    """Every rank of a launcher runs a study of two arms and seeds; some of the processes cannot do one arm."""
     from syncbn.study.run import ranks
     from syncbn.study.run.runner import run_cells
-    from syncbn.study.run.worker import Trainer
 
     def fails(config, out=None, *, resume=False):
-        if os.environ["RANK"] == "1" and config.norm.name == "batch":
+        if os.environ["RANK"] in failing and config.norm.name == "batch":
             raise ValueError("no disk here")
         return train(config, out, resume=resume)
 
-    ranks.ALONE_SECONDS = 1.0
     study = study_from_dict({**CONTENT, "seeds": [0, 1], "arms": {n: CONTENT["arms"][n] for n in ("batch", "sync")}})
-    with ranks.Ranks(Trainer(train=fails, launch=lambda *arguments: None)) as processes:
-        if processes.rank:
-            processes.follow()
+    with ranks.process_group() as rank:
+        if rank:
+            ranks.follow(fails)
         else:
-            run_cells(study, study_cells(study), Path(out), ranks=processes)
+            run_cells(study_cells(study), Path(out), train=fails, together=True)
+            ranks.share(None)
 
 
-def test_a_process_that_fails_alone_ends_all_and_holds_nothing_up(tmp_path):
-    driver = ["-c", f"import test_study_ranks as t; t.run_with_a_lonely_failure({str(tmp_path)!r})"]
+@pytest.mark.parametrize("failing", ["1", "01"])
+def test_a_process_that_fails_ends_all_and_holds_nothing_up(tmp_path, failing):
+    driver = ["-c", f"import test_study_ranks as t; t.run_with_failures({str(tmp_path)!r}, {failing!r})"]
     code, _, said = torchrun("--no-python", sys.executable, *driver)
     assert code != 0
-    line = "syncbn: error: batch, seed 0: process 1 failed alone: ValueError: no disk here; the others cannot go on"
-    assert said.count(line) == 1
+    line = f"syncbn: error: batch, seed 0: process {failing[0]}: ValueError: no disk here; run the study again"
+    assert said.count("syncbn: error: ") == said.count(line) == 1
     assert not read_records(tmp_path)
     # The next time it is tried last, so that all other cells are done.
     code, _, said = torchrun("--no-python", sys.executable, *driver)
     assert code != 0
-    assert "process 1 failed alone" in said
+    assert f"process {failing[0]}: ValueError: no disk here" in said
     assert {record.result.config["norm"]["name"] for record in read_records(tmp_path).values()} == {"sync"}

@@ -10,7 +10,7 @@ import pytest
 from syncbn.train import loop
 from syncbn.train.config_io import config_from_dict
 from syncbn.train.loop import train
-from syncbn.train.parity import TOLERANCE, Trained, compare, parity_config
+from syncbn.train.parity import TOLERANCE, Trained, compare_runs, parity_config
 
 # Class skew, augmentation, accumulation; 150 images in steps of 64: the last has 22, so a forward pass of 22, in which
 # the third process of four is given 6 images and the fourth none. One epoch of 3 steps, then a second with other draws.
@@ -103,7 +103,7 @@ def check_same(pools, config, worlds, tmp_path):
             assert other_errors == errors
             # Differences of logarithms and squares of float64 statistics of order 1.
             assert flat(other_layers) == pytest.approx(flat(layers), rel=1e-8, abs=1e-10)
-        difference = compare(Trained.read(tmp_path / "1"), Trained.read(tmp_path / str(world)))
+        difference = compare_runs(Trained.read(tmp_path / "1"), Trained.read(tmp_path / str(world)))
         assert difference.largest <= TOLERANCE, f"{world} processes: {difference}"
     return Trained.read(tmp_path / "1")
 
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(pools, first, then, tmp_
     train(config, tmp_path / "whole")
     assert pools(first).run(train_until_interrupted, config, tmp_path / "broken") == [3] * first
     pools(then).run(resume, config, tmp_path / "broken")
-    difference = compare(Trained.read(tmp_path / "whole"), Trained.read(tmp_path / "broken"))
+    difference = compare_runs(Trained.read(tmp_path / "whole"), Trained.read(tmp_path / "broken"))
     assert difference.largest <= TOLERANCE, difference
     tracked = Trained.read(tmp_path / "whole").tensors["layer6.norm.num_batches_tracked"]
     assert tracked.tolist() == [10] * 6 + [8] * 2

@@ -13,8 +13,8 @@ import pytest
 
 from syncbn.population import effective_count
 from syncbn.study.analysis.summary import Summary, summary_of
-from syncbn.study.plan.grid import Arm, Cell, Comparisons, RepeatDistributed, Study, Sweep, cell_key
-from syncbn.study.run.runner import Outcome
+from syncbn.study.plan.contrasts import contrasts_from, default_contrasts
+from syncbn.study.plan.grid import Arm, Cell, Study, Sweep, cell_key
 from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from syncbn.train.config_io import config_to_dict
 from syncbn.train.norms.config import NormConfig
@@ -55,10 +55,15 @@ def grid_study(arms: int = 12, values: int = 8, seeds: int = 6, **changes: Any) 
         ),
         seeds=tuple(range(seeds)),
         sweep=Sweep(values=sizes, global_batch_size=WHOLE),
-        compare=Comparisons(at={"per_gpu_batch_size": 2 if values > 1 else 1}),
-        repeat_distributed=RepeatDistributed(arm="sync", seed=0, processes=2) if arms > 1 else None,
     )
-    return replace(study, **changes)
+    study = replace(study, **changes)
+    return study if "contrasts" in changes else replace(study, contrasts=_each_against_the_reference(study))
+
+
+def _each_against_the_reference(study: Study) -> Any:
+    at = {"per_gpu_batch_size": 2} if 2 in study.axes.get("per_gpu_batch_size", ()) else {}
+    entry = {"arm": [arm.name for arm in study.arms[1:]], "at": at, "against": {"arm": "batch"}}
+    return contrasts_from([entry], study, "contrasts") if study.arms[1:] else ()
 
 
 def cells_of(study: Study) -> list[Cell]:
@@ -92,9 +97,9 @@ def _cell(study: Study, arm: Arm, seed: int, point: Any) -> Cell:
     return Cell(arm=arm.name, seed=seed, point=point, config=config, key=cell_key(config))
 
 
-def outcomes_of(cells: list[Cell], **options: Any) -> dict[str, Outcome]:
+def results_of(cells: list[Cell], **options: Any) -> dict[str, RunResult]:
     """A result for each cell's key, as training might have ended."""
-    return {c.key: Outcome(job=None, status="ran", result=result_of(c, **options)) for c in cells}  # type: ignore[arg-type]
+    return {cell.key: replace(result_of(cell, **options), train_images=50_000, test_images=10_000) for cell in cells}
 
 
 def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int = len(LAYERS)) -> RunResult:
@@ -138,14 +143,15 @@ def plain_study(
     **changes: Any,
 ) -> Study:
     """A study without axes: some of :data:`ARMS`, one of them (or none) the reference."""
-    study = grid_study(seeds=seeds, sweep=None, compare=Comparisons(), repeat_distributed=None)
+    study = grid_study(seeds=seeds, sweep=None)
     chosen = {arm.name: arm for arm in study.arms}
-    return replace(study, arms=tuple(replace(chosen[name], reference=name == reference) for name in arms), **changes)
+    study = replace(study, arms=tuple(replace(chosen[name], reference=name == reference) for name in arms))
+    return replace(study, **({"contrasts": default_contrasts(study)} | changes))
 
 
-def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[list[Cell], dict[str, Outcome]]:
-    """Cells and outcomes of a study whose arms have these errors by seed, or "diverged", or "missing"."""
-    cells, outcomes = cells_of(study), {}
+def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[list[Cell], dict[str, RunResult]]:
+    """Cells and results of a study whose arms have these errors by seed, or "diverged", or "missing"."""
+    cells, results = cells_of(study), {}
     for cell in cells:
         error = errors[cell.arm][study.seeds.index(cell.seed)]
         if error == "missing":
@@ -156,14 +162,13 @@ def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[lis
             result = replace(result, status="ok", test_error=error, test_loss=error, evaluations=entries)
         else:
             result = replace(result, status="diverged", test_error=None, test_loss=None, history=[], evaluations=[])
-        outcomes[cell.key] = Outcome(job=None, status="ran", result=result)  # type: ignore[arg-type]
-    return cells, outcomes
+        results[cell.key] = result
+    return cells, results
 
 
 def summary_with(study: Study, errors: dict[str, list[float | str]]) -> Summary:
     """The same, summarized."""
-    cells, outcomes = with_errors(study, errors)
-    return summary_of(study, cells, {key: o.result for key, o in outcomes.items() if o.result is not None})
+    return summary_of(study, *with_errors(study, errors))
 
 
 def _history(error: float, draw: random.Random) -> list[dict[str, float | int | None]]:

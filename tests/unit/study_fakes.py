@@ -6,10 +6,9 @@ import os
 import signal
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 from syncbn.study.plan.study_file import study_from_dict
-from syncbn.train.config_io import config_to_dict, load_config
+from syncbn.train.config_io import config_to_dict
 from syncbn.train.result import RunResult
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -52,10 +51,8 @@ def fake_result(config, error=0.1, status="ok", losses=(1.0, 0.5), processes=1):
 
 
 def train(config, out=None, *, resume=False):
-    """Takes a moment, records the call, and has an error that depends on the arm; without a folder, only a speed."""
+    """Takes a moment, records the call, and has an error that depends on the arm."""
     time.sleep(0.1)
-    if out is None:
-        return fake_result(config)
     out.mkdir(parents=True, exist_ok=True)
     with (out.parent.parent / "calls.txt").open("a") as file:
         file.write(f"{out.name}\n")
@@ -63,16 +60,6 @@ def train(config, out=None, *, resume=False):
     result = fake_result(config, error + 0.01 * config.seed)
     result.to_json(out / "result.json")
     return result
-
-
-def launch(processes, arguments, log, timeout=None):
-    """The repeat under real processes, without any: writes what they would."""
-    words = dict(zip(arguments[1::2], arguments[2::2], strict=False))
-    config, out = load_config(words["--config"]), Path(words["--out"])
-    out.mkdir(parents=True, exist_ok=True)
-    with (out.parent.parent / "calls.txt").open("a") as file:
-        file.write(f"{out.name}\n")
-    fake_result(config, 0.4, processes=processes).to_json(out / "result.json")
 
 
 def train_with_accidents(config, out=None, *, resume=False):

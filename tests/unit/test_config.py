@@ -28,9 +28,25 @@ def test_round_trip(tmp_path):
 
 def test_overrides_win_over_the_file(tmp_path):
     (tmp_path / "c.yaml").write_text("gpus: 4\nnorm: {name: batch, momentum: 0.2}\n")
-    config = load_config(tmp_path / "c.yaml", ["--norm.momentum", "0.05", "--data.class_skew=4"])
+    config = load_config(tmp_path / "c.yaml", {"norm.momentum": 0.05, "data.class_skew": 4})
     assert (config.gpus, config.norm.momentum, config.data.class_skew) == (4, 0.05, 4)
     assert config.norm.name == "batch"
+
+
+def test_words_win_over_the_file(tmp_path, capsys):
+    """Only what is given counts: an option's default does not replace the file's value."""
+    (tmp_path / "c.yaml").write_text("gpus: 4\nnorm: {name: ghost, momentum: 2e-1}\nbudget: {epochs: null, steps: 3}\n")
+    words = ["--config", str(tmp_path / "c.yaml"), "--norm.ghost_batch_size", "8", "--model.options.dropout", "0.5"]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words, "--model.name", "vgg11", "--print-config"])
+    assert stop.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = load_config(tmp_path / "printed.yaml")
+    assert (config.gpus, config.norm.ghost_batch_size, config.norm.momentum, config.budget.steps) == (4, 8, 0.2, 3)
+    assert config.model.options == {"dropout": 0.5}
+    assert config == load_config(
+        tmp_path / "c.yaml", {"norm.ghost_batch_size": 8, "model.name": "vgg11", "model.options": {"dropout": 0.5}}
+    )
 
 
 def test_every_field_has_a_docstring_in_the_help(capsys):
@@ -45,15 +61,15 @@ def test_every_field_has_a_docstring_in_the_help(capsys):
 
 
 MISTAKES = [
-    (["--gpus", "x"], "gpus: got 'x', expected an integer"),
-    (["--gpus", "2.5"], "gpus: got '2.5', expected an integer"),
-    (["--gpus", "0"], "gpus: got 0, expected a positive integer"),
-    (["--norm.momentum", "abc"], "norm.momentum: got 'abc', expected a number or null"),
+    (["--gpus", "x"], "gpus: Expected a <class 'int'>. Got value: x"),
+    (["--gpus", "2.5"], "gpus: Expected a <class 'int'>. Got value: 2.5"),
+    (["--gpus", "0"], "gpus: got 0, expected an integer of at least 1"),
+    (["--norm.momentum", "abc"], "norm.momentum: Does not validate against any of the Union subtypes"),
     (["--norm.momentum", "1.5"], "norm.momentum: got 1.5, expected a number from 0 to 1, or null"),
-    (["--norm.name", "foo"], "norm.name: got 'foo', expected one of 'none', 'batch'"),
-    (["--norm.affine", "maybe"], "norm.affine: got 'maybe', expected true or false"),
-    (["--nrm.name", "x"], "nrm.name: got 'x', expected a known key, such as norm.name"),
-    (["--data.nam", "digits"], "data.nam: got 'digits', expected a known key, such as data.name"),
+    (["--norm.name", "foo"], "norm.name: Expected a typing.Literal['none', 'batch'"),
+    (["--norm.affine", "maybe"], "norm.affine: Expected a <class 'bool'>. Got value: maybe"),
+    (["--nrm.name", "x"], "train: unrecognized arguments: --nrm.name x (see syncbn train --help)"),
+    (["--data.nam", "digits"], "train: unrecognized arguments: --data.nam digits (see"),
     (["--gpus", "4", "--sync_group_size", "3"], "sync_group_size: got 3, expected a divisor of gpus (4), or null"),
     (["--sync_group_size", "1"], "sync_group_size: got 1, expected null with norm.name batch"),
     (["--norm.name", "ghost"], "norm.ghost_batch_size: got None, expected a number of samples"),
@@ -64,9 +80,9 @@ MISTAKES = [
     (["--model.name", "resnt50"], "model.name: got 'resnt50', expected"),
     (["--data.train_samples", "9999"], "data.train_samples: got 9999, expected at most"),
     (["--norm.name", "group", "--norm.groups", "7"], "norm.groups: got 7, expected a divisor"),
-    (["--config", "/nowhere.yaml"], "config: got '/nowhere.yaml', expected a file that exists"),
+    (["--config", "/nowhere.yaml"], "config: got '/nowhere.yaml', expected a file that can be read"),
     (["--resume"], "resume: got True, expected --out with it"),
-    (["--out"], "out: got no value, expected"),
+    (["--out"], "train: argument --out: expected one argument (see"),
 ]
 
 
@@ -96,15 +112,18 @@ def test_a_folder_that_cannot_be_and_an_unknown_tracker(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("norm: {nam: x}", "norm.nam: got an unknown key, expected a known key, such as norm.name"),
-        ("gpuss: 3", "gpuss: got an unknown key, expected a known key, such as gpus"),
+        ("norm: {nam: x}", "norm.nam: got 'x', expected a known key, such as norm.name"),
+        ("gpuss: 3", "gpuss: got 3, expected a known key, such as gpus"),
         ("norm: {eps: -1}", "norm.eps: got -1.0, expected a positive number"),
-        ("norm: [", "config: got what cannot be read, expected valid YAML"),
+        ("norm: [", "config: got 'c.yaml', expected a file in YAML (while parsing"),
+        ("norm: {eps: x}", "norm.eps: got 'x', expected a finite number"),
+        ("data: 3", "data: got 3, expected a mapping"),
     ],
 )
-def test_a_mistake_in_a_file(text, message, capsys, tmp_path):
+def test_a_mistake_in_a_file(text, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(text)
-    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert main(["train", "--config", "c.yaml"]) == 2
     assert capsys.readouterr().err.startswith(f"syncbn: error: {message}")
 
 
@@ -116,6 +135,10 @@ def test_a_mistake_in_a_file(text, message, capsys, tmp_path):
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas"),
         ({"data": {"name": "imagefolder", "root": ""}}, "data.root"),
+        ({"gpus": "4"}, "gpus"),
+        ({"seed": True}, "seed"),
+        ({"data": {"root": 3}}, "data.root"),
+        ({"optimizer": {"betas": [0.9, 0.95, 0.99]}}, "optimizer.betas"),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import torch
 from syncbn.population import LayerDivergence
 from syncbn.train.config import ConfigError
 from syncbn.train.config_io import config_from_dict
-from syncbn.train.diagnose import Diagnosis, advice, diagnose, print_diagnosis
+from syncbn.train.diagnosis import Diagnosis, advice, diagnose, print_diagnosis
 from syncbn.train.loop import train
 
 RUN = {
@@ -63,13 +63,13 @@ def diagnosis(layers, shuffled, running=0.1, batch=0.1, population=0.1):
 
 def test_advice_follows_the_figures():
     fine = [layer(100.0)]
-    assert advice(diagnosis({2: fine}, fine)) == ["Nothing here suggests that small batches did this model any harm."]
+    assert advice(diagnosis({2: fine}, fine)) == ["Nothing here suggests that small batches harmed this model."]
     (words,) = advice(diagnosis({2: fine}, fine, running=0.3))
     assert words.startswith("Estimation: with population statistics the error is 10.0 % and not 30.0 %")
     (words,) = advice(diagnosis({2: fine}, fine, running=0.8, population=0.8, batch=0.2))
-    assert words.startswith("Mismatch: with the statistics of its own batches of 2 the error is 20.0 %, with any fixed")
+    assert words.startswith("Mismatch: with the statistics of its own batches of 2 the error is 20.0 %, with fixed")
     (words,) = advice(diagnosis({2: [layer(40.0)]}, fine))
-    assert words.startswith("Order: shuffled, a batch of 2 would be worth 2 times")
+    assert words.startswith("Order: a shuffled batch of 2 would have 2 times")
     (words,) = advice(diagnosis({1: [layer(3.0)], 2: [layer(8.0)], 4: [layer(15.0)], 8: [layer(30.0)]}, [layer(8.0)]))
     assert "1 of 1 layers have fewer than 16 effective samples (a). 8 are enough: synchronize over 4 GPUs" in words
     (words,) = advice(diagnosis({2: [layer(8.0)]}, [layer(8.0)]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncbn.train.config_io import config_from_dict
-from syncbn.train.logical_gpus import Layout, Placement
+from syncbn.train.logical_gpus import Partition, Placement
 
 CASES = [
     {"gpus": 8, "norm": {"name": "batch"}},
@@ -21,21 +21,21 @@ CASES = [
 ]
 
 
-def layouts(case, processes):
+def partitions(case, processes):
     config = config_from_dict({"per_gpu_batch_size": 4, **case})
-    return [Layout.of(config, Placement(rank, processes)) for rank in range(processes)]
+    return [Partition.of(config, Placement(rank, processes)) for rank in range(processes)]
 
 
 def sharing(case, processes, samples):
     """For each sample the global row that it is counted in, read off what each process is told."""
     rows = []
-    for layout in layouts(case, processes):
-        groups = layout.groups(samples, torch.device("cpu"))
-        local = layout.local_range(samples)
+    for partition in partitions(case, processes):
+        groups = partition.groups(samples, torch.device("cpu"))
+        local = partition.local_range(samples)
         index = torch.zeros(len(local), dtype=torch.int64) if groups.index is None else groups.index
         assert len(index) == len(local)
-        assert groups.number == len(layout.row_range)
-        rows += [layout.row_range[i] for i in index.tolist()]
+        assert groups.number == len(partition.row_range)
+        rows += [partition.row_range[i] for i in index.tolist()]
     return rows
 
 
@@ -52,8 +52,8 @@ def test_sharing_does_not_depend_on_the_processes(case, samples):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_processes_that_share_a_row_communicate(case):
     for processes in (n for n in range(1, case["gpus"] + 1) if case["gpus"] % n == 0):
-        made = layouts(case, processes)
-        used = [set(layout.rows(layout.local_range(10**6)).tolist()) for layout in made]
+        made = partitions(case, processes)
+        used = [set(partition.rows(partition.local_range(10**6)).tolist()) for partition in made]
         for a, b in itertools.combinations(range(processes), 2):
             together = b in made[a].ranks
             assert together == (a in made[b].ranks)
@@ -70,12 +70,12 @@ def test_mean_over_processes_is_the_mean_over_filled_rows(case, samples):
     alone = sharing(case, 1, samples)
     expected = values[sorted(set(alone))].mean()
     for processes in (n for n in range(1, case["gpus"] + 1) if case["gpus"] % n == 0):
-        made = layouts(case, processes)
+        made = partitions(case, processes)
         total = 0.0
-        for layout in made:
+        for partition in made:
             filled = {
-                row for other in layout.ranks for row in made[other].rows(made[other].local_range(samples)).tolist()
+                row for other in partition.ranks for row in made[other].rows(made[other].local_range(samples)).tolist()
             }
-            divisor = layout.groups(samples, torch.device("cpu")).divisor
+            divisor = partition.groups(samples, torch.device("cpu")).divisor
             total += sum(float(values[row]) for row in filled) / divisor
         assert total / processes == pytest.approx(float(expected), rel=1e-6)

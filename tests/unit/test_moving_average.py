@@ -13,10 +13,10 @@ from syncbn.layers import SampleGroups
 from syncbn.train import loop
 from syncbn.train.config import NormConfig, RunConfig
 from syncbn.train.config_io import config_from_dict
-from syncbn.train.logical_gpus import Layout, Placement
+from syncbn.train.logical_gpus import Partition, Placement
 from syncbn.train.loop import train
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
-from syncbn.train.parity import Trained, compare
+from syncbn.train.parity import Trained, compare_runs
 from syncbn.train.state import Run
 
 CHANNELS, WINDOW, WARMUP, EPS, MOMENTUM, R_MAX = 3, 4, 6, 1e-5, 0.1, 1.5
@@ -60,7 +60,7 @@ class Gpu:
 
 def make(gpus=2, **options):
     options = {"window": WINDOW, "warmup_steps": WARMUP, "momentum": MOMENTUM, "r_max": R_MAX, **options}
-    layer = MovingAverageBatchNorm(CHANNELS, gpus=gpus, hosted=range(gpus), **options).double()
+    layer = MovingAverageBatchNorm(CHANNELS, NormConfig(name="mabn", **options), gpus, range(gpus)).double()
     with torch.no_grad():
         layer.weight.copy_(torch.rand(CHANNELS) + 0.5)
         layer.bias.copy_(torch.randn(CHANNELS))
@@ -171,7 +171,7 @@ def test_what_is_not_finite_stays_out(value):
 
 
 def test_what_single_precision_cannot_hold_stays_out():
-    layer = MovingAverageBatchNorm(1)
+    layer = MovingAverageBatchNorm(1, NormConfig(name="mabn"))
     layer(torch.full((2, 1), 1e30))
     assert layer.num_nonfinite_batches == 1
     assert layer.num_batches_tracked.tolist() == [0]
@@ -181,7 +181,7 @@ def test_what_single_precision_cannot_hold_stays_out():
 @pytest.mark.parametrize("affine", [True, False])
 def test_evaluation_uses_the_mean_over_the_gpus_that_have_seen_a_batch(affine):
     generator = torch.Generator().manual_seed(3)
-    layer = MovingAverageBatchNorm(CHANNELS, gpus=3, hosted=range(3), affine=affine).double()
+    layer = MovingAverageBatchNorm(CHANNELS, NormConfig(name="mabn", affine=affine), 3, range(3)).double()
     x, _ = batch(4, generator)
     untrained = layer.eval()(x)
     torch.testing.assert_close(untrained, x / (1 + EPS) ** 0.5)
@@ -219,7 +219,7 @@ def test_only_the_rows_of_hosted_gpus_are_touched():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_dtypes_formats_and_dimensions(dtype, memory_format):
-    layer = MovingAverageBatchNorm(CHANNELS, window=2, warmup_steps=0)
+    layer = MovingAverageBatchNorm(CHANNELS, NormConfig(name="mabn", window=2, warmup_steps=0))
     for _ in range(4):
         x = torch.randn(4, CHANNELS, 5, 5, dtype=dtype).to(memory_format=memory_format).requires_grad_()
         y = layer(x)
@@ -252,10 +252,10 @@ def test_centred_convolutions():
 def test_layers_are_told_what_the_loss_is_multiplied_by(loss_scale, expected):
     """The loop multiplies by the processes, as DDP divides by them; half precision has a loss scale besides."""
     scaler = None if loss_scale is None else torch.amp.GradScaler("cpu", init_scale=loss_scale)
-    layout = Layout.of(RunConfig(gpus=4, norm=NormConfig(name="mabn")), Placement(rank=1, processes=2))
-    run = SimpleNamespace(layout=layout, accelerator=SimpleNamespace(scaler=scaler), device=torch.device("cpu"))
+    partition = Partition.of(RunConfig(gpus=4, norm=NormConfig(name="mabn")), Placement(rank=1, processes=2))
+    run = SimpleNamespace(partition=partition, accelerator=SimpleNamespace(scaler=scaler), device=torch.device("cpu"))
     assert Run.gradient_scale.fget(run) == expected
-    assert layout.row_range == range(2, 4)
+    assert partition.row_range == range(2, 4)
 
 
 SMALL = {
@@ -290,7 +290,7 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, monkeypatch):
     broken = train(config, tmp_path / "broken", resume=True)
     assert broken.losses == whole.losses
     ends = [Trained.read(tmp_path / name) for name in ("whole", "broken")]
-    assert compare(*ends).largest == 0
+    assert compare_runs(*ends).largest == 0
     tracked = ends[0].tensors["layer1.norm.num_batches_tracked"]
     assert tracked.tolist() == [30, 30, 27, 27], "10 batches an epoch, the last of 6 images on two of the GPUs"
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import syncbn
 from syncbn.train.config import ConfigError, ModelConfig, NormConfig, OptimizerConfig, RunConfig
-from syncbn.train.logical_gpus import Layout, Placement
+from syncbn.train.logical_gpus import Partition, Placement
 from syncbn.train.norms.config import BATCH_NORMS
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, clip_gradients, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
@@ -25,12 +25,12 @@ OPTIONS = {
 
 def build(name, model="convnet", **options):
     norm = NormConfig(name=name, **OPTIONS.get(name, {}), **options)
-    layout = Layout.of(RunConfig(gpus=2, per_gpu_batch_size=4, norm=norm), Placement())
+    partition = Partition.of(RunConfig(gpus=2, per_gpu_batch_size=4, norm=norm), Placement())
     torch.manual_seed(0)
     return build_model(
         ModelConfig(name=model, width=4),
-        norm=norm_factory(norm, layout),
-        adapt=lambda m: adapt_model(m, norm, layout),
+        norm=norm_factory(norm, partition),
+        adapt=lambda m: adapt_model(m, norm, partition),
         finish=lambda m: adapt_convolutions(m, norm),
         in_channels=3,
         num_classes=10,
@@ -153,7 +153,7 @@ def test_norms_with_an_activation_are_for_networks_where_one_follows(name, model
 @pytest.mark.parametrize("name", ["group", "ws_group", "evonorm"])
 def test_groups_divide_the_channels(name):
     norm = NormConfig(name=name, groups=3)
-    make = norm_factory(norm, Layout.of(RunConfig(norm=norm), Placement()))
+    make = norm_factory(norm, Partition.of(RunConfig(norm=norm), Placement()))
     with pytest.raises(ConfigError, match=r"norm\.groups: got 3"):
         make(4)
 

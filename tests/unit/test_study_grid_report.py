@@ -7,156 +7,199 @@ import html
 import math
 import re
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 
 import pytest
-from report_fakes import (
-    LAYERS,
-    cells_of,
-    grid_study,
-    open_page,
-    outcomes_of,
-    plain_study,
-    result_of,
-    summary_with,
-    with_errors,
-)
+from report_fakes import LAYERS, cells_of, grid_study, open_page, plain_study, result_of, results_of, with_errors
 
-from syncbn.study.analysis.causes import cause_words, causes_of, estimator_words
-from syncbn.study.analysis.evaluations import columns_of, evaluated_settings
-from syncbn.study.analysis.layers import divergence_maps, effective_map, heat_level, layer_words
+from syncbn.study.analysis.evaluations import columns_of
 from syncbn.study.analysis.layout import layout_of
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.analysis.throughput import costs_of, study_speed_words
-from syncbn.study.plan.grid import Comparisons, Sweep
-from syncbn.study.report.captions import chance_words, diverged_words, fair_words, sweep_caption
+from syncbn.study.plan.contrasts import default_contrasts
+from syncbn.study.plan.grid import Sweep
+from syncbn.study.report.figures import arm_marks, curves_figure, error_curve, loss_curve, main_figure, mean_curve
+from syncbn.study.report.format import compact
 from syncbn.study.report.report import print_table, write_report
-from syncbn.study.report.results_csv import write_csv
-from syncbn.study.run.records import Records
-from syncbn.study.run.repeat import repeat_words
-from syncbn.study.run.runner import Outcome
+from syncbn.study.report.tables import LEVELS, effective_table, heat_level, heat_maps, settings_table, write_csv
 
 NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
 MOST_BYTES = 600_000
 """Reports of several studies are kept in the repository."""
 
 
-def written(study, cells, outcomes, out):
-    path = write_report(study, cells, outcomes, out, command="syncbn study run --config grid")
+def written(study, cells, results, out):
+    path = write_report(study, cells, results, out, command="syncbn study run --config grid")
     text = path.read_text()
-    shown = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    shown = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     return path, text, re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", shown)))
-
-
-def summarized(study, cells, outcomes):
-    return summary_of(study, cells, {key: outcome.result for key, outcome in outcomes.items()})
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     study = grid_study()
     cells = cells_of(study)
-    outcomes = outcomes_of(cells)
+    results = results_of(cells)
     gone = [cell for cell in cells if (cell.arm, cell.seed) == ("renorm", 5)]
     for cell in gone[:2]:
-        del outcomes[cell.key]
+        del results[cell.key]
     out = tmp_path_factory.mktemp("grid")
-    return study, cells, outcomes, *written(study, cells, outcomes, out)
+    return study, cells, results, *written(study, cells, results, out)
 
 
 def test_grid_page_is_whole_and_small(grid):
     study, _, _, path, text, words = grid
     assert len(text) < MOST_BYTES
-    assert sum(file.stat().st_size for file in path.parent.glob("*.svg")) < MOST_BYTES / 3
+    assert sum(file.stat().st_size for file in path.parent.glob("*.svg")) < MOST_BYTES / 2
     assert not NO_NUMBER.search(words)
     for arm in study.arms:
         assert words.count(arm.label) >= 5
-    for heading in ("error", "comparisons", "estimation", "layers", "curves", "costs", "numbers", "emulation", "run"):
+    for heading in ("contrasts", "curves", "statistics", "layers", "costs", "numbers", "configuration", "methods"):
         assert f'<h2 id="{heading}">' in text
         assert f'href="#{heading}"' in text
-    files = {file.name for file in path.parent.iterdir()}
-    assert files == {
+    names = {name for pair in re.findall(r'id="([^"]*)"|href="#([^"]*)"', text) for name in pair if name}
+    assert set(re.findall(r'<a href="#([^"]*)"', text)) <= names
+    assert {file.name for file in path.parent.iterdir()} == {
         "report.html",
         "results.csv",
         "error_by_nbs.svg",
         "error_by_nbs.png",
-        "estimation.svg",
-        "samples.svg",
-        "layers.svg",
+        "contrasts.svg",
+        "curves.svg",
+        "statistics.svg",
     }
-    for name in files:
-        if name.endswith(".svg"):
-            svg = path.with_name(name).read_text()
-            assert svg.count("<svg") == svg.count("</svg>") >= 1
-            assert "<path" in svg
-            assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
+    for file in path.parent.glob("*.svg"):
+        svg = file.read_text()
+        assert svg.count("<svg") == svg.count("</svg>") == 1
+        assert "<path" in svg
 
 
 def test_grid_words_are_of_its_numbers(grid):
     words = grid[5]
-    assert "The global batch of 128 images, the learning rate and the steps are the same everywhere" in words
-    assert re.search(r"From 128 to 1 image a GPU, the error of Local BatchNorm rises from 9\.\d % to 49\.\d %", words)
-    assert "Diverged: Local BatchNorm at 1 image a GPU (2 of 6 runs) and No normalization (1 of 6 runs)." in words
-    assert "Incomplete: 2 of 324 runs have no result." in words
-    assert (
-        "Not enough seeds to claim anything: with 6 seeds, none of the 11 comparisons can become significant" in words
+    assert re.search(
+        r"At 2 images per GPU, Local BatchNorm costs 2\d points of test error against SyncBatchNorm", words
     )
-    assert "Local BatchNorm at 1 image a GPU: the estimate." in words
-    assert "Local BatchRenorm at 1 image a GPU: not the estimate." in words
-    assert "Shown at 2 images a GPU. SyncBatchNorm has the lowest mean half-way" in words
-    assert "Holm's procedure" in words
+    assert "Diverged, so not compared: No normalization in 1 of 6 runs." in words
+    assert "Nothing is claimed for 1 of 11 contrasts: 322 of 324 runs have a result." in words
+    assert "global batch, learning rate and steps are the same everywhere" in words
+    assert "training images 50,000 test images 10,000" in words
+    assert "corrected by Holm, over 11 planned contrasts." in words
+    assert "Intervals cover seeds only" in words
+
+
+def test_page_and_files_have_the_same_digits(grid):
+    study, cells, results, _, text, _ = grid
+    summary = summary_of(study, cells, results)
+    table = settings_table(summary)
+    rows = {(row[0].removesuffix(" (reference)"), row[1]): row for row in table.rows}
+    local = rows["Local BatchNorm", "2"]
+    errors = [
+        results[c.key].test_error for c in cells if (c.arm, dict(c.point)) == ("batch", {"per_gpu_batch_size": 2})
+    ]
+    assert local[3] == f"{100 * sum(errors) / len(errors):.1f}"
+    assert local[-len(errors) :] == [f"{100 * error:.1f}" for error in errors]
+    assert f"<td>{local[3]}</td>" in text
+    assert sum(name == "GroupNorm" for name, _ in rows) == 1  # a level arm has one row
+    assert rows["GroupNorm", "all"]
 
 
 def test_grid_page_opens_with_all_figures_and_tables(grid, tmp_path):
     study, cells, _, path, text, _ = grid
     dom = open_page(path, tmp_path)
     batch = sum(next(c for c in cells if c.arm == arm.name).config.norm.uses_batch for arm in study.arms)
-    # Main figure for either width, one for each arm with batch statistics (kinds, samples), one for each arm (curves).
-    assert dom.count("<svg") == text.count("<svg") == 2 + batch + batch + len(study.arms)
-    maps = batch + 1
-    assert dom.count("<table") == 1 + maps + 1 + 1 + 1
+    assert dom.count("<svg") == text.count("<svg") == 4  # main, contrasts, curves, statistics
+    assert dom.count("<table") == 1 + 1 + 1 + batch + 1 + 1 + 1
     lines = batch * len(study.sweep.values) + (len(study.arms) - batch)
-    rows = len(study.arms) + maps * (1 + len(LAYERS)) + 1 + len(study.arms) + 1 + len(study.arms) + 1 + lines
+    means, contrasts, costs = 1 + len(study.arms), len(study.arms), 1 + len(study.arms)
+    rows = means + contrasts + (1 + batch) + batch * (1 + len(LAYERS)) + (1 + len(LAYERS)) + costs + (1 + lines)
     assert dom.count("<tr>") == rows
 
 
-def test_csv_has_axes_and_evaluations(grid):
-    _, cells, outcomes, path, _, _ = grid
+def test_csv_has_one_line_a_run_with_axes_and_evaluations(grid):
+    study, cells, results, path, _, _ = grid
     lines = list(csv.DictReader(path.with_name("results.csv").open()))
-    assert len(lines) == len(cells) == 576
+    assert len(lines) == len({(cell.arm, cell.key) for cell in cells}) == 324
     kinds = ["batch", *(f"population_{estimator}_{n}" for n in (128, 1024) for estimator in ("mean", "total"))]
     assert [name for name in lines[0] if name.startswith("error_")] == ["error_running", *(f"error_{k}" for k in kinds)]
-    for cell, line in zip(cells, lines, strict=True):
-        assert (line["arm"], line["per_gpu_batch_size"]) == (cell.arm, str(dict(cell.point)["per_gpu_batch_size"]))
-        result = outcomes[cell.key].result if cell.key in outcomes else None
-        assert line["status"] == ("missing" if result is None else result.status)
+    by_run = {(cell.arm, cell.key): cell for cell in cells}
+    for line in lines:
+        cell = by_run[line["arm"], line["key"]]
+        level = not cell.config.norm.uses_batch
+        assert line["level"] == ("yes" if level else "no")
+        assert line["per_gpu_batch_size"] == ("" if level else str(dict(cell.point)["per_gpu_batch_size"]))
+        result = results.get(cell.key)
+        done = "missing" if result is None else "diverged" if result.status == "diverged" else "done"
+        assert line["status"] == done
         entries = result.evaluations if result is not None else []
         total = [e["test_error"] for e in entries if (e["estimator"], e["samples"]) == ("total", 1024)]
         assert line["error_population_total_1024"] == (str(total[0]) if total else "")
         assert line["peak_memory_bytes"] == ("" if result is None else str(result.peak_memory_bytes))
+        assert line["test_images"] == ("" if result is None else "10000")
+    write_csv(study, cells, {}, path.with_name("empty.csv"), failed=[cells[0].key], running=[cells[1].key])
+    states = [line["status"] for line in csv.DictReader(path.with_name("empty.csv").open())]
+    path.with_name("empty.csv").unlink()
+    assert states[:3] == ["failed", "running", "missing"]
+
+
+def test_terminal_tables_fit_80_columns(grid, capsys):
+    study, cells, results, *_ = grid
+    print_table(study, cells, results)
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    assert "Local BatchNorm" in printed
+    assert re.search(r"\b49\.\d\b", printed)
+    assert "better" in printed
 
 
 def test_coupled_sweep_has_a_panel_for_what_is_held(tmp_path):
     sweep = Sweep(kind="coupled", values=(2, 8, 32), hold=("epochs", "steps"), steps=400)
-    study = grid_study(arms=7, seeds=3, sweep=sweep, repeat_distributed=None)
+    study = grid_study(arms=7, seeds=3, sweep=sweep, contrasts=())
+    study = replace(study, contrasts=default_contrasts(study))
     cells = cells_of(study)
-    _, text, words = written(study, cells, outcomes_of(cells), tmp_path)
-    assert "At 2 images a GPU, constant epochs" in words or "at 2 images a GPU, constant epochs" in words
-    assert "Constant epochs. From 32 to 2 images a GPU, the error of Local BatchNorm rises" in words
-    assert "Constant steps. From 32 to 2 images a GPU" in words
-    assert "every run has 400 steps" in words
-    assert "Level lines" not in words  # a coupled sweep changes the training of every arm
-    assert text.count('aria-label="Test error along the sweep, constant') == 2
+    results = results_of(cells)
+    path, _, words = written(study, cells, results, tmp_path)
+    assert "At 2 images per GPU, constant epochs, Local BatchNorm costs" in words
+    assert "global batch and learning rate vary with the batch on each GPU; constant epochs and 400 steps" in words
+    figure = main_figure(summary_of(study, cells, results), arm_marks(study))
+    assert [axes.get_title("left") or axes.get_title() for axes in figure.axes] == ["constant epochs", "constant steps"]
+    ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert ticks == [["32", "8", "2"]] * 2  # nothing is level: a coupled sweep changes the training of every arm
+    assert "constant steps" in path.with_name("error_by_nbs.svg").read_text()
+
+
+def test_level_arms_are_one_column_of_points_each():
+    study = grid_study(arms=9, values=4, seeds=3)
+    cells = cells_of(study)
+    (axes,) = main_figure(summary_of(study, cells, results_of(cells)), arm_marks(study)).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "4", "2", "1", "unaffected"]
+    marks = arm_marks(study)
+    level = [arm.name for arm in study.arms if arm.name in ("group", "layer", "instance")]
+    places = []
+    for name in level:
+        drawn = [line for line in axes.lines if line.get_color() == marks[name].colour and len(line.get_xdata())]
+        assert {len(line.get_xdata()) for line in drawn} == {1}
+        (mean,) = {line.get_xdata()[0] for line in drawn if line.get_marker() == marks[name].marker}
+        (seeds,) = {line.get_xdata()[0] for line in drawn if line.get_marker() == "."}
+        assert 0 < seeds - mean < 0.2  # beside the mean's mark, not under it
+        places.append(mean)
+    assert len(set(places)) == len(level)
+
+
+def test_arms_have_marks_of_their_own():
+    for arms in (3, 12):
+        marks = arm_marks(grid_study(arms=arms))
+        assert len({mark.colour for mark in marks.values()}) == arms
+    study = grid_study(arms=2)
+    many = tuple(replace(study.arms[1], name=f"arm{i}") for i in range(40))
+    marks = arm_marks(replace(study, arms=(study.arms[0], *many)))
+    assert len({mark.colour for mark in marks.values()}) == 41
 
 
 def test_axis_of_numbers_goes_across_where_there_is_no_sweep(tmp_path):
-    study = grid_study(arms=2, seeds=2, sweep=None, grid={"data.class_skew": (1, 2, 4)}, compare=Comparisons())
-    study = replace(study, repeat_distributed=None)
+    study = grid_study(arms=2, seeds=2, sweep=None, grid={"data.class_skew": (1, 2, 4)}, contrasts=())
     cells = cells_of(study)
-    path, _, words = written(study, cells, outcomes_of(cells), tmp_path)
+    path, _, words = written(study, cells, results_of(cells), tmp_path)
     assert path.with_name("error_by_class_skew.svg").is_file()
-    assert "Test error against images of one class in a row" in words
-    assert "their own statistics then give away something about the class" in words
+    assert "images of one class in a row" in words
+    assert "The study plans no contrast, so nothing is compared." in words
     assert layout_of(study).values == (1, 2, 4)
     assert layout_of(grid_study(values=3)).values == (4, 2, 1)
 
@@ -166,161 +209,81 @@ def test_pages_of_unfinished_studies(tmp_path, capsys, seeds):
     study = grid_study(arms=3, values=2, seeds=seeds)
     cells = cells_of(study)
     _, text, words = written(study, cells, {}, tmp_path)
-    assert words.count("No run has a result yet.") == 2
+    assert words.count("No run has a result yet.") == 1
     assert "<svg" not in text
+    assert not NO_NUMBER.search(words)
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "results.csv"}
-    diverged = {
-        c.key: Outcome(job=None, status="ran", result=replace(result_of(c), status="diverged", test_error=None))
-        for c in cells
-    }
+    diverged = {c.key: replace(result_of(c), status="diverged", test_error=None, history=[]) for c in cells}
     _, text, words = written(study, cells, diverged, tmp_path)
-    assert "every run diverged" in words
+    assert "Diverged, so not compared" in words
     assert not NO_NUMBER.search(words)
     print_table(study, cells, diverged)
     assert f"{seeds}×" in capsys.readouterr().out
 
 
 def test_user_labels_are_escaped_everywhere(tmp_path):
-    study = grid_study(arms=3, values=2, seeds=2, question="<i>?</i>", repeat_distributed=None)
+    study = grid_study(arms=3, values=2, seeds=2, question="<i>?</i>")
     bad = "</svg><script>alert(1)</script>"
     study = replace(study, arms=tuple(replace(arm, label=f"{bad} {arm.name}") for arm in study.arms))
     cells = cells_of(study)
-    path, text, _ = written(study, cells, outcomes_of(cells), tmp_path)
+    path, text, _ = written(study, cells, results_of(cells), tmp_path)
     assert "<script" not in text
     assert "<i>" not in text
     assert all("<script" not in file.read_text() for file in path.parent.glob("*.svg"))
 
 
-def evaluated_as(running, batch, population):
-    """A summary of one arm with these errors for each kind of statistics, beside a reference of 10 %."""
-    study = plain_study(arms=("batch", "sync"), reference="sync", seeds=3)
-    cells, outcomes = with_errors(study, {"batch": [running] * 3, "sync": [0.1, 0.101, 0.099]})
-    for cell in cells:
-        if cell.arm == "batch":
-            found = outcomes[cell.key].result
-            entries = [
-                {"statistics": "running", "estimator": None, "samples": None, "test_error": running},
-                {"statistics": "batch", "estimator": None, "samples": None, "test_error": batch},
-                {"statistics": "population", "estimator": "mean", "samples": 1024, "test_error": population + 0.01},
-                {"statistics": "population", "estimator": "total", "samples": 1024, "test_error": population},
-            ]
-            outcomes[cell.key] = replace(outcomes[cell.key], result=replace(found, evaluations=entries))
-    return summarized(study, cells, outcomes)
-
-
-@pytest.mark.parametrize(
-    ("running", "batch", "population", "title", "text"),
-    [
-        (0.5, 0.3, 0.12, "the estimate", "38.0 of the 40.0 points lost against SyncBatchNorm (10.0 %) come back"),
-        (0.5, 0.48, 0.49, "the training", "38.0 of the 40.0 points lost against SyncBatchNorm (10.0 %) stay"),
-        (0.5, 0.4, 0.3, "both", "Of 40.0 points lost against SyncBatchNorm (10.0 %), 20.0 come back"),
-        (0.5, 0.12, 0.45, "the mismatch of training and inference", "but population statistics leave 45.0 %"),
-        (0.843, 0.318, 0.844, "inference, and the training", "52.5 of the 74.3 points lost against SyncBatchNorm"),
-        (0.843, 0.318, 0.844, "inference, and the training", "At most 21.8 points are in the weights; less, as far as"),
-        (0.5, 0.2, 0.3, "both", "20.0 come back with population statistics of 1024 images (total variance) (50.0 % be"),
-        (
-            0.5,
-            0.2,
-            0.3,
-            "both",
-            "10.0 more with the test batch's own statistics (20.0 %), which no fixed ones give; at",
-        ),
-        (0.102, 0.101, 0.1, "No cost to divide", "Local BatchNorm (less than 0.5 points"),
-    ],
-)
-def test_training_or_estimation(running, batch, population, title, text):
-    summary = evaluated_as(running, batch, population)
-    items = evaluated_settings(summary)
-    ((found, words),) = cause_words(causes_of(summary, items))
-    assert found.endswith(title)
-    assert text in words.replace("\N{NO-BREAK SPACE}", " ")
-    assert "end at most 1.0 points apart" in estimator_words(items)
-
-
-def test_cost_of_an_arm_is_measured_against_its_own_largest_batch():
-    study = grid_study(arms=2, values=8, seeds=3)
+def test_a_run_that_was_tested_once_has_a_mark_among_the_curves():
+    study = plain_study(seeds=2, arms=("batch", "sync"))
     cells = cells_of(study)
-    summary = summarized(study, cells, outcomes_of(cells))
-    causes = causes_of(summary, evaluated_settings(summary))
-    places = [dict(c.setting.point)["per_gpu_batch_size"] for c in causes if c.setting.arm == "batch"]
-    assert places == [1, 2]  # the smallest, and where arms are compared
-    found = {c.setting.arm: (dict(c.setting.point), c.base.arm, dict(c.base.point)) for c in causes[::-1]}
-    assert found["batch"] == ({"per_gpu_batch_size": 1}, "batch", {"per_gpu_batch_size": 128})
-    assert found["sync"][1] == "batch"  # its own batch is the same everywhere
+    results = {key: replace(run, history=run.history[-1:]) for key, run in results_of(cells).items()}
+    settings = summary_of(study, cells, results).at(())
+    losses, errors = curves_figure(settings, arm_marks(study)).axes
+    means = [line for line in errors.lines if line.get_linewidth() > 1]
+    assert [len(line.get_xdata()) for line in means] == [1, 1]
+    assert all(line.get_marker() not in ("", "None") for line in means)
+    assert all(len(line.get_xdata()) > 10 for line in losses.lines)
 
 
-def test_layer_maps():
+def test_curves_of_runs():
+    run = result_of(cells_of(plain_study(seeds=1, arms=("batch",)))[0])
+    assert loss_curve(replace(run, losses=[3.0, 1.0])) == [(1, 3.0), (2, 1.0)]
+    thinned = loss_curve(replace(run, losses=[float(i) for i in range(150)]))
+    assert len(thinned) <= 60
+    assert thinned[0] == (3, 1.0)
+    assert thinned[-1][0] == 150
+    assert error_curve(run)[-1] == (390.0, run.test_error)
+    assert mean_curve([[(1, 0.2), (2, 0.4)], [(2, 0.2)]]) == [(2, pytest.approx(0.3))]
+    assert mean_curve([[]]) == []
+
+
+def test_heat_maps_show_one_quantity():
     study = grid_study(arms=2, values=3, seeds=2)
     cells = cells_of(study)
-    outcomes = outcomes_of(cells, layers=30)
+    results = results_of(cells, layers=30)
     other = next(c for c in cells if c.arm == "batch" and c.config.per_gpu_batch_size == 2)
-    outcomes[other.key].result.layers[0].update({"kl": None, "effective": None})
-    summary = summarized(study, cells, outcomes)
-    maps = divergence_maps(summary)
-    assert [(found.arm, found.columns, len(found.rows), found.omitted) for found in maps] == [
-        ("batch", ["4", "2", "1"], 24, 6),
-        ("sync", ["4", "2", "1"], 24, 6),
+    results[other.key].layers[0].update({"kl": None, "effective": None})
+    summary = summary_of(study, cells, results)
+    maps = heat_maps(summary)
+    assert [(found.title, found.columns, len(found.rows)) for found in maps] == [
+        ("Local BatchNorm", ["4", "2", "1"], 24),
+        ("SyncBatchNorm", ["4", "2", "1"], 24),
     ]
-    assert maps[0].rows[0].layer == "layer0.0.norm"
-    assert maps[0].rows[-1].layer == "layer3.5.norm"
-    assert all(cell.level is not None for row in maps[0].rows for cell in row.cells)  # the other seed has that layer
-    assert effective_map(summary).arm == "batch"
-    assert [heat_level(value) for value in (0.001, 0.003, 0.5, 99.0, float("nan"))] == [0, 1, 5, 8, None]
-    words = " ".join(layer_words(summary))
-    assert re.search(r"Farthest off in Local BatchNorm is \S+ at 1 image a GPU", words)
-    assert "counts for fewer than it has" in words
-    assert "nearer to the population's than a single batch in every layer" in words
-
-
-def test_divergence_is_named_by_place_and_level_arms_once():
-    study = grid_study(arms=12, values=3, seeds=3)
-    cells = cells_of(study)
-    summary = summarized(study, cells, outcomes_of(cells))
-    words = diverged_words(list(summary.settings.values()))
-    assert words == "Diverged: Local BatchNorm at 1 image a GPU (1 of 3 runs) and No normalization (1 of 3 runs)."
-    caption = " ".join(sweep_caption(summary, ()))
-    assert "lowest of the level lines" in caption
-
-
-def test_speed_of_the_study_comes_from_its_records(tmp_path):
-    study = plain_study(seeds=1, arms=("batch",))
-    records, start = Records(tmp_path), datetime(2026, 1, 1, tzinfo=UTC)
-    for number, cell in enumerate(cells_of(study) * 4):
-        began = start + timedelta(seconds=60 * number)
-        records.add(str(number), began, 60.0, result_of(cell), ended=began + timedelta(seconds=60))
-    rate = "60 runs an hour while the study was running."
-    assert study_speed_words(tmp_path, "012") == [f"3 recorded runs, one after another: {rate}"]  # 3 is no cell's
-    records.add("beside", start, 180.0, result_of(cell), ended=start + timedelta(seconds=180))
-    assert study_speed_words(tmp_path, ["0", "1", "2", "beside"])[0].startswith("4 recorded runs, at most 2 side by")
-    (tmp_path / "speedup.json").write_text("[1, 2]")
-    assert len(study_speed_words(tmp_path, "012")) == 1
-    assert study_speed_words(tmp_path / "nowhere", "012") == []
-
-
-def test_speeds_are_compared_seed_by_seed_and_ranked_only_where_they_are_apart():
-    study = plain_study(seeds=3)
-    cells, outcomes = with_errors(study, {arm.name: [0.1, 0.11, 0.12] for arm in study.arms})
-    speeds = {"batch": [100, 200, 400], "sync": [110, 240, 520], "group": [120, 150, 420]}
-    results = {
-        c.key: replace(outcomes[c.key].result, images_per_second=float(speeds[c.arm][c.seed]), peak_memory_bytes=2**20)
-        for c in cells
-    }
-    costs = costs_of(list(summary_of(study, cells, results).settings.values()))
-    sync, group = (next(line for line in costs.lines if line.arm == name) for name in ("sync", "group"))
-    assert (sync.images_per_second, sync.spread) == ("240", "110 to 520")
-    assert (sync.relative_speed, sync.relative_spread) == ("×1.20", "1.10 to 1.30")
-    assert (group.relative_speed, group.relative_spread) == ("×1.05", "0.75 to 1.20")
-    assert costs.words == (
-        "Faster than Local BatchNorm with every seed: SyncBatchNorm (×1.20). No order is claimed for GroupNorm, whose "
-        "ratios lie on both sides of 1, or are too few."
-    )
-    assert costs.memory == "peak resident memory of the whole process"
+    assert maps[0].rows[0][0] == "layer0.0.norm"
+    assert maps[0].rows[-1][0] == "layer3.5.norm"
+    cells_shown = [cell for found in maps for _, row in found.rows for cell in row]
+    assert all(cell.level is not None for cell in cells_shown)  # the other seed has that layer
+    for cell in cells_shown:
+        below = [level for level in LEVELS if float(cell.text.replace("<", "0")) >= level]
+        assert len(below) == cell.level
+    assert [heat_level(value) for value in (0.001, 0.003, 0.5, 99.0, math.nan)] == [0, 1, 5, 8, None]
+    assert effective_table(summary).title == "Local BatchNorm"
+    assert [compact(value) for value in (0.0312, 3.44, 1900, 2.1e6, math.nan)] == ["0.031", "3.4", "1.9k", "2.1M", "–"]
 
 
 def test_own_batch_of_batch_renormalization_is_no_evaluation(tmp_path):
     study = plain_study(arms=("renorm", "sync"), reference="sync", seeds=3)
     cells = cells_of(study)
-    results = {cell.key: result_of(cell) for cell in cells}
+    results = results_of(cells)
     for cell in cells:
         if cell.arm == "renorm":
             entries = [
@@ -329,15 +292,6 @@ def test_own_batch_of_batch_renormalization_is_no_evaluation(tmp_path):
                 {"statistics": "population", "estimator": "total", "samples": 1024, "test_error": 0.6},
             ]
             results[cell.key] = replace(results[cell.key], test_error=0.5, evaluations=entries)
-    summary = summary_of(study, cells, results)
-    items = evaluated_settings(summary)
-    (title, words), (_, free), (worse, where) = cause_words(causes_of(summary, items))
-    assert title == "Local BatchRenorm: not the estimate"
-    assert "the test batch's own statistics" not in words.partition("This rests on running and population")[0]
-    assert "batch renormalization maps the test batch's own statistics back" in words
-    assert free.startswith("SyncBatchNorm (")
-    assert worse == "Population statistics worse than the running ones"
-    assert where.replace("\N{NO-BREAK SPACE}", " ") == "Local BatchRenorm (60.0 % against 50.0 %)."
     write_csv(study, cells, results, tmp_path / "results.csv")
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert all((line["error_batch"] == "") == (line["arm"] == "renorm") for line in lines)
@@ -358,37 +312,15 @@ def test_numbers_of_images_that_were_rounded_apart_share_a_column():
     assert len(columns_of([result_of(cell, samples=(1024, 1088))])) == 6  # two columns each: one run has both
 
 
-def test_repeat_has_the_number_of_processes_that_ran():
-    cell = cells_of(plain_study(seeds=1, arms=("batch",)))[0]
-    one = replace(result_of(cell), losses=[1.0, 0.5], processes=1)
-    four = replace(one, processes=4)
-    assert repeat_words(four, one, "A run", 2).startswith(
-        "A run was run under 4 real processes and again in one process."
-    )
-    lost = replace(one, losses=[1.0, math.inf], status="diverged", test_error=None, processes=2)
-    words = repeat_words(one, lost, "A run", 2)
-    assert (
-        "At step 2 of 2 the training loss of one of the two is no longer finite; before, they agree within 0.001 up to"
-        in words
-    )
-    assert "inf" not in words.replace("infinite", "")
-    assert re.search(r"They end at \S+\s% and divergence\.", words)
-
-
-def test_what_all_arms_share_and_who_learnt_nothing():
-    study = plain_study(seeds=2)
-    assert fair_words(study).startswith("At each place, learning rate and length of training are the same for all arms")
-    arms = (*study.arms[:2], replace(study.arms[2], overrides={**study.arms[2].overrides, "optimizer": {"lr": 0.5}}))
-    assert "but for GroupNorm (lr 0.5)" in fair_words(replace(study, arms=arms))
-    summary = summary_with(study, {"batch": [0.84, 0.86], "sync": [0.1, 0.1], "group": [0.9, "diverged"]})
-    assert chance_words(list(summary.settings.values())).replace("\N{NO-BREAK SPACE}", " ") == (
-        "2 of 5 finished runs ended at chance level (an error of at least 85.0 %): Local BatchNorm (1) and "
-        "GroupNorm (1)."
-    )
-
-
-def test_a_falling_error_is_not_called_rising():
-    study = plain_study(seeds=2, grid={"data.class_skew": (1, 2, 4)})
-    errors = {name: [0.3, 0.32] for name in ("batch", "sync", "group")}
-    summary = summary_with(study, errors)
-    assert "goes from 31.0" in sweep_caption(summary, ())[0].replace("\N{NO-BREAK SPACE}", " ")
+def test_page_of_a_study_with_missing_runs(tmp_path):
+    study = plain_study(seeds=8)
+    errors = {name: [0.1 + 0.001 * i for i in range(8)] for name in ("batch", "sync", "group")}
+    errors["sync"][7] = "missing"
+    errors["group"][3] = "diverged"
+    cells, results = with_errors(study, errors)
+    _, _, words = written(study, cells, results, tmp_path)
+    assert "Nothing is claimed for 1 of 2 contrasts: 23 of 24 runs have a result." in words
+    assert "SyncBatchNorm − Local BatchNorm 1 run missing" in words
+    assert "GroupNorm − Local BatchNorm diverged –" in words
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert sorted({line["status"] for line in lines}) == ["diverged", "done", "missing"]

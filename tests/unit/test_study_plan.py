@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
-from syncbn.study.analysis.statistics import seeds_needed
-from syncbn.study.plan.grid import repeated_cell, study_cells, unique_cells
+from syncbn.study.analysis.statistics import MIN_SEEDS
+from syncbn.study.plan.grid import parity_cell, study_cells, unique_cells
 from syncbn.study.plan.study_file import available_studies, load_study
 from syncbn.train.config import ConfigError
 
@@ -42,6 +42,7 @@ def test_quickstart_is_packaged_and_is_what_it_says():
     assert {c.config.data.class_skew for c in cells if c.arm != "batch_iid"} == {4}
     assert study.reference.name == "batch_iid"
     assert study.seeds == (0, 1, 2)
+    assert (study.parity.arm, study.parity.processes) == ("sync", (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,14 @@ def test_quickstart_is_packaged_and_is_what_it_says():
         ({"arms": {}}, "arms"),
         ({"arms": {"a": {"label": "A", "overrides": {"nrm": {"name": "sync"}}}}}, "nrm"),
         ({"arms": {"a": {"label": "A", "overrides": {"norm": {"name": "ghost"}}}}}, "ghost_batch_size"),
-        ({"repeat_distributed": {"arm": "sync", "seed": 0, "processes": 3}}, "processes"),
-        ({"repeat_distributed": {"arm": "nobody", "seed": 0, "processes": 2}}, "nobody"),
+        ({"parity": {"arm": "sync", "processes": [1, 3]}}, r"parity.processes: got \[3\], expected divisors of the 4"),
+        (
+            {"parity": {"arm": "sync", "processes": [1]}},
+            r"parity.processes: got \[1\], expected a list of at least two",
+        ),
+        ({"parity": {"arm": "sync", "steps": 0}}, "parity.steps: got 0, expected a positive integer"),
+        ({"parity": {"arm": "nobody"}}, "parity.arm: got 'nobody', expected one of the arms"),
+        ({"parity": {"processes": [1, 2]}}, "parity: keys: .* the key 'arm' too"),
         ({"extra": 1}, "extra"),
     ],
     ids=str,
@@ -137,7 +144,7 @@ def test_an_axis_stands_in_for_the_base():
 def test_a_number_that_yaml_takes_for_a_text():
     study = swept(
         axes={"optimizer.lr": ["1e-3", "2E-1"], "optimizer.nesterov": [True, False]},
-        compare={"at": {"optimizer.lr": "2e-1"}},
+        contrasts=[{"arm": "sync", "at": {"optimizer.lr": "2e-1"}, "against": {"arm": "batch"}}],
     )
     assert study.axes["optimizer.lr"] == (0.001, 0.2)
     assert dict(study.comparison_point())["optimizer.lr"] == 0.2
@@ -157,13 +164,16 @@ def test_keys_that_a_file_merges_may_be_replaced(tmp_path):
     assert found == {"one": (2, 1), "two": (4, 1)}
 
 
-def test_every_study_repeats_a_cell_under_real_processes():
-    repeat = swept().repeat_distributed
-    assert (repeat.arm, repeat.seed, repeat.processes, repeat.at) == ("batch", 0, 2, {"per_gpu_batch_size": 1})
-    cells = study_cells(swept())
-    assert repeated_cell(swept(), cells) is cells[0]
-    lone = small_study(base={"data": {"name": "digits"}}, arms={"a": {}})
-    assert lone.repeat_distributed is None, "one logical GPU: nothing is emulated"
+def test_the_cell_of_the_parity_check():
+    study = swept(parity={"arm": "sync"})
+    assert (study.parity.processes, study.parity.steps) == ((1, 2), 8)
+    cells = study_cells(study)
+    assert parity_cell(study.parity, cells) is next(c for c in cells if c.arm == "sync")
+    at = {"per_gpu_batch_size": 4}
+    study = swept(parity={"arm": "batch", "processes": [2, 1], "steps": 3, "at": at})
+    cell = parity_cell(study.parity, study_cells(study))
+    assert (cell.arm, cell.seed, dict(cell.point)) == ("batch", 0, at)
+    assert swept().parity is None
 
 
 @pytest.mark.parametrize(
@@ -228,12 +238,21 @@ def test_every_study_repeats_a_cell_under_real_processes():
             r"only.per_gpu_batch_size: got \[3\]",
         ),
         ({"arms": {"a": {"only": {"gpus": [3]}}}}, "only: got 'gpus', expected an axis of the study"),
-        ({"compare": {"arms": ["batch"]}}, "compare.arms: .*an arm with `reference: true`"),
-        ({"compare": {"arms": ["nobody"]}}, "compare.arms: got"),
-        ({"compare": {"at": {"per_gpu_batch_size": 9}}}, "compare.at.per_gpu_batch_size: got"),
+        ({"contrasts": [{"arm": "nobody", "against": {"arm": "batch"}}]}, r"contrasts\[0\].arm: got 'nobody'"),
         (
-            {"repeat_distributed": {"arm": "sync", "seed": 0, "processes": 2, "at": {"gpus": 1}}},
-            "repeat_distributed.at",
+            {"contrasts": [{"arm": "batch", "at": {"per_gpu_batch_size": 9}, "against": {"arm": "sync"}}]},
+            r"contrasts\[0\].at.per_gpu_batch_size: got 9",
+        ),
+        (
+            {"parity": {"arm": "sync", "at": {"gpus": 1}}},
+            "parity.at: got 'gpus', expected an axis of the study",
+        ),
+        (
+            {
+                "arms": {"a": {"only": {"per_gpu_batch_size": [1]}}},
+                "parity": {"arm": "a", "at": {"per_gpu_batch_size": 2}},
+            },
+            "parity.at: got .* expected a place at which the arm is run",
         ),
     ],
     ids=str,
@@ -273,11 +292,9 @@ def test_malformed_files_are_one_line(tmp_path, text, message):
 def test_reference_studies_can_reach_their_claims(name):
     """As many seeds as the planned comparisons need, but where a seed costs days."""
     study = load_study(name)
-    point = study.comparison_point()
-    compared = study.compare.arms or [a.name for a in study.arms if not a.reference and point in study.points(a)]
-    enough = len(study.seeds) >= seeds_needed(len(compared))
+    assert study.contrasts
+    enough = len(study.seeds) >= MIN_SEEDS
     assert enough == (not name.startswith("imagenet"))
-    assert study.repeat_distributed is not None
 
 
 def test_an_unknown_study_names_those_there_are():

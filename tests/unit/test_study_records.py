@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 from study_fakes import NOON, fake_result, small_study
 
 from syncbn.study.plan.grid import study_cells
-from syncbn.study.run.records import PAUSE_SECONDS, Record, Records, append, cells_per_hour, read_records, worker_name
+from syncbn.study.run.records import Record, Records, append, read_records, worker_name
 from syncbn.train.config import ConfigError
 
 CONFIG = study_cells(small_study())[0].config
@@ -43,7 +42,9 @@ def test_what_is_appended_is_read(tmp_path):
 
 def test_a_diverged_run_has_its_losses_back(tmp_path):
     append(path_of(tmp_path), record(status="diverged", losses=(1.0, math.nan)))
-    found = read_records(tmp_path)["k"].result
+    record_read = read_records(tmp_path)["k"]
+    assert (record_read.state, record().state) == ("diverged", "done")
+    found = record_read.result
     assert found.status == "diverged"
     assert found.losses[0] == 1.0
     assert math.isnan(found.losses[1])
@@ -161,20 +162,3 @@ def test_processes_that_write_at_the_same_time(tmp_path):
         seen = now
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(read_records(tmp_path)) == 100
-
-
-def test_cells_per_hour_counts_the_time_in_which_the_study_ran():
-    assert cells_per_hour([]) is None
-    assert cells_per_hour([record(seconds=0)]) is None
-    one = [record(str(n), after=10 * n, seconds=10) for n in range(6)]
-    assert cells_per_hour(one) == pytest.approx(360)
-    # Two side by side are twice as fast, whatever the order.
-    assert cells_per_hour([*one[::-1], *one]) == pytest.approx(720)
-    # Stopped for a night: the speed is that of the two sessions. A short pause is a part of its session.
-    night = [record(str(n), after=10 * n + 40_000, seconds=10) for n in range(6)]
-    assert cells_per_hour(one + night) == pytest.approx(360)
-    # A clock that was set back during a run: the run took the time that it took.
-    back = replace(one[0], ended=one[0].started - timedelta(hours=1))
-    assert cells_per_hour([back, *one[1:]]) == pytest.approx(360)
-    later = [record(str(n), after=60 + PAUSE_SECONDS + 10 * n, seconds=10) for n in range(6)]
-    assert cells_per_hour(one + later) == pytest.approx(3600 * 12 / (120 + PAUSE_SECONDS))

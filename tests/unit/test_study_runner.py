@@ -6,6 +6,7 @@ import collections
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -17,23 +18,26 @@ from study_fakes import fake_result, small_study
 from syncbn.cli import main
 from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
-from syncbn.study.run import speedup, status
+from syncbn.study.run.jobs import attempt, load_result, study_jobs
+from syncbn.study.run.logs import failure, note_failure
 from syncbn.study.run.records import Records, read_records
-from syncbn.study.run.runner import repeat_id, run_cells, study_jobs
+from syncbn.study.run.runner import run_cells
 from syncbn.study.run.status import study_outcomes
-from syncbn.study.run.worker import Trainer, attempt, failure, last_error, load_result, note_failure
 from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError
 
 STUDY = small_study()
 CELLS = study_cells(STUDY)
-JOBS = 7
-"""Six cells and the repeat."""
+JOBS = 6
 
 
 def run(out, train=study_fakes.train, workers=2, **options):
-    trainer = Trainer(train=train, launch=study_fakes.launch)
-    return run_cells(STUDY, CELLS, out, workers=workers, trainer=trainer, **options)
+    return run_cells(CELLS, out, workers=workers, train=train, **options)
+
+
+def ends(outcomes):
+    """The states in which runs ended, and whether they ended in this call."""
+    return {(outcome.state, outcome.ran) for outcome in outcomes.values()}
 
 
 def calls(out):
@@ -42,19 +46,16 @@ def calls(out):
 
 def test_each_cell_once_and_then_never_again(tmp_path):
     first = run(tmp_path)
-    assert {o.status for o in first.values()} == {"ran"}
+    assert ends(first) == {("done", True)}
     assert sorted(calls(tmp_path).values()) == [1] * JOBS
     records = read_records(tmp_path)
     assert {key: o.result for key, o in first.items()} == {key: r.result for key, r in records.items()}
-    repeat = records[repeat_id(STUDY.repeat_distributed, CELLS)]
-    assert repeat.key == f"{CELLS[0].key}-2"
-    assert repeat.result.processes == 2
     # A file for each worker, and a record is what it says: wall time, in the order of the clock.
     assert {path.stem for path in (tmp_path / "records").iterdir()} == {r.worker for r in records.values()}
-    assert all(0.1 < r.seconds < 5 for r in records.values() if "-" not in r.key)
+    assert all(0.1 < r.seconds < 5 for r in records.values())
     assert all(abs((r.ended - r.started).total_seconds() - r.seconds) < 0.1 for r in records.values())
     second = run(tmp_path)
-    assert {o.status for o in second.values()} == {"kept"}
+    assert ends(second) == {("done", False)}
     assert {k: o.result for k, o in second.items()} == {k: o.result for k, o in first.items()}
     assert sorted(calls(tmp_path).values()) == [1] * JOBS
 
@@ -69,7 +70,7 @@ def test_results_of_the_trainer_are_recorded_without_running_again(tmp_path):
     (tmp_path / "runs" / half.key / "result.json").write_text('{"status": "ok", "test_er')
     assert load_result(tmp_path / "runs" / half.key) is None
     outcomes = run(tmp_path)
-    assert outcomes[done.key].status == "kept"
+    assert (outcomes[done.key].state, outcomes[done.key].ran) == ("done", False)
     assert outcomes[done.key].result == fake
     record = read_records(tmp_path)[done.key]
     assert record.seconds == fake.seconds
@@ -91,9 +92,8 @@ def test_a_result_of_another_version_is_kept_and_named(tmp_path, change):
     with pytest.raises(ConfigError, match="expected a result that this version of syncbn can read") as caught:
         run(tmp_path)
     assert str(path) in str(caught.value)
-    job = next(job for job in study_jobs(STUDY, CELLS, tmp_path) if job.id == CELLS[0].key)
-    reply = attempt(job, Trainer(train=study_fakes.train), Records(tmp_path))
-    assert (reply.status, str(path) in reply.message) == ("failed", True)
+    event = attempt(study_jobs(CELLS, tmp_path)[0], study_fakes.train, Records(tmp_path))
+    assert (event.job.cell, event.state, str(path) in event.message) == (CELLS[0], "failed", True)
     assert path.read_text() == text
 
 
@@ -108,18 +108,18 @@ def test_a_record_that_cannot_be_written_is_a_failure_of_its_run_alone(tmp_path,
 
     monkeypatch.setattr(Records, "add", full)  # in this process; the workers are new ones
     outcomes = run(tmp_path, study_fakes.train_then_killed)
-    failed = {key for key, outcome in outcomes.items() if outcome.status == "failed"}
+    failed = {key for key, outcome in outcomes.items() if outcome.state == "failed"}
     assert failed == {cell.key for cell in CELLS if cell.seed == 0}
     assert {outcomes[key].message for key in failed} == {"OSError: [Errno 28] No space left on device"}
     assert failure(outcomes[CELLS[0].key].job.log) == "OSError: [Errno 28] No space left on device"
-    assert {o.status for key, o in outcomes.items() if key not in failed} == {"ran"}
+    assert ends({key: o for key, o in outcomes.items() if key not in failed}) == {("done", True)}
     monkeypatch.undo()
-    assert {o.status for o in run(tmp_path).values()} == {"kept"}
+    assert ends(run(tmp_path)) == {("done", False)}
 
 
 def test_a_worker_that_dies_after_its_result_has_done_its_run(tmp_path):
     outcomes = run(tmp_path, study_fakes.train_then_killed)
-    assert {o.status for o in outcomes.values()} == {"ran"}
+    assert ends(outcomes) == {("done", True)}
     assert len(read_records(tmp_path)) == JOBS
     assert sorted(calls(tmp_path).values()) == [1] * JOBS
 
@@ -128,49 +128,54 @@ def test_accidents_are_outcomes(tmp_path, monkeypatch, capsys):
     """One run raises, one kills its worker, two diverge: the others are done all the same."""
     outcomes = run(tmp_path, study_fakes.train_with_accidents)
     by_place = {(c.arm, c.seed): outcomes[c.key] for c in CELLS}
-    assert by_place["sync", 0].status == "failed"
+    assert by_place["sync", 0].state == "failed"
     assert "no luck" in by_place["sync", 0].message
-    assert by_place["sync", 1].status == "failed"
+    assert by_place["sync", 1].state == "failed"
     assert "SIGKILL" in by_place["sync", 1].message
-    assert [by_place["batch", seed].result.status for seed in (0, 1)] == ["diverged"] * 2
+    assert [by_place["batch", seed].state for seed in (0, 1)] == ["diverged"] * 2
+    assert [by_place["iid", seed].state for seed in (0, 1)] == ["done"] * 2
     assert [by_place["iid", seed].result.test_error for seed in (0, 1)] == [0.02] * 2
-    # The folder says the same to who asks it.
-    seen = study_outcomes(STUDY, CELLS, tmp_path)
-    assert {k: (o.status == "failed", o.message) for k, o in seen.items()} == {
-        k: (o.status == "failed", o.message) for k, o in outcomes.items()
-    }
-    monkeypatch.setattr(status, "load_study", lambda name: STUDY)
-    with try_lock(tmp_path / "locks" / f"{by_place['sync', 1].job.id}.lock"):
+    # The folder tells the same to another process.
+    seen = study_outcomes(CELLS, tmp_path)
+    assert {k: (o.state, o.message) for k, o in seen.items()} == {k: (o.state, o.message) for k, o in outcomes.items()}
+    monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
+    with try_lock(by_place["sync", 1].job.lock):
         assert main(["study", "status", "--config", "small", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    lines = lines[lines.index(f"small: 7 runs in {tmp_path}") + 1 :]
-    words = [line.split() for line in lines[:4]]
-    assert [w[:2] for w in words] == [["done", "5,"], ["running", "1"], ["failed", "1,"], ["missing", "0"]]
-    assert "2 of them diverged" in lines[0]
-    assert "runs an hour while it was running; about" in lines[4]
-    assert lines[5:8] == ["running: sync, seed 1", "diverged: batch, seed 0", "diverged: batch, seed 1"]
-    assert lines[8].startswith("failed: sync, seed 0: RuntimeError: no luck (log: ")
-    assert len(lines) == 9
+    lines = lines[lines.index(f"small: 6 runs in {tmp_path}") + 1 :]
+    words = [line.split()[:2] for line in lines[:5]]
+    assert words == [["missing", "0"], ["running", "1"], ["done", "2"], ["diverged", "2"], ["failed", "1,"]]
+    assert re.fullmatch(r"about \S+ s left, one run at a time, from the runs that have finished", lines[5])
+    assert lines[6:9] == ["running: sync, seed 1", "diverged: batch, seed 0", "diverged: batch, seed 1"]
+    assert lines[9].startswith("failed: sync, seed 0: RuntimeError: no luck (log: ")
+    assert len(lines) == 10
 
 
 def test_status_of_a_folder_that_does_not_exist(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(status, "load_study", lambda name: STUDY)
+    monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
     out = tmp_path / "none"
     assert main(["study", "status", "--config", "small", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"small: 7 runs in {out}, which does not exist yet"
-    assert [line.split() for line in lines[1:5]] == [
-        [k, n] for k, n in zip(("done", "running", "failed", "missing"), "0007", strict=True)
+    assert lines[0] == f"small: 6 runs in {out}, which does not exist yet"
+    assert [line.split() for line in lines[1:6]] == [
+        [k, n] for k, n in zip(("missing", "running", "done", "diverged", "failed"), "60000", strict=True)
     ]
-    assert lines[5:] == ["no run has ended yet"]
+    assert lines[6:] == ["no estimate before the first run has finished"]
     assert not out.exists()
+
+
+def test_status_tells_a_run_that_was_cut_off_from_one_that_was_not_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
+    study_jobs(CELLS, tmp_path)[0].directory.mkdir(parents=True)
+    assert main(["study", "status", "--config", "small", "--out", str(tmp_path)]) == 0
+    assert "missing     6, 1 of them begun and cut off" in capsys.readouterr().out
 
 
 def test_report_from_what_is_there(tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(commands, "load_study", lambda name: STUDY)
     monkeypatch.setattr(commands, "print_table", lambda *arguments: None)
-    monkeypatch.setattr(commands, "write_report", lambda *arguments, command: written.append(arguments) or "the page")
+    monkeypatch.setattr(commands, "write_report", lambda *arguments, **options: written.append(arguments) or "the page")
     words = ["study", "report", "--config", "small", "--out"]
     assert main([*words, str(tmp_path / "none")]) == 2
     assert "expected a folder with at least one finished run of the study small" in capsys.readouterr().err
@@ -181,29 +186,18 @@ def test_report_from_what_is_there(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "report: the page\n"
     study, cells, outcomes, out = written[0]
     assert (study, cells, out) == (STUDY, CELLS, tmp_path)
-    assert {key: o.status for key, o in outcomes.items()} == {cell.key: "kept" for cell in CELLS[:4]}
+    assert [outcomes[cell.key].state for cell in CELLS] == ["done"] * 4 + ["missing"] * 2
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_repeat_is_the_other_way_round_where_real_processes_did_the_cell(tmp_path):
-    jobs = {job.id: job for job in study_jobs(STUDY, CELLS, tmp_path)}
-    repeat = jobs[repeat_id(STUDY.repeat_distributed, CELLS)]
-    records = Records(tmp_path)
-    records.add(repeat.repeats, study_fakes.NOON, 1.0, fake_result(repeat.config, processes=2))
-    assert attempt(repeat, Trainer(launch=study_fakes.launch), records).status == "ran"
-    assert records.get(repeat.id).result.processes == 1
 
 
 def test_a_log_tells_of_its_last_attempt(tmp_path):
     log = tmp_path / "logs" / "k.log"
     assert failure(log) is None
-    assert last_error(log) == ""
     note_failure(log, "OSError: first")
     assert failure(log) == "OSError: first"
     with log.open("a") as file:
         file.write("== 2026-03-01T12:00:00+00:00 began: sync, seed 0\nstep 1\nValueError: second\nstep 2\n")
     assert failure(log) is None
-    assert last_error(log) == "ValueError: second"
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
@@ -220,8 +214,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "workers: got 0, expected a positive integer" in said("--workers", "0")
     assert "executor: got 'cloud', expected one of pool, slurm, local" in said("--executor", "cloud")
     assert "slurm-options" in said("--slurm-options", "{partition: x}")
-    assert "measure-speedup" in said("--executor", "local", "--measure-speedup")
-    assert "slurm-options" in said("--slurm-options", "nonsense")
+    assert "slurm_options: Expected a <class 'dict'>. Got value: nonsense" in said("--slurm-options", "nonsense")
     assert "workers: got 2, expected 1, as the 4 processes" in said("--workers", "2", WORLD_SIZE="4")
     assert "executor: got 'local', expected none, as the 4 processes" in said("--executor", "local")
     assert not (tmp_path / "out").exists()
@@ -230,12 +223,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("study foo", "command: got 'foo', expected one of plan, run, status, report"),
-        ("study", "command: got none, expected one of plan, run, status, report"),
-        ("study run --out x", "study run: expected --config too (see --help)"),
-        ("study status", "study status: expected --config, --out too (see --help)"),
-        ("study run --config a --out b --wurkers 2", "study run: got --wurkers, expected an option of this command"),
-        ("study run --config a --out b --workers two", "workers: got 'two', expected an integer or null"),
+        ("study foo", "command: got 'study foo', expected one of train, parity, diagnose, study plan, study run"),
+        ("study", "command: got 'study', expected one of train, parity, diagnose, study plan, study run"),
+        ("", "command: got None, expected one of train"),
+        ("study run --out x", "study run: the following arguments are required: config (see syncbn study run --help)"),
+        ("study status", "study status: the following arguments are required: config, out (see"),
+        ("study run --config a --out b --wurkers 2", "study run: unrecognized arguments: --wurkers 2 (see"),
+        ("study run --config a --out b --workers two", "workers: Expected a <class 'int'>. Got value: two"),
         ("study run --config nothing --out b", "study: got 'nothing', expected an existing YAML file or the name"),
     ],
 )
@@ -251,25 +245,6 @@ def test_a_cluster_needs_submitit(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main(["study", "run", "--config", "small", "--out", str(tmp_path), "--executor", "slurm"]) == 2
     assert capsys.readouterr().err == "syncbn: error: submitit is not installed; pip install 'syncbn[slurm]'\n"
-
-
-def test_speedup_is_measured_and_not_recorded(tmp_path, monkeypatch, capsys):
-    trainer = Trainer(train=study_fakes.train)
-    found = commands.measure_speedup(CELLS[0], 2, tmp_path, trainer=trainer, seconds=0.1)
-    assert found["alone"] == 80
-    assert found["together"] == 160
-    assert found["speedup"] == 2
-    assert found["spread"] == {"alone": [80, 80], "together": [160, 160], "speedup": [2, 2]}
-    assert [len(r["together"]) for r in found["rounds"]] == [2] * 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "speedup.json"]
-    with pytest.raises(commands.MeasurementError, match="no luck"):
-        commands.measure_speedup(CELLS[1], 2, tmp_path, trainer=Trainer(train=study_fakes.train_with_accidents))
-    here, there = multiprocessing.Pipe()
-    there.close()
-    with pytest.raises(commands.MeasurementError, match="a worker process died"):
-        speedup._train([here], CELLS[0].config)
-    commands._measure(STUDY, CELLS, tmp_path, 1)
-    assert capsys.readouterr().out == "speed-up: nothing to measure, as one worker does the runs\n"
 
 
 def test_records_of_a_newer_version_stop_the_study(tmp_path):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import fcntl
+import importlib
 import json
 import math
 
 import pytest
 import torch
 
+import syncbn.train
 from syncbn.train import loop
 from syncbn.train.config import ConfigError, LocalError
 from syncbn.train.config_io import config_from_dict, load_config
 from syncbn.train.data import files as data_files
 from syncbn.train.loop import train
 from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
-from syncbn.train.parity import Trained, compare
+from syncbn.train.parity import Trained, compare_runs
 from syncbn.train.result import RunResult
 
 SMALL = {
@@ -40,6 +43,7 @@ def test_result_and_files(tmp_path):
     result = train(config, tmp_path, trackers=["tensorboard"])
     assert result.status == "ok"
     assert (result.steps, result.samples, len(result.losses)) == (15, 450, 15)
+    assert (result.train_images, result.test_images) == (150, 355)
     assert [h["epoch"] for h in result.history] == [1, 2, 3]
     assert result.test_error == result.history[-1]["test_error"]
     assert 0 <= result.test_error <= 1
@@ -74,7 +78,7 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, monkeypatch, model):
     with pytest.raises(ConfigError, match="resume"):
         train(config, tmp_path / "broken")
     train(config, tmp_path / "broken", resume=True)
-    assert compare(Trained.read(tmp_path / "whole"), Trained.read(tmp_path / "broken")).largest == 0
+    assert compare_runs(Trained.read(tmp_path / "whole"), Trained.read(tmp_path / "broken")).largest == 0
     whole, broken = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken"))
     assert whole == broken
 
@@ -246,12 +250,12 @@ def test_weight_decay_spares_norms_and_biases_if_asked():
 def test_parity_comparison_sees_a_small_difference():
     a = Trained([1.0, 0.5], {"w": torch.ones(3, dtype=torch.float64), "bn.running_var": torch.ones(2)})
     moved = {"w": a.tensors["w"] + torch.tensor([0, 0, 2e-10]), "bn.running_var": torch.ones(2)}
-    assert compare(a, a).largest == 0
-    assert compare(a, Trained(a.losses, moved)).weights == pytest.approx(2e-10, rel=1e-3)
-    assert compare(a, Trained([1.0, 0.5 + 1e-9], a.tensors)).losses == pytest.approx(1e-9, rel=1e-3)
-    assert compare(a, Trained([1.0], a.tensors)).losses == math.inf
-    assert compare(a, Trained([1.0, math.nan], a.tensors)).losses == math.inf
-    assert compare(a, Trained(a.losses, {"w": a.tensors["w"]})).buffers == math.inf
+    assert compare_runs(a, a).largest == 0
+    assert compare_runs(a, Trained(a.losses, moved)).weights == pytest.approx(2e-10, rel=1e-3)
+    assert compare_runs(a, Trained([1.0, 0.5 + 1e-9], a.tensors)).losses == pytest.approx(1e-9, rel=1e-3)
+    assert compare_runs(a, Trained([1.0], a.tensors)).losses == math.inf
+    assert compare_runs(a, Trained([1.0, math.nan], a.tensors)).losses == math.inf
+    assert compare_runs(a, Trained(a.losses, {"w": a.tensors["w"]})).buffers == math.inf
 
 
 def test_a_model_spoilt_by_its_last_step_has_diverged():
@@ -275,3 +279,14 @@ def test_a_model_spoilt_by_its_last_step_has_diverged():
 def test_sections_that_are_none(values, message):
     with pytest.raises(ConfigError, match=message):
         config_from_dict(values)
+
+
+@pytest.mark.parametrize("module", ["config", "config_io", "diagnosis", "loop", "result"])
+def test_examples_of_the_docstrings(module):
+    found = doctest.testmod(importlib.import_module(f"syncbn.train.{module}"))
+    assert (found.failed, found.attempted > 0) == (0, True)
+
+
+def test_public_names():
+    assert syncbn.train.__all__ == ["RunConfig", "RunResult", "diagnose", "load_config", "train"]
+    assert all(callable(getattr(syncbn.train, name)) for name in syncbn.train.__all__)

@@ -22,6 +22,7 @@ from syncbn.kernels.cpu.library import load
 from syncbn.torch_internals import has_values
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_BUFFER_TYPES = (torch.float32, torch.float64)
 _ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 
 
@@ -88,16 +89,19 @@ for _name in ("group_sums", "normalize", "backward_sums", "grad_input", "finish"
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def is_like(t: Tensor | None, dtype: torch.dtype, *shape: int) -> bool:
-    """Whether ``t`` is None, or a contiguous tensor of this dtype and shape that the kernels can read."""
-    return t is None or (
-        t.dtype == dtype and t.shape == shape and t.is_contiguous() and has_values(t) and not t.is_neg()
-    )
+def is_plain(t: Tensor) -> bool:
+    """Whether a contiguous run of values at the tensor's address can be read as it is."""
+    return t.is_contiguous() and has_values(t) and not t.is_neg()
 
 
-def fits(t: Tensor | None, x: Tensor) -> bool:
-    """Whether ``t``, a gradient or a residual, is None or can at least be copied into the format of ``x``."""
-    return t is None or (t.shape == x.shape and has_values(t))
+def is_like(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether ``t`` is a contiguous tensor of this dtype and shape that the kernels can read."""
+    return t.dtype == dtype and t.shape == shape and is_plain(t)
+
+
+def fits(t: Tensor, x: Tensor) -> bool:
+    """Whether ``t``, a gradient or a residual, can at least be copied into the format of ``x``."""
+    return t.shape == x.shape and has_values(t)
 
 
 def as_x(t: Tensor, x: Tensor) -> Tensor:
@@ -111,14 +115,18 @@ def is_readable(running: Running | None, channels: int) -> bool:
     """Whether the kernels can read these buffers and perform this update."""
     if running is None:
         return True
-    mean, var, tracked, nonfinite = running[:4]
+    mean, var, tracked, nonfinite, _, mode, _, _, update = running
     return (
-        (running.mode == "mean" or not running.update)
-        and mean.dtype in (torch.float32, torch.float64)
-        and is_like(mean, mean.dtype, channels)
-        and is_like(var, mean.dtype, channels)
-        and is_like(tracked, torch.int64)
-        and is_like(nonfinite, torch.int64)
+        (mode == "mean" or not update)
+        and mean.dtype == var.dtype
+        and mean.dtype in _BUFFER_TYPES
+        and mean.shape == var.shape == (channels,)
+        and tracked.dtype == nonfinite.dtype == torch.int64
+        and tracked.numel() == nonfinite.numel() == 1
+        and is_plain(mean)
+        and is_plain(var)
+        and is_plain(tracked)
+        and is_plain(nonfinite)
     )
 
 
@@ -149,13 +157,13 @@ def make_call(x: Tensor, scale: Tensor | None, shift: Tensor | None, groups: Gro
     index, residual = groups.index, epilogue.residual
     assert index is not None or groups.number == 1, "several groups need an index"
     planes = _planes(x)
-    if planes is None or not fits(residual, x):
+    if planes is None or (residual is not None and not fits(residual, x)):
         return None
     call = Call.from_buffer_copy(_fixed_fields(x.shape, x.dtype, planes, groups.number, epilogue[1:]))
     call.x, call.threads = x.data_ptr(), torch.get_num_threads()
     if index is not None:
         index = index.contiguous()
-        if not is_like(index, torch.int64, x.shape[0]):
+        if not is_like(index, torch.int64, (x.shape[0],)):
             return None
         call.groups = call.keep(index)
     if residual is not None:
@@ -194,7 +202,7 @@ def put_moments(call: Call, affine: Affine) -> bool:
     """Whether the kernels can read mean and invstd; if so they are put into the call."""
     mean, invstd = affine.mean.contiguous(), affine.invstd.contiguous()
     shape = (call.num_groups, call.channels)
-    if not (is_like(mean, WIRE_DTYPE, *shape) and is_like(invstd, WIRE_DTYPE, *shape)):
+    if not (is_like(mean, WIRE_DTYPE, shape) and is_like(invstd, WIRE_DTYPE, shape)):
         return False
     call.mean, call.invstd = call.keep(mean), call.keep(invstd)
     return True
@@ -202,6 +210,12 @@ def put_moments(call: Call, affine: Affine) -> bool:
 
 def wide(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=WIRE_DTYPE, device="cpu")
+
+
+def halves(t: Tensor) -> tuple[int, int]:
+    """The addresses of ``t[0]`` and ``t[1]`` of a contiguous (2, ...) tensor."""
+    start = t.data_ptr()
+    return start, start + t.nbytes // 2
 
 
 def put_running(call: Call, running: Running | None) -> Tensor | None:
@@ -225,6 +239,5 @@ def put_running(call: Call, running: Running | None) -> Tensor | None:
         return None
     corrections = wide(2, call.num_groups, call.channels)
     call.limits = _Limits(True, *limits)
-    call.r = corrections.data_ptr()
-    call.d = call.r + corrections.nbytes // 2
+    call.r, call.d = halves(corrections)
     return corrections

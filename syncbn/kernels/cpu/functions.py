@@ -25,6 +25,7 @@ from syncbn.kernels.cpu.call import (
     Call,
     as_x,
     fits,
+    halves,
     is_like,
     is_readable,
     library,
@@ -51,7 +52,7 @@ def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
 def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statistics:
     """As :func:`syncbn.functional.finish.finish`."""
     g, c = len(sums), (sums.shape[1] - 1) // 2
-    if not (is_like(sums, WIRE_DTYPE, g, 2 * c + 1) and is_readable(running, c)):
+    if not (is_like(sums, WIRE_DTYPE, (g, 2 * c + 1)) and is_readable(running, c)):
         return finish_twin.finish(sums, eps, running)
     call = Call(sums=sums.data_ptr(), channels=c, num_groups=g, eps=eps)
     # One tensor each: a tensor saved for the backward pass must not keep the others alive.
@@ -93,8 +94,8 @@ def local_forward(
         return _local_forward_by_steps(x, weight, bias, eps, running, groups, epilogue)
     y = torch.empty_like(x)
     moments = torch.empty(2, groups.number, x.shape[1], dtype=WIRE_DTYPE, device="cpu")
-    call.out, call.eps, call.mean = y.data_ptr(), eps, moments.data_ptr()
-    call.invstd = call.mean + moments.nbytes // 2
+    call.out, call.eps = y.data_ptr(), eps
+    call.mean, call.invstd = halves(moments)
     corrections = put_running(call, running)
     library.syncbn_forward(call)
     return y, moments, None if corrections is None else corrections.to(compute_dtype(x))
@@ -162,7 +163,7 @@ def grad_input(
     """As :func:`syncbn.functional.normalize.grad_input`."""
     call = make_call(x, affine.scale, affine.shift, groups, epilogue)
     means = means.contiguous()
-    readable = is_like(means, WIRE_DTYPE, groups.number, 2, x.shape[1]) and fits(dz, x)
+    readable = is_like(means, WIRE_DTYPE, (groups.number, 2, x.shape[1])) and fits(dz, x)
     if call is None or not (readable and put_moments(call, affine)):
         return twin.grad_input(dz, x, affine, means, groups, epilogue)
     _put_gradient(call, dz, x, write=False)
@@ -193,16 +194,15 @@ def local_backward(
     moments, corrections = statistics
     call = make_call(x, weight, bias, groups, epilogue)
     shape = (2, groups.number, x.shape[1])
-    if call is None or not (is_like(moments, WIRE_DTYPE, *shape) and fits(grad_output, x)):
+    if call is None or not (is_like(moments, WIRE_DTYPE, shape) and fits(grad_output, x)):
         return None
-    call.mean = moments.data_ptr()
-    call.invstd = call.mean + moments.nbytes // 2
+    call.mean, call.invstd = halves(moments)
     if corrections is not None:
         wide_corrections = corrections.to(WIRE_DTYPE)
-        if not is_like(wide_corrections, WIRE_DTYPE, *shape):
+        if not is_like(wide_corrections, WIRE_DTYPE, shape):
             return None
-        call.r = call.keep(wide_corrections)
-        call.d = call.r + wide_corrections.nbytes // 2
+        call.kept = (*call.kept, wide_corrections)
+        call.r, call.d = halves(wide_corrections)
     dz = _put_gradient(call, grad_output, x, write=needs[3])
     grad = grad_weight = grad_bias = None
     if needs[0]:

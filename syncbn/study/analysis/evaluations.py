@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from syncbn.study.analysis.summary import Centre, Setting, Summary, centres_of
+from syncbn.study.analysis.statistics import Centre, centre_of
+from syncbn.study.analysis.summary import Setting, Summary
 from syncbn.study.plan.grid import Point
 
 if TYPE_CHECKING:
@@ -93,16 +94,11 @@ def evaluated_settings(summary: Summary) -> dict[tuple[str, Point], Evaluated]:
         kinds = kinds_of(setting.runs)
         if all(kind.statistics == "running" for kind in kinds):
             continue
-        centres = centres_of([[evaluated(result, kind) for result in setting.results] for kind in kinds])
-        errors = {kind: centre for kind, centre in zip(kinds, centres, strict=True) if not math.isnan(centre.mean)}
+        centres = {kind: centre_of([evaluated(result, kind) for result in setting.results]) for kind in kinds}
+        errors = {kind: centre for kind, centre in centres.items() if not math.isnan(centre.mean)}
         if errors:
             found[place] = Evaluated(setting=setting, errors=errors)
     return found
-
-
-def with_several_samples(items: Sequence[Evaluated]) -> list[Evaluated]:
-    """Those whose population statistics were taken of more than one number of images."""
-    return [item for item in items if any(len(item.series(f)) > 1 for f in FAMILIES if f.startswith("population"))]
 
 
 def columns_of(results: Sequence[RunResult]) -> list[tuple[str, list[Kind]]]:
@@ -129,7 +125,7 @@ def _column_name(kinds: Sequence[Kind]) -> str:
 
 
 def _entries(result: RunResult) -> list[dict[str, Any]]:
-    """A run's evaluations without one that is none: the test batch's own statistics under batch renormalization."""
+    """A run's evaluations. Batch renormalization has none with the test batch's own statistics: it maps them back."""
     renorm = is_renorm(result)
     return [entry for entry in result.evaluations if not (renorm and entry.get("statistics") == "batch")]
 

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from syncbn.study.analysis.layout import Layout, layout_of
-from syncbn.study.analysis.statistics import summarize
-from syncbn.study.plan.grid import Arm, Cell, Point, Study, Value
+from syncbn.study.analysis.statistics import Centre, centre_of
+from syncbn.study.plan.grid import Cell, Point, Study, Value
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Centre:
-    """A figure of a setting over its seeds: the mean of the runs that have it; NaN where too few have."""
-
-    mean: float
-    sd: float
-    low: float
-    """Lower end of the 95 % interval of the mean; NaN below two runs."""
-    high: float
-    """Upper end of that interval."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One arm at one place. Errors are fractions of the test images."""
+    """One arm at one place, over all seeds. Errors are fractions of the test images.
+
+    >>> from syncbn.study import load_study
+    >>> from syncbn.study.plan.grid import study_cells
+    >>> study = load_study("quickstart")
+    >>> setting = summary_of(study, study_cells(study), results={}).settings["sync", ()]
+    >>> setting.label, setting.missing
+    ('SyncBatchNorm', 3)
+    """
 
     arm: str
     label: str
@@ -50,16 +45,13 @@ class Setting:
     finished: int
     diverged: int
     missing: int
+    level: bool = False
+    """Whether the same runs stand at several places of this arm, as no axis that varies between them changes it."""
 
     @property
     def runs(self) -> list[RunResult]:
         """The results there are."""
         return [result for result in self.results if result is not None]
-
-    def mean_of(self, figure: Callable[[RunResult], float | int | None]) -> float:
-        """Mean of a figure over the runs that have it; NaN if none has."""
-        found = [value for run in self.runs if (value := figure(run)) is not None]
-        return sum(found) / len(found) if found else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +63,6 @@ class Summary:
     settings: Mapping[tuple[str, Point], Setting]
     """In the order of the study's arms, and of the places within."""
 
-    @property
-    def reference(self) -> Arm | None:
-        return self.study.reference
-
     def at(self, point: Point) -> list[Setting]:
         """The arms that are run at a place, in the study's order."""
         return [setting for (_, place), setting in self.settings.items() if place == point]
@@ -85,11 +73,6 @@ class Summary:
         found = [(i, self.settings.get((arm, self.layout.point(panel, value)))) for i, value in enumerate(values)]
         return [(i, setting) for i, setting in found if setting is not None]
 
-    def constant(self, arm: str, panel: Point) -> bool:
-        """Whether an arm's settings within a panel are all the same runs: what varies across does not touch it."""
-        found = [setting for _, setting in self.across(arm, panel)]
-        return len(found) > 1 and len({setting.keys for setting in found}) == 1
-
 
 def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
     """The settings of a study; ``results`` by the cells' keys."""
@@ -98,9 +81,9 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
     columns = [[by_place[arm.name, point, seed] for seed in study.seeds] for arm, point in places]
     found = [[results.get(cell.key) for cell in column] for column in columns]
     errors = [[error_of(result) for result in column] for column in found]
-    centres = centres_of(errors)
     settings = {}
-    for (arm, point), column, runs, scores, centre in zip(places, columns, found, errors, centres, strict=True):
+    places_of = Counter((arm.name, column[0].key) for (arm, _), column in zip(places, columns, strict=True))
+    for (arm, point), column, runs, scores in zip(places, columns, found, errors, strict=True):
         ended = sum(run is not None for run in runs)
         finished = sum(not math.isnan(score) for score in scores)
         settings[arm.name, point] = Setting(
@@ -112,23 +95,13 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
             keys=tuple(cell.key for cell in column),
             results=tuple(runs),
             errors=tuple(scores),
-            error=centre,
+            error=centre_of(scores),
             finished=finished,
             diverged=ended - finished,
             missing=len(runs) - ended,
+            level=places_of[arm.name, column[0].key] > 1,
         )
     return Summary(study=study, layout=layout_of(study), settings=settings)
-
-
-def centres_of(columns: Sequence[Sequence[float]]) -> list[Centre]:
-    """Mean and interval of each column of scores (one a setting, NaN where there is none)."""
-    figures = summarize(np.array(columns, dtype=np.float64).T)
-    return [
-        Centre(mean=float(mean), sd=float(sd), low=float(low), high=float(high))
-        for mean, sd, low, high in zip(
-            figures.mean, figures.sd, figures.interval_low, figures.interval_high, strict=True
-        )
-    ]
 
 
 def error_of(result: RunResult | None) -> float:

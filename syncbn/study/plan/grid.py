@@ -1,8 +1,8 @@
-"""A study as a grid: arms over a sweep and further axes, and seeds; resolved into keyed runs.
+"""A study as a grid of runs: arms, over the values of the axes, over seeds.
 
-A *setting* is an arm at a point of the axes; a *cell* is a setting with a seed. Two cells with the same resolved
-configuration are one run: an arm that a sweep does not touch (GroupNorm does not see how a batch is cut) is run once,
-and its result stands at every point.
+A *setting* is an arm at one point of the axes; a *cell* is a setting with a seed. Cells that resolve to the same run
+configuration are trained once: GroupNorm does not depend on how the batch is divided among GPUs, so one of its runs
+serves every point of such a sweep.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from syncbn.study.plan.contrasts import Contrast
 from syncbn.train.config import ConfigError, RunConfig
 from syncbn.train.config_io import config_from_dict, config_to_dict
 
+if TYPE_CHECKING:
+    from syncbn.train.result import RunResult
+
 KEY_LENGTH = 16
-"""Hexadecimal digits of a cell's key (64 bits: no accidental collision among any number of runs one can pay for)."""
+"""Hexadecimal digits of a cell's key. 64 bits rule out accidental collisions."""
+
+State = Literal["missing", "running", "done", "diverged", "failed"]
+"""State of a cell, wherever one is named: in files, messages and reports."""
 
 Vary = Literal["per_gpu_batch_size", "ghost_batch_size", "sync_group_size"]
 Value = int | float | str | bool | None
 Point = tuple[tuple[str, Value], ...]
-"""A place on the axes: (name, value) in the order of :attr:`Study.axes`."""
+"""A place on the axes: (name, value) pairs in the order of :attr:`Study.axes`."""
 
 HOLD = "hold"
 """Name of the axis of a coupled sweep that is run both at constant epochs and at constant steps."""
@@ -40,18 +47,18 @@ class Arm:
     overrides: dict[str, Any]
     """What differs from the study's base configuration, as a nested mapping."""
     reference: bool = False
-    """The arm that the others are measured against (at most one)."""
+    """Whether the other arms are compared with this one (at most one arm)."""
     only: dict[str, tuple[Value, ...]] = field(default_factory=dict)
-    """Values of an axis at which this arm is run; an axis that is not named is run in full."""
+    """Values of an axis at which this arm is run; it is run at all values of an axis that is not named."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """How the normalization batch is varied.
 
-    ``decoupled`` isolates normalization: global batch, learning rate and steps stay as they are, and the same global
-    batches are cut otherwise. ``coupled`` is the protocol of Wu and He 2018 (Group Normalization, arXiv 1803.08494,
-    section 4.1): the batch on each GPU varies, and the global batch and the learning rate with it.
+    ``decoupled`` changes normalization alone: global batch, learning rate and steps stay the same, and the same global
+    batches are divided differently. ``coupled`` is the protocol of Wu and He 2018 (Group Normalization, arXiv
+    1803.08494, section 4.1): the batch on each GPU varies, and the global batch and the learning rate with it.
     """
 
     kind: Literal["decoupled", "coupled"] = "decoupled"
@@ -66,43 +73,46 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparisons:
-    """The comparisons with the reference arm that are tested: the family over which the tests are corrected."""
-
-    at: dict[str, Value] = field(default_factory=dict)
-    """Place on the axes; an axis that is not named is at its first value."""
-    arms: tuple[str, ...] | None = None
-    """Arms compared with the reference; None is all others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepeatDistributed:
-    """The one cell that is repeated under real processes, to check the emulation of logical GPUs."""
+class Parity:
+    """The exact check of one cell: its training must not depend on the number of processes (``syncbn parity``)."""
 
     arm: str
-    seed: int
-    processes: int
+    processes: tuple[int, ...] = (1, 2)
+    """Numbers of processes that train the cell; the others are compared with the first."""
+    steps: int = 8
+    """Optimizer steps, in float64."""
     at: dict[str, Value] = field(default_factory=dict)
     """Place on the axes; an axis that is not named is at the arm's first value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A question, the arms that answer it, the axes they are run along, and the seeds of each setting."""
+    """A question, the arms that answer it, the axes along which they are run, and the seeds of each setting.
+
+    Example:
+        >>> from syncbn.study import load_study
+        >>> study = load_study("quickstart")
+        >>> [arm.name for arm in study.arms]
+        ['batch', 'sync', 'renorm', 'group', 'batch_iid']
+        >>> study.reference.label
+        'Local BatchNorm on i.i.d. data'
+    """
 
     name: str
     title: str
     question: str
     base: dict[str, Any]
+    """Run configuration that all arms share, as a nested mapping."""
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     sweep: Sweep | None = None
     grid: dict[str, tuple[Value, ...]] = field(default_factory=dict)
     """Further axes: a dotted key of the run configuration, and its values."""
-    compare: Comparisons = field(default_factory=Comparisons)
-    repeat_distributed: RepeatDistributed | None = None
+    contrasts: tuple[Contrast, ...] = ()
+    """The planned comparisons, which are the family over which the tests are corrected."""
+    parity: Parity | None = None
     notes: str | None = None
-    """What a reader of the main figure should know besides, such as why it differs from a published one."""
+    """A remark for the reader of the main figure, such as why it differs from a published one."""
 
     @property
     def reference(self) -> Arm | None:
@@ -120,7 +130,7 @@ class Study:
         return found | self.grid
 
     def points(self, arm: Arm) -> list[Point]:
-        """The places at which an arm is run, in the order of the axes."""
+        """The points of the axes at which an arm is run."""
         choices = [
             [(name, value) for value in values if name not in arm.only or value in arm.only[name]]
             for name, values in self.axes.items()
@@ -128,8 +138,11 @@ class Study:
         return list(product(*choices))
 
     def comparison_point(self) -> Point:
-        """The place at which arms are compared with the reference."""
-        return tuple((name, self.compare.at.get(name, values[0])) for name, values in self.axes.items())
+        """The place to show arms side by side: that of the first contrast between arms, or the axes' first values."""
+        for contrast in self.contrasts:
+            if contrast.first.point == contrast.second.point:
+                return contrast.first.point
+        return tuple((name, values[0]) for name, values in self.axes.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +154,7 @@ class Cell:
     point: Point = ()
     config: RunConfig
     key: str
-    """Hash of ``config``: an unchanged cell keeps its key and is not run again, a changed one is a new cell."""
+    """Hash of ``config``. A cell whose configuration changes has another key and is run again."""
 
     @property
     def label(self) -> str:
@@ -150,16 +163,16 @@ class Cell:
 
 
 def study_cells(study: Study, source: str | None = None) -> list[Cell]:
-    """The runs of a study, setting by setting within each seed: a study cut short has compared all on some seeds.
+    """The cells of a study, all settings of the first seed first, so that an interrupted study has compared all arms.
 
     Seeds are paired: a cell's seed is its run's seed, so all arms of one seed share initial weights, data order and
     augmentation as far as their configurations allow.
 
-    Raises:
-        ConfigError: a setting's configuration is impossible; the message names the arm and the key.
+    Raises ConfigError if a setting has an impossible configuration; the message names ``source`` (by default the
+    study's name), the arm and the key.
     """
     where = source or study.name
-    parsed: _Parsed = {}
+    parsed: dict[str, RunConfig] = {}  # by the values they are parsed from: parsing is slow, and settings share values
     settings = [(arm, point) for arm in study.arms for point in study.points(arm)]
     configs = [_resolve(study, arm, point, where, parsed) for arm, point in settings]
     return [
@@ -169,34 +182,32 @@ def study_cells(study: Study, source: str | None = None) -> list[Cell]:
     ]
 
 
-def unique_cells(cells: list[Cell]) -> list[Cell]:
-    """One cell for each key, the first: the runs there are to do."""
+def unique_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell of each key: the runs to be trained."""
     found: dict[str, Cell] = {}
     for cell in cells:
         found.setdefault(cell.key, cell)
     return list(found.values())
 
 
-def repeated_cell(study: Study, cells: list[Cell]) -> Cell | None:
-    """The cell that the study repeats under real processes; None where it names none."""
-    repeat = study.repeat_distributed
-    return None if repeat is None else cell_to_repeat(repeat, cells)
+def parity_cell(parity: Parity, cells: Sequence[Cell]) -> Cell | None:
+    """The first cell at the place that a parity check names; None if no cell is there."""
+    return next((c for c in cells if c.arm == parity.arm and parity.at.items() <= dict(c.point).items()), None)
 
 
-def cell_to_repeat(repeat: RepeatDistributed, cells: Sequence[Cell]) -> Cell | None:
-    """The first cell at the place that a repeat names; None where there is none."""
-    places = (c for c in cells if (c.arm, c.seed) == (repeat.arm, repeat.seed))
-    return next((c for c in places if all(dict(c.point).get(k) == v for k, v in repeat.at.items())), None)
+def state_of(result: RunResult) -> State:
+    """State of a cell whose run has a result: ``done`` or ``diverged``."""
+    return "diverged" if result.status == "diverged" else "done"
 
 
 def cell_key(config: RunConfig) -> str:
-    """Hash of a resolved run configuration: ``KEY_LENGTH`` hexadecimal digits of the sha256 of its canonical JSON."""
+    """The first ``KEY_LENGTH`` hexadecimal digits of the SHA-256 of a run configuration's canonical JSON."""
     content = json.dumps(_canonical(config_to_dict(config)), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``overrides`` laid over it, section by section; neither is changed."""
+    """A new mapping: ``base`` with the values of ``overrides`` in place of its own, section by section."""
     merged = dict(base)
     for key, value in overrides.items():
         below = merged.get(key)
@@ -204,12 +215,8 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-_Parsed = dict[str, RunConfig]
-"""Configurations by the values they were made of: settings that differ for other arms alone are parsed once."""
-
-
-def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: _Parsed) -> RunConfig:
-    """The configuration of a setting, with a seed that means nothing."""
+def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: dict[str, RunConfig]) -> RunConfig:
+    """The configuration of a setting, before a seed is set."""
     values = merge(study.base, arm.overrides)
     if "seed" in values:
         raise ConfigError(f"{source}: arm {arm.name}: seed", values["seed"], "no seed here: the study's `seeds` set it")
@@ -218,17 +225,13 @@ def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: _Parsed)
     for name in study.grid:
         values = merge(values, _nested(name, at[name]))
     if study.sweep is not None:
-        config = _config(merge(values, _any_place(study.sweep, values)), where, parsed)
-        if study.sweep.kind == "coupled" and at.get(HOLD, study.sweep.hold[0]) == "epochs":
-            epochs = config.budget.epochs
-            if epochs is None:
-                raise ConfigError(f"{where}: budget.epochs", epochs, "a number of epochs, as the sweep holds them")
-        values = merge(values, _swept(study.sweep, config, at))
-    return _config(values, where, parsed)
+        config = _parse(merge(values, _any_place(study.sweep, values)), where, parsed)
+        values = merge(values, _swept(study.sweep, config, at, where))
+    return _parse(values, where, parsed)
 
 
 def _any_place(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that a sweep sets itself, so that an arm which leaves them open can be read before they are known."""
+    """Stand-ins for the values that the sweep sets, so that an arm can be parsed before they are known."""
     norm = values.get("norm")
     if sweep.vary == "ghost_batch_size":
         ghost = isinstance(norm, Mapping) and norm.get("name") == "ghost"
@@ -237,17 +240,19 @@ def _any_place(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
     return {} if whole is None else {"gpus": 1, "per_gpu_batch_size": whole, "sync_group_size": None}
 
 
-def _swept(sweep: Sweep, config: RunConfig, at: Mapping[str, Value]) -> dict[str, Any]:
-    """What a point of the sweep sets in a configuration; nothing, where the arm's normalization does not see it."""
+def _swept(sweep: Sweep, config: RunConfig, at: Mapping[str, Value], where: str) -> dict[str, Any]:
+    """The values that a point of the sweep sets; none if the arm's normalization does not depend on it."""
     value = at[sweep.vary]
-    assert isinstance(value, int), "checked when the study was read"
+    assert isinstance(value, int)
     if sweep.kind == "coupled":
         hold = at.get(HOLD, sweep.hold[0])
+        if hold == "epochs" and config.budget.epochs is None:
+            raise ConfigError(f"{where}: budget.epochs", None, "a number of epochs, as the sweep holds them")
         scaling = config.optimizer.lr_scaling if config.optimizer.lr_scaling != "none" else "linear"
         budget = {"epochs": None, "steps": sweep.steps} if hold == "steps" else {}
         return {"per_gpu_batch_size": value, "optimizer": {"lr_scaling": scaling}, "budget": budget}
     if sweep.vary == "per_gpu_batch_size":
-        assert sweep.global_batch_size is not None, "checked when the study was read"
+        assert sweep.global_batch_size is not None
         if config.normalization_batch_size is None:
             value = sweep.global_batch_size
         return {"gpus": sweep.global_batch_size // value, "per_gpu_batch_size": value}
@@ -266,7 +271,7 @@ def _seeded(arm: Arm, point: Point, config: RunConfig, seed: int) -> Cell:
     return Cell(arm=arm.name, seed=seed, point=point, config=config, key=cell_key(config))
 
 
-def _config(values: dict[str, Any], where: str, parsed: _Parsed) -> RunConfig:
+def _parse(values: dict[str, Any], where: str, parsed: dict[str, RunConfig]) -> RunConfig:
     name = repr(values)
     if name not in parsed:
         try:
@@ -277,7 +282,7 @@ def _config(values: dict[str, Any], where: str, parsed: _Parsed) -> RunConfig:
 
 
 def _canonical(value: Any) -> Any:
-    """Lists for tuples, and 1 for 1.0: how a number was written in the file must not make a new cell."""
+    """Lists for tuples and 1 for 1.0, so that the way a number is written does not change a cell's key."""
     if isinstance(value, Mapping):
         return {str(key): _canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A value of a run is said once: what an axis or the sweep sets, an arm may not say too, as it would be lost."""
+"""Checks that each value of a run is set in one place only, so that none is silently overwritten."""
 
 from __future__ import annotations
 
@@ -6,75 +6,66 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from syncbn.study.plan.grid import Study, Sweep
-from syncbn.train.config import ConfigError
+from syncbn.train.checks import ConfigError, require
 
 
 def check_overlaps(study: Study, source: str) -> None:
-    """Check that no two parts of a study set the same value.
+    """Check that no two parts of a study set the same key.
 
-    The base may name a key of an axis, which then stands in for it; a key that the sweep sets may be named nowhere.
-
-    Args:
-        study: the study.
-        source: what error messages call its file.
+    The base may set the key of an axis, which the axis then replaces. Nothing may set a key that the sweep sets.
 
     Raises:
-        ConfigError: two parts name a key; the message names the file, the part and the key.
+        ConfigError: two parts set a key; the message names the file (``source``), the part and the key.
     """
-    _check_axes(study, source)
-    base = list(_leaves(study.base))
-    for key, value in base:
+    _check_axes(study, f"{source}: axes: axis")
+    swept = _sweep_keys(study.sweep)
+    for key, value in _leaves(study.base):
         inside = [axis for axis in study.grid if axis.startswith(f"{key}.")]
         if inside:
             raise ConfigError(f"{source}: base: {key}", value, f"a mapping, as the axis {inside[0]} lies in it")
-    arms = [(f"{source}: arms.{arm.name}.overrides", list(_leaves(arm.overrides))) for arm in study.arms]
-    for where, values in arms:
-        for key, value in values:
-            axis = next((axis for axis in study.grid if _overlap(key, axis)), None)
-            if axis is not None:
-                raise ConfigError(f"{where}: {key}", value, f"no such key in an arm, as the axis {axis} sets it")
-    if study.sweep is None:
-        return
-    taken = _sweep_keys(study.sweep)
-    for where, values in [(f"{source}: base", base), *arms]:
-        for key, value in values:
-            # A budget's null is what the sweep puts there itself.
-            if key in taken and not (value is None and key.startswith("budget.")):
-                raise ConfigError(f"{where}: {key}", value, "no such key here, as the sweep sets it")
+        _check_swept(key, value, swept, f"{source}: base")
+    for arm in study.arms:
+        where = f"{source}: arms.{arm.name}.overrides"
+        for key, value in _leaves(arm.overrides):
+            axes = [axis for axis in study.grid if _overlap(key, axis)]
+            if axes:
+                raise ConfigError(f"{where}: {key}", value, f"no such key in an arm, as the axis {axes[0]} sets it")
+            _check_swept(key, value, swept, where)
 
 
-def _check_axes(study: Study, source: str) -> None:
+def _check_swept(key: str, value: object, swept: list[str], where: str) -> None:
+    # A null in the budget is what the sweep itself sets.
+    free = key not in swept or (value is None and key.startswith("budget."))
+    require(free, f"{where}: {key}", value, "no such key here, as the sweep sets it")
+
+
+def _check_axes(study: Study, where: str) -> None:
     names = list(study.grid)
+    swept = _sweep_keys(study.sweep)
+    if study.sweep is not None and study.sweep.kind == "coupled":
+        swept += ["optimizer.lr_scaling"] + ["budget.epochs"] * ("steps" in study.sweep.hold)
     for number, name in enumerate(names):
-        other = next((other for other in names[:number] if _overlap(name, other)), None)
-        if other is not None:
-            raise ConfigError(f"{source}: axes: axis", name, f"no such axis, as the axis {other} sets the same")
-        if study.sweep is None:
-            continue
-        coupled = study.sweep.kind == "coupled"
-        taken = _sweep_keys(study.sweep) + (["optimizer.lr_scaling"] if coupled else [])
-        if coupled and "steps" in study.sweep.hold:
-            taken += ["budget.epochs"]
-        if any(_overlap(name, key) for key in taken):
-            raise ConfigError(f"{source}: axes: axis", name, "no such axis, as the sweep sets it")
+        others = [other for other in names[:number] if _overlap(name, other)]
+        if others:
+            raise ConfigError(where, name, f"no such axis, as the axis {others[0]} sets the same")
+        require(not any(_overlap(name, key) for key in swept), where, name, "no such axis, as the sweep sets it")
 
 
-def _sweep_keys(sweep: Sweep) -> list[str]:
-    """The keys that a sweep sets whatever an arm says of them."""
+def _sweep_keys(sweep: Sweep | None) -> list[str]:
+    """The keys that the sweep sets."""
+    if sweep is None:
+        return []
     if sweep.kind == "coupled":
         keys = ["per_gpu_batch_size"]
-        if "steps" in sweep.hold:
-            keys.append("budget.steps")
-        if "epochs" not in sweep.hold:
-            keys.append("budget.epochs")
-        return keys
+        keys += ["budget.steps"] if "steps" in sweep.hold else []
+        return keys + ([] if "epochs" in sweep.hold else ["budget.epochs"])
     if sweep.vary == "per_gpu_batch_size":
         return ["gpus", "per_gpu_batch_size"]
     return ["norm.ghost_batch_size"] if sweep.vary == "ghost_batch_size" else ["sync_group_size"]
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys are the same, or one lies in the other."""
+    """Whether two dotted keys are the same, or one contains the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 

@@ -1,10 +1,9 @@
-"""Reading a study's file: every mistake is one line that names the file, the key, the value and what was expected."""
+"""Reading a study's YAML file. Every mistake is one line that names the file, the key, the value and what to write."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.resources
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,31 +11,18 @@ from typing import Any, get_args
 
 import yaml
 
-from syncbn.study.plan.grid import (
-    Arm,
-    Cell,
-    Comparisons,
-    RepeatDistributed,
-    Study,
-    Sweep,
-    Value,
-    Vary,
-    repeated_cell,
-    study_cells,
-)
+from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
+from syncbn.study.plan.grid import Arm, Cell, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
 from syncbn.study.plan.overlaps import check_overlaps
-from syncbn.train.config import ConfigError
+from syncbn.train.checks import ConfigError, require
 from syncbn.train.config_io import known_keys
-
-_PROCESSES = 2
-"""Real processes under which a study repeats one cell, where its file does not say."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's own rule for a key given twice is that the last one wins; here that would drop an arm without a word."""
+    """A YAML loader that rejects a key given twice; YAML keeps the last one, which would drop an arm silently."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # As the file has it: later, the keys that `<<` brings stand beside those that replace them.
+        # Checked before `<<` is resolved: a key may be given beside a merged one of the same name.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for child, _ in node.value:
@@ -50,20 +36,30 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_study(path_or_name: str | Path) -> Study:
-    """Read a study file.
+    """Read a study from its YAML file.
 
     Args:
-        path_or_name: a YAML file, or the name of a study that comes with the package (see :func:`available_studies`).
+        path_or_name: path of a YAML file, or the name of a study that comes with the package.
+
+    Returns:
+        The study. Each of its cells has a possible configuration.
 
     Raises:
-        ConfigError: no such study, or the file is malformed; the message names the file, the key and what was expected.
+        ValueError: there is no such study, or its file has a mistake; the message names the file, the key, the value
+            and what was expected.
+
+    Example:
+        >>> from syncbn.study import load_study
+        >>> study = load_study("quickstart")
+        >>> study.name, study.seeds
+        ('quickstart', (0, 1, 2))
     """
     path = _find_study(str(path_or_name))
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        raise ConfigError(str(path), re.sub(r"\s+", " ", str(error)), "a YAML file") from None
+        raise ConfigError(str(path), " ".join(str(error).split()), "a YAML file") from None
     return study_from_dict(content, str(path))
 
 
@@ -73,24 +69,14 @@ def available_studies() -> list[str]:
 
 
 def study_from_dict(content: object, source: str = "study") -> Study:
-    """Build a study from the content of its file.
+    """Build a study from the parsed content of its file; ``source`` is the file's name in error messages.
 
-    Args:
-        content: the parsed file; see ``configs/study/nbs_sweep.yaml`` for the keys.
-        source: what error messages call the file.
-
-    Raises:
-        ConfigError: a key is missing, unknown or of the wrong type, an axis is unknown or empty, or a cell's
-            configuration is impossible.
+    Raises ConfigError if a key is missing, unknown or of the wrong type, or a cell has an impossible configuration.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
-    data = _mapping(content, source, required, optional=("sweep", "axes", "compare", "repeat_distributed", "notes"))
+    data = _mapping(content, source, required, optional=("sweep", "axes", "contrasts", "parity", "notes"))
     arms = _mapping(data["arms"], f"{source}: arms")
-    seeds = data["seeds"]
-    _require(bool(arms), f"{source}: arms", arms, "at least one arm")
-    seeds_ok = isinstance(seeds, list) and bool(seeds) and all(type(s) is int for s in seeds)
-    _require(seeds_ok and len(set(seeds)) == len(seeds), f"{source}: seeds", seeds, "a list of different integers")
-    _require(all(0 <= s < 2**31 for s in seeds), f"{source}: seeds", seeds, "integers from 0 to 2^31 - 1")
+    require(bool(arms), f"{source}: arms", arms, "at least one arm")
     sweep = _sweep(data.get("sweep"), f"{source}: sweep")
     study = Study(
         name=_text(data["name"], f"{source}: name"),
@@ -98,27 +84,28 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         question=_text(data["question"], f"{source}: question"),
         base=_mapping(data["base"], f"{source}: base"),
         arms=tuple(_arm(name, arm, source) for name, arm in arms.items()),
-        seeds=tuple(seeds),
+        seeds=_seeds(data["seeds"], f"{source}: seeds"),
         sweep=sweep,
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
-        compare=_comparisons(data.get("compare"), f"{source}: compare"),
-        repeat_distributed=_repeat(data.get("repeat_distributed"), source),
+        parity=_parity(data.get("parity"), f"{source}: parity"),
         notes=None if data.get("notes") is None else _text(data["notes"], f"{source}: notes"),
     )
     references = [arm.name for arm in study.arms if arm.reference]
-    _require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
+    require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
     _check_places(study, source)
     check_overlaps(study, source)
+    study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
     cells = study_cells(study, source)
-    if study.repeat_distributed is None:
-        return _with_default_repeat(study, cells)
-    _check_repeat(study, cells, source)
+    if data.get("contrasts") is not None:
+        check_runs_differ(study.contrasts, cells, f"{source}: contrasts")
+    if study.parity is not None:
+        _check_parity(study, study.parity, cells, f"{source}: parity")
     return study
 
 
 def _study_folders() -> Iterator[Path]:
     package = Path(str(importlib.resources.files("syncbn")))
-    # An installed wheel carries the configurations inside the package; in a source checkout they lie beside it.
+    # A wheel has the configurations inside the package; a source checkout has them beside it.
     for folder in (package / "configs" / "study", package.parent / "configs" / "study"):
         if folder.is_dir():
             yield folder
@@ -128,7 +115,7 @@ def _find_study(path_or_name: str) -> Path:
     path = Path(path_or_name)
     if path.is_file():
         return path
-    if path.suffix not in (".yaml", ".yml") and path.name == path_or_name:
+    if path.name == path_or_name:
         for folder in _study_folders():
             if (folder / f"{path_or_name}.yaml").is_file():
                 return folder / f"{path_or_name}.yaml"
@@ -139,13 +126,21 @@ def _find_study(path_or_name: str) -> Path:
 # ---- parts of the file
 
 
+def _seeds(content: object, where: str) -> tuple[int, ...]:
+    integers = isinstance(content, list) and bool(content) and all(type(seed) is int for seed in content)
+    if not isinstance(content, list) or not integers or len(set(content)) < len(content):
+        raise ConfigError(where, content, "a list of different integers")
+    require(all(0 <= seed < 2**31 for seed in content), where, content, "integers from 0 to 2^31 - 1")
+    return tuple(content)
+
+
 def _arm(name: object, content: object, source: str) -> Arm:
     where = f"{source}: arms.{name}"
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{source}: arms", name, "a name (YAML reads an unquoted no, off, 1 or null as a value)")
     data = _mapping(content, where, optional=("label", "overrides", "reference", "only"))
     reference = data.get("reference", False)
-    _require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
+    require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
     only = _mapping(data.get("only", {}), f"{where}.only")
     return Arm(
         name=name,
@@ -162,28 +157,28 @@ def _sweep(content: object, where: str) -> Sweep | None:
     optional = ("kind", "vary", "global_batch_size", "hold", "steps")
     data = _mapping(content, where, required=("values",), optional=optional)
     kind, vary = data.get("kind", "decoupled"), data.get("vary", "per_gpu_batch_size")
-    _require(kind in ("decoupled", "coupled"), f"{where}.kind", kind, "decoupled or coupled")
-    _require(vary in get_args(Vary), f"{where}.vary", vary, f"one of {', '.join(get_args(Vary))}")
+    require(kind in ("decoupled", "coupled"), f"{where}.kind", kind, "decoupled or coupled")
+    require(vary in get_args(Vary), f"{where}.vary", vary, f"one of {', '.join(get_args(Vary))}")
+    require(kind == "decoupled" or vary == "per_gpu_batch_size", f"{where}.vary", vary, "per_gpu_batch_size (coupled)")
     given = _values(data["values"], f"{where}.values")
     values = tuple(value for value in given if type(value) is int and value >= 1)
-    _require(len(values) == len(given), f"{where}.values", list(given), "positive integers")
+    require(len(values) == len(given), f"{where}.values", list(given), "positive integers")
     whole = data.get("global_batch_size")
     if kind == "decoupled" and vary == "per_gpu_batch_size":
         whole = _positive(whole, f"{where}.global_batch_size")
         odd = [v for v in values if whole % v]
-        _require(not odd, f"{where}.values", odd, f"divisors of global_batch_size ({whole})")
+        require(not odd, f"{where}.values", odd, f"divisors of global_batch_size ({whole})")
     else:
-        _require(whole is None, f"{where}.global_batch_size", whole, f"none with a {kind} sweep of {vary}")
-    _require(kind == "decoupled" or vary == "per_gpu_batch_size", f"{where}.vary", vary, "per_gpu_batch_size (coupled)")
+        require(whole is None, f"{where}.global_batch_size", whole, f"none with a {kind} sweep of {vary}")
     hold, steps = data.get("hold", ["epochs"]), data.get("steps")
     hold = [hold] if isinstance(hold, str) else hold
     hold_ok = isinstance(hold, list) and bool(hold) and all(h in ("epochs", "steps") for h in hold)
-    _require(hold_ok and len(set(hold)) == len(hold), f"{where}.hold", hold, "epochs, steps or both")
-    _require(kind == "coupled" or "hold" not in data, f"{where}.hold", hold, "none with a decoupled sweep")
+    require(hold_ok and len(set(hold)) == len(hold), f"{where}.hold", hold, "epochs, steps or both")
+    require(kind == "coupled" or "hold" not in data, f"{where}.hold", hold, "none with a decoupled sweep")
     if kind == "coupled" and "steps" in hold:
         _positive(steps, f"{where}.steps")
     else:
-        _require(steps is None, f"{where}.steps", steps, "none unless a coupled sweep holds steps")
+        require(steps is None, f"{where}.steps", steps, "none unless a coupled sweep holds steps")
     return Sweep(kind=kind, vary=vary, values=values, global_batch_size=whole, hold=tuple(hold), steps=steps)
 
 
@@ -195,90 +190,52 @@ def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[V
     for name in axes:
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f"a key of the run configuration{', such as ' + ', '.join(close) if close else ''}"
-        _require(name in known, f"{where}: axis", name, hint)
-        taken = sweep is not None and name == sweep.vary
-        _require(not taken, f"{where}: axis", name, "an axis that the sweep does not vary already")
+        require(name in known, f"{where}: axis", name, hint)
+        swept = sweep is not None and name == sweep.vary
+        require(not swept, f"{where}: axis", name, "an axis that the sweep does not vary already")
     return {name: _values(values, f"{where}.{name}") for name, values in axes.items()}
 
 
-def _comparisons(content: object, where: str) -> Comparisons:
-    if content is None:
-        return Comparisons()
-    data = _mapping(content, where, optional=("at", "arms"))
-    arms = data.get("arms")
-    _require(arms is None or isinstance(arms, list), f"{where}.arms", arms, "a list of arms")
-    return Comparisons(at=_place(data.get("at", {}), f"{where}.at"), arms=None if arms is None else tuple(arms))
-
-
-def _repeat(content: object, source: str) -> RepeatDistributed | None:
+def _parity(content: object, where: str) -> Parity | None:
     if content is None:
         return None
-    where = f"{source}: repeat_distributed"
-    data = _mapping(content, where, required=("arm", "seed", "processes"), optional=("at",))
-    processes = data["processes"]
-    _require(type(processes) is int and processes >= 2, f"{where}.processes", processes, "2 or more")
-    at = _place(data.get("at", {}), f"{where}.at")
-    return RepeatDistributed(arm=data["arm"], seed=data["seed"], processes=processes, at=at)
+    data = _mapping(content, where, required=("arm",), optional=("processes", "steps", "at"))
+    processes = data.get("processes", list(Parity.processes))
+    several = isinstance(processes, list) and len(processes) >= 2
+    if not several or not all(type(number) is int and number >= 1 for number in processes):
+        raise ConfigError(f"{where}.processes", processes, "a list of at least two positive integers")
+    return Parity(
+        arm=data["arm"],
+        processes=tuple(processes),
+        steps=_positive(data.get("steps", Parity.steps), f"{where}.steps"),
+        at=_place(data.get("at", {}), f"{where}.at"),
+    )
 
 
-# ---- what has to fit together
+# ---- checks across parts
 
 
 def _check_places(study: Study, source: str) -> None:
-    names = [arm.name for arm in study.arms]
+    """Every place that the file names has to lie on the axes."""
     axes = study.axes
-    ones = {"compare.at": study.compare.at}
-    if study.repeat_distributed is not None:
-        ones["repeat_distributed.at"] = study.repeat_distributed.at
-    places = [(f"{source}: {key}", {axis: [value] for axis, value in at.items()}) for key, at in ones.items()]
-    places += [(f"{source}: arms.{arm.name}.only", {k: list(v) for k, v in arm.only.items()}) for arm in study.arms]
+    places = [(f"{source}: arms.{arm.name}.only", {k: list(v) for k, v in arm.only.items()}) for arm in study.arms]
+    if study.parity is not None:
+        places.append((f"{source}: parity.at", {axis: [value] for axis, value in study.parity.at.items()}))
     for where, place in places:
         for axis, values in place.items():
-            _require(axis in axes, where, axis, f"an axis of the study ({', '.join(axes) or 'it has none'})")
+            require(axis in axes, where, axis, f"an axis of the study ({', '.join(axes) or 'it has none'})")
             missing = [value for value in values if value not in axes[axis]]
-            _require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
-    for arm in study.arms:
-        _require(bool(study.points(arm)), f"{source}: arms.{arm.name}.only", arm.only, "a part of the grid, not none")
-    compared = study.compare.arms or ()
-    unknown = [name for name in compared if name not in names]
-    _require(not unknown, f"{source}: compare.arms", unknown, f"arms of the study ({', '.join(names)})")
-    _require(
-        not compared or study.reference is not None,
-        f"{source}: compare.arms",
-        list(compared),
-        "an arm with `reference: true` to compare with",
-    )
-    if study.reference is not None:
-        point = study.comparison_point()
-        run_there = point in study.points(study.reference)
-        _require(run_there, f"{source}: compare.at", dict(point), "a place at which the reference is run")
-        absent = [arm.name for arm in study.arms if arm.name in compared and point not in study.points(arm)]
-        _require(not absent, f"{source}: compare.arms", absent, f"arms that are run at {dict(point)}")
+            require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
 
 
-def _with_default_repeat(study: Study, cells: list[Cell]) -> Study:
-    """Every study checks its emulation: the first cell with several logical GPUs that share or keep statistics."""
-    for cell in cells:
-        c = cell.config
-        if c.normalization_batch_size is not None and c.gpus % _PROCESSES == 0:
-            at = dict(cell.point)
-            repeat = RepeatDistributed(arm=cell.arm, seed=cell.seed, processes=_PROCESSES, at=at)
-            return replace(study, repeat_distributed=repeat)
-    return study  # one logical GPU in every arm: there is nothing that is emulated
-
-
-def _check_repeat(study: Study, cells: list[Cell], source: str) -> None:
-    repeat = study.repeat_distributed
-    assert repeat is not None
-    where = f"{source}: repeat_distributed"
+def _check_parity(study: Study, parity: Parity, cells: list[Cell], where: str) -> None:
     names = [arm.name for arm in study.arms]
-    _require(repeat.arm in names, f"{where}.arm", repeat.arm, f"one of the arms ({', '.join(names)})")
-    _require(repeat.seed in study.seeds, f"{where}.seed", repeat.seed, f"one of the seeds {list(study.seeds)}")
-    cell = repeated_cell(study, cells)
+    require(parity.arm in names, f"{where}.arm", parity.arm, f"one of the arms ({', '.join(names)})")
+    cell = parity_cell(parity, cells)
     if cell is None:
-        raise ConfigError(f"{where}.at", repeat.at, "a place at which the arm is run")
-    divisor = f"a divisor of the {cell.config.gpus} logical GPUs"
-    _require(cell.config.gpus % repeat.processes == 0, f"{where}.processes", repeat.processes, divisor)
+        raise ConfigError(f"{where}.at", parity.at, "a place at which the arm is run")
+    odd = [number for number in parity.processes if cell.config.gpus % number]
+    require(not odd, f"{where}.processes", odd, f"divisors of the {cell.config.gpus} logical GPUs")
 
 
 # ---- types
@@ -292,9 +249,9 @@ def _mapping(
         raise ConfigError(where, content, "a mapping")
     known = required + optional
     for key in content:
-        _require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
+        require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
     for key in required:
-        _require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
+        require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
     return content
 
 
@@ -304,7 +261,7 @@ def _values(content: object, where: str) -> tuple[Value, ...]:
     if not isinstance(content, list) or not plain or not content:
         raise ConfigError(where, content, "a list of at least one value")
     values = tuple(map(_number, content))
-    _require(len({(type(v) is bool, v) for v in values}) == len(values), where, content, "values that differ")
+    require(len({(type(v) is bool, v) for v in values}) == len(values), where, content, "values that differ")
     return values
 
 
@@ -313,10 +270,14 @@ def _place(content: object, where: str) -> dict[str, Value]:
 
 
 def _number(value: Any) -> Any:
-    """The number that a text stands for, else the value itself: YAML takes 1e-3, without a point, for a text."""
-    if not isinstance(value, str) or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.ASCII | re.I):
-        return value
-    return int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
+    """The number that a text spells, else the value itself: YAML reads 1e-3, which has no point, as a text."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                pass
+    return value
 
 
 def _positive(value: object, where: str) -> int:
@@ -329,8 +290,3 @@ def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(where, value, "a text")
     return value.strip()
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(key, value, expected)

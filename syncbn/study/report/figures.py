@@ -1,347 +1,371 @@
-"""The main figure of a report: test error along the sweep, or of each arm at one place."""
+"""The figures of a report, drawn by matplotlib.
+
+A figure is one column of a page: 440 units wide with text of 11 units, so that it can be read on a telephone as well.
+Place, marker and legend carry the meaning; colour helps.
+"""
 
 from __future__ import annotations
 
+import colorsys
 import math
+import os
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Transform
 
-from syncbn.study.analysis.layout import Layout, across_label
-from syncbn.study.analysis.summary import Setting, Summary
-from syncbn.study.plan.grid import Point
-from syncbn.study.report.plots import (
-    DASHED,
-    INK,
-    MUTED,
-    NARROW,
-    SURFACE,
-    TITLE_HEIGHT,
-    Mark,
-    error_axis,
-    fraction_of,
-    new_axes,
-    put_title,
-    style,
-    whisker,
+from syncbn.study.analysis.evaluations import FAMILIES, Evaluated
+from syncbn.study.analysis.findings import Finding
+from syncbn.study.analysis.summary import Setting, Summary, by_badness
+from syncbn.study.plan.grid import Point, Study
+from syncbn.study.report.format import MINUS, axis_word, panel_title, same_runs, value_word
+from syncbn.train.result import RunResult
+
+WIDTH = 440
+"""Width of a figure in units of 1/72 inch."""
+CURVE_POINTS, MAX_MARKS = 60, 12
+"""Points of one curve at most, and points up to which they have marks."""
+MAX_SEED_CURVES = 30
+"""With more runs than this, curves are drawn as means over the seeds alone."""
+SEED_SHIFT = 0.09
+"""Distance of the seeds' points from the mean's mark, in the distance of two values of the axis."""
+MAX_PANELS = 12
+"""Panels of one figure at most."""
+INK, MUTED, GRID = "#1c1e21", "#5f6770", "#d9dce0"
+_COLOURS = (
+    *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933", "#332288", "#44aa99"),
+    *("#a0522d", "#7a7a7a", "#ee3377", "#117733", "#6a51a3", "#b8860b"),
 )
-from syncbn.study.report.words import spread, value_word
-
-LINE_HEIGHT = 13.0
-"""Pixels of a line of a label."""
-ROW = 46.0
-"""Pixels of a row of a figure of arms whose label has one line."""
-DODGE = 2.6
-"""Pixels between the intervals of two arms at one place, where there is room."""
-
-
-def arms_figure(
-    settings: Sequence[Setting], marks: Mapping[str, Mark], width: float, limits: Sequence[float], title: str = ""
-) -> Figure:
-    """Test error of arms at one place: every seed a point, the mean a bar, the reference's a dashed line."""
-    wrapped = [textwrap.wrap(s.label, _room(width, row_figures(s))) or [""] for s in settings]
-    row = ROW + LINE_HEIGHT * (max(map(len, wrapped), default=1) - 1)
-    with style():
-        top = 4 + TITLE_HEIGHT * bool(title)
-        figure, axes = new_axes(width, row * len(settings) + 42 + top, 10, 14, top, 42)
-        put_title(figure, title)
-        error_axis(axes, limits, axis="x")
-        axes.set_ylim(len(settings) - 1 + 0.55 * ROW / row, 0.55 * ROW / row - 1)
-        axes.yaxis.set_major_locator(NullLocator())
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("test error" + (" (log scale)" if axes.get_xscale() == "log" else ""))
-        for place, (setting, lines) in enumerate(zip(settings, wrapped, strict=True)):
-            if setting.reference and setting.finished:
-                axes.axvline(setting.error.mean, color=MUTED, linewidth=1.0, linestyle=DASHED, zorder=1)
-            _error_row(axes, place, setting, marks[setting.arm].colour, lines, row)
-    return figure
+"""Okabe and Ito's colours without yellow and black, then darker ones of Tol's. Beyond these, a colour wheel."""
+_GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "<": "◀", ">": "▶"}
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": GRID,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in a user's label is a dollar sign
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.markersize": 5.5,
+    "svg.fonttype": "none",
+}
 
 
-def sweep_figure(
-    summary: Summary, panel: Point, marks: Mapping[str, Mark], width: float, limits: Sequence[float]
-) -> Figure:
-    """Test error along the sweep: a line an arm with 95 % intervals, and its name at the line's end.
+class Mark(NamedTuple):
+    """How an arm is drawn in every figure and table."""
 
-    An arm that the sweep does not touch is one level line with one interval, at the right.
+    colour: str
+    marker: str
 
-    Args:
-        summary, panel: what to draw.
-        marks: of the arms.
-        width: in pixels.
-        limits: all that the upright axis has to hold, so that panels share it.
-    """
+    @property
+    def glyph(self) -> str:
+        """The marker as a character, for tables."""
+        return _GLYPHS[self.marker]
+
+
+FAMILY_MARKS = dict(
+    zip(FAMILIES, (Mark(INK, "o"), Mark(_COLOURS[0], "s"), Mark(_COLOURS[1], "^"), Mark(_COLOURS[2], "D")), strict=True)
+)
+"""How each kind of statistics is drawn."""
+_VERDICT_COLOURS = {"better": _COLOURS[2], "no worse": _COLOURS[2], "worse": _COLOURS[0]}
+
+
+def arm_marks(study: Study) -> dict[str, Mark]:
+    """A mark for each arm; no two share a colour. The reference is black."""
+    others = [arm.name for arm in study.arms if not arm.reference]
+    wheel = [to_hex(colorsys.hsv_to_rgb(i / max(1, len(others)), 0.9, 0.65)) for i in range(len(others))]
+    colours = list(_COLOURS) if len(others) <= len(_COLOURS) else wheel
+    markers = list(_GLYPHS)
+    marks = {name: Mark(colours[i], markers[(i + 1) % len(markers)]) for i, name in enumerate(others)}
+    return marks | {arm.name: Mark(INK, "o") for arm in study.arms if arm.reference}
+
+
+def svg_of(draw: Callable[[], Figure], path: Path) -> str:
+    """Draw a figure, write it to ``path`` as SVG, and return the element for a page."""
+    save(draw, path)
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]
+
+
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure and write it to ``path``, whole or not at all, in the format of its suffix."""
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    # Of the ids that an SVG refers to: no two figures of a page share one, and a figure drawn again has the same.
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if path.suffix == ".svg" else None
+        draw().savefig(draft, dpi=160, metadata=metadata)
+    draft.replace(path)
+
+
+def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
+    """Test error along the sweep, or of each arm where nothing goes across; a panel for each further place."""
     layout = summary.layout
-    traces = [_trace(summary, arm.name, arm.label, panel) for arm in summary.study.arms]
-    traces = [trace for trace in traces if any(setting.runs for _, setting in trace.settings)]
-    label_width = 0.35 * width if width <= NARROW else 0.3 * width
-    lines = [textwrap.wrap(trace.label, int(label_width / 6.4)) or [""] for trace in traces]
-    needed = sum(LINE_HEIGHT * len(wrapped) + 3 for wrapped in lines)
-    plot_height = max(needed, 220 if width <= NARROW else 300)
-    title = summary.layout.title(panel)
-    with style():
-        top = 20 + TITLE_HEIGHT * bool(title)
-        figure, axes = new_axes(width, plot_height + 46 + top, 40, label_width + 16, top, 46)
-        put_title(figure, title)
-        error_axis(axes, limits, axis="y")
-        pixel = across_axis(axes, layout, width - 56 - label_width, room=0.7)
-        dodges = _dodges(layout, traces, pixel)
-        axes.set_xlabel(across_label(summary.study, layout))
-        crosses = [trace for trace in traces if any(setting.diverged for _, setting in trace.settings)]
-        if crosses:
-            axes.text(0, 1.02, "diverged", transform=axes.transAxes, color=MUTED, fontsize=9.5, va="bottom")
-        ends = []
-        for number, trace in enumerate(traces):
-            mark = marks[trace.arm]
-            ends.append(
-                _level(axes, trace, mark, dodges[number])
-                if trace.constant
-                else _line(axes, layout, trace, mark, dodges[number])
-            )
-            place = crosses.index(trace) - (len(crosses) - 1) / 2 if trace in crosses else 0.0
-            _crosses(axes, layout, trace, mark, pixel * 7 * place)
-        _names(axes, traces, lines, ends, marks, plot_height, pixel)
+    settings = [setting for setting in summary.settings.values() if setting.runs]
+    panels = [panel for panel in layout.panels if any(layout.panel_of(s.point) == panel for s in settings)]
+    rows = 0.55 * max(len(summary.study.arms), 3) + 0.4
+    figure, every = _axes(len(panels), 1, 3.9 if layout.across is not None else rows)
+    for axes, panel in zip(every, panels, strict=True):
+        if layout.across is None:
+            _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs]), marks)
+        else:
+            _sweep(axes, summary, panel, marks)
+        error_axis(axes, [error for s in settings for error in s.errors], "x" if layout.across is None else "y")
+        axes.set_title(panel_title(layout, panel))
+    if layout.across is not None:
+        _legend(figure, {s.arm: s.label for s in settings}, marks)
     return figure
 
 
-def across_axis(axes: Axes, layout: Layout, pixels: float, room: float = 0.0) -> float:
-    """Limits and ticks of the axis of the sweep, ``pixels`` wide; the size of a pixel in its unit.
-
-    ``room`` is left free on the right, in the mean distance of two values.
-    """
-    places = layout.positions
-    step = (places[-1] - places[0]) / (len(places) - 1) if len(places) > 1 else 1.0
-    low, high = places[0] - 0.35 * step, places[-1] + (0.35 + room) * step
-    axes.set_xlim(low, high)
-    pixel = (high - low) / pixels
-    words = [value_word(value) for value in layout.values]
-    shown: list[int] = []
-    for i in range(len(places) - 1, -1, -1):  # the smallest batch keeps its tick where there is no room for all
-        wide = 6.2 * (len(words[i]) + len(words[shown[-1]])) / 2 + 3 if shown else 0.0
-        if not shown or (places[shown[-1]] - places[i]) / pixel >= wide:
-            shown.append(i)
-    names = {places[i]: words[i] for i in shown}
-    axes.xaxis.set_major_locator(FixedLocator(sorted(names)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(value, "")))
-    return pixel
+def main_figure_name(summary: Summary) -> str:
+    """Name of the main figure's files, by what its horizontal axis is."""
+    sweep, across = summary.study.sweep, summary.layout.across
+    if across is None:
+        return "error_by_arm"
+    return "error_by_nbs" if sweep is not None and across == sweep.vary else f"error_by_{across.rpartition('.')[2]}"
 
 
-def extent(settings: Sequence[Setting]) -> list[float]:
-    """What an axis of errors has to hold for these settings: their means, and intervals that are not absurdly wide."""
-    found = []
+def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
+    """The planned contrasts: each difference with its interval, and one small point for each seed."""
+    names = [textwrap.fill(label, 34) for label in labels]
+    height = sum(0.2 * name.count("\n") + 0.42 for name in names) + 0.6
+    figure, (axes,) = _axes(1, 1, height)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for row, finding in enumerate(findings):
+        colour = _VERDICT_COLOURS.get(finding.verdict or "", MUTED)
+        seeds = [100 * (first - second) for _, first, second in finding.pairs]
+        axes.plot(seeds, [row + 0.22] * len(seeds), "o", color=colour, markersize=3, alpha=0.6)
+        if not math.isnan(finding.low):
+            axes.plot([100 * finding.low, 100 * finding.high], [row, row], color=colour, linewidth=2)
+        axes.plot(100 * finding.difference, row, "s", color=colour, markersize=7)
+        if finding.contrast.margin is not None:
+            axes.plot(100 * finding.contrast.margin, row, "|", color=INK, markersize=14)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_xlabel("difference in test error, points (below 0: the first is better)", loc="right")
+    sizes = [abs(100 * finding.difference) for finding in findings]
+    if max(sizes) > 20 and min(sizes) < 2:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_locator(FixedLocator([-30, -5, -1, 0, 1, 5, 30]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
+    return figure
+
+
+def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
+    """Test error of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
+    layout = summary.layout
+    errors = [item.errors[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
+    if layout.across is None:
+        figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
+        _statistics_rows(axes, items)
+        error_axis(axes, errors, "x")
+    else:
+        shown = [list(series) for _, series in groupby(items, key=lambda item: item.setting.arm)][:MAX_PANELS]
+        figure, every = _axes(len(shown), 2, 1.9)
+        for axes, series in zip(every, shown, strict=True):
+            _statistics_panel(axes, summary, series)
+            error_axis(axes, errors, "y")
+            axes.set_title(textwrap.shorten(series[0].setting.label, 27, placeholder="…"), fontsize=10)
+            axes.set_ylabel("")
+    used = [family for family in FAMILIES if any(item.largest(family) for item in items)]
+    _legend(figure, {family: FAMILIES[family] for family in used}, FAMILY_MARKS)
+    return figure
+
+
+def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Figure:
+    """Training loss and test error against the optimizer step: means over the seeds, and thin lines for single runs."""
+    figure, (top, bottom) = _axes(2, 1, 2.3)
+    thin = sum(len(setting.runs) for setting in settings) <= MAX_SEED_CURVES
     for setting in settings:
-        error = setting.error
-        found.append(error.mean)
-        # The interval of two far seeds may reach from -100 % to 200 %: an axis that held it would show nothing else.
-        found += [end for end in (error.low, error.high) if error.mean / 2 < end < min(2 * error.mean, 1.0)]
-    return found
+        for axes, curve_of in ((top, loss_curve), (bottom, error_curve)):
+            colour, marker = marks[setting.arm]
+            for run in setting.runs if thin else ():
+                axes.plot(*_xy(curve_of(run)), color=colour, linewidth=0.7, alpha=0.4)
+            mean = mean_curve([curve_of(run) for run in setting.runs if run.status != "diverged"])
+            # A run that was tested only once is one point, which a line without a marker does not show.
+            marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
+            axes.plot(*_xy(mean), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
+    losses, errors = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if losses and 0 < 20 * min(losses) < max(losses):
+        top.set_yscale("log")
+    top.set_ylabel("training loss")
+    top.grid(axis="y")
+    error_axis(bottom, errors, "y")
+    bottom.set_xlabel("optimizer step")
+    bottom.sharex(top)
+    _legend(figure, {setting.arm: setting.label for setting in settings}, marks)
+    return figure
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Trace:
-    """One arm within a panel."""
-
-    arm: str
-    label: str
-    settings: list[tuple[int, Setting]]
-    constant: bool
+def loss_curve(run: RunResult) -> list[tuple[float, float]]:
+    """(step, training loss), each point the mean over as many steps as leave at most ``CURVE_POINTS`` points."""
+    size = math.ceil(len(run.losses) / CURVE_POINTS) or 1
+    parts = [run.losses[start : start + size] for start in range(0, len(run.losses), size)]
+    return [(min((i + 1) * size, len(run.losses)), sum(part) / len(part)) for i, part in enumerate(parts)]
 
 
-def _trace(summary: Summary, arm: str, label: str, panel: Point) -> _Trace:
-    settings = summary.across(arm, panel)
-    constant = summary.constant(arm, panel) and len(settings) == len(summary.layout.values)
-    return _Trace(arm=arm, label=label, settings=settings, constant=constant)
+def error_curve(run: RunResult) -> list[tuple[float, float]]:
+    """(step, test error) of the evaluations during training, thinned out to ``CURVE_POINTS``; the last one stays."""
+    found = [(entry["step"], entry["test_error"]) for entry in run.history]
+    kept = [(float(step), float(error)) for step, error in found if step is not None and error is not None]
+    return kept[::-1][:: math.ceil(len(kept) / CURVE_POINTS) or 1][::-1]
 
 
-def _dodges(layout: Layout, traces: Sequence[_Trace], pixel: float) -> list[dict[int, float]]:
-    """How far each trace's marks are moved sideways at each place, so that those at one place stand around it.
-
-    Arms that do not vary have their marks at the right, apart from the others, where they are moved alike.
-    """
-    distance = (layout.positions[-1] - layout.positions[0]) / (len(layout.positions) - 1)
-    found: list[dict[int, float]] = [{} for _ in traces]
-    for constant in (False, True):
-        members = [number for number, trace in enumerate(traces) if trace.constant == constant]
-        step = min(DODGE * pixel, 0.6 * distance / len(members)) if members else 0.0
-        for i in range(len(layout.positions)):
-            here = [n for n in members if any(place == i and s.finished for place, s in traces[n].settings)]
-            for rank, number in enumerate(here):
-                found[number][i] = step * (rank - (len(here) - 1) / 2)
-    return found
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean at the steps that all curves have."""
+    tables = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
-def _line(
-    axes: Axes, layout: Layout, trace: _Trace, mark: Mark, dodge: Mapping[int, float]
-) -> tuple[float, float] | None:
-    """Draw an arm's line; where it ends, None if it has no finished run."""
-    found = [(layout.positions[i] + dodge[i], setting.error) for i, setting in trace.settings if setting.finished]
-    if not found:
-        return None
-    reference = trace.settings[0][1].reference
-    x, y = [place for place, _ in found], [error.mean for _, error in found]
-    for place, error in zip(x, (error for _, error in found), strict=True):
-        whisker(axes, place, error.low, error.high, mark.colour)
-    if reference and len(found) == 1:
-        axes.axhline(y[0], color=mark.colour, linewidth=1.0, linestyle=DASHED, zorder=1)
-    axes.plot(
-        x,
-        y,
-        color=mark.colour,
-        linewidth=2.0 if reference else 1.5,
-        linestyle=mark.dash,
-        marker=mark.marker,
-        markersize=5.5,
-        markeredgecolor=SURFACE,
-        markeredgewidth=0.6,
-        zorder=5 if reference else 4,
-    )
-    return x[-1], y[-1]
+def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
 
 
-def _level(axes: Axes, trace: _Trace, mark: Mark, dodge: Mapping[int, float]) -> tuple[float, float] | None:
-    """Draw an arm that does not vary: a level line, its marker and interval at the right."""
-    setting = trace.settings[0][1]
-    if not setting.finished:
-        return None
-    right = axes.get_xlim()[1]
-    axes.axhline(setting.error.mean, color=mark.colour, linewidth=1.0, linestyle=mark.dash, zorder=2)
-    middle = right - 0.5 * (right - axes.get_xticks()[-1])
-    x = middle + dodge[trace.settings[0][0]]
-    whisker(axes, x, setting.error.low, setting.error.high, mark.colour)
-    axes.plot(
-        x,
-        setting.error.mean,
-        color=mark.colour,
-        marker=mark.marker,
-        markersize=5,
-        markeredgecolor=SURFACE,
-        markeredgewidth=0.6,
-        zorder=4,
-    )
-    return right, setting.error.mean
+def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:
+    """Scale, limits and ticks of an axis of errors in percent: logarithmic if they span more than a factor of 4."""
+    found = [error for error in errors if not math.isnan(error)]
+    low, high = (min(found), max(found)) if found else (0.0, 1.0)
+    logarithmic = low > 0 and high > 4 * low
+    margin = 0.08 * (high - low) or 0.01
+    limits = (low / 1.25, min(high * 1.25, 1.02)) if logarithmic else (low - margin, high + margin)
+    bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
+    ticks = [base * 10.0**power for power in range(-6, 1) for base in bases]
+    line = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log" if logarithmic else "linear")
+    (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
+    if logarithmic:
+        line.set_major_locator(FixedLocator([tick for tick in ticks if limits[0] <= tick <= limits[1]]))
+    else:
+        line.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    line.set_minor_locator(NullLocator())
+    line.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    axes.grid(axis="x" if which == "x" else "y")
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)("test error" + (" (log scale)" if logarithmic else ""))
 
 
-def _crosses(axes: Axes, layout: Layout, trace: _Trace, mark: Mark, offset: float) -> None:
-    """A cross above the plot wherever a run diverged."""
-    right = axes.get_xlim()[1]
-    settings = trace.settings[-1:] if trace.constant else trace.settings
-    places = [right - 6 * abs(offset) if trace.constant else layout.positions[i] for i, s in settings if s.diverged]
-    if places:
-        to_axes = axes.get_xaxis_transform()
-        places = [place + offset for place in places]
-        height = [1.035] * len(places)
-        axes.plot(places, height, "x", color=mark.colour, markersize=5, transform=to_axes, clip_on=False, zorder=6)
+def _axes(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` axes in columns, each ``height`` inches high."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(WIDTH / 72, rows * height), facecolor="white", layout="constrained")
+    every = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    return figure, every
 
 
-def _names(
-    axes: Axes,
-    traces: Sequence[_Trace],
-    lines: Sequence[Sequence[str]],
-    ends: Sequence[tuple[float, float] | None],
-    marks: Mapping[str, Mark],
-    height: float,
-    pixel: float,
-) -> None:
-    """The arms' names at the right, moved apart as far as they need, each tied to the end of its line."""
-    right = axes.get_xlim()[1]
-    # A line that never finished is named at the top, where its crosses are.
-    wanted = [height if end is None else height * fraction_of(axes, end[1]) for end in ends]
-    sizes = [LINE_HEIGHT * len(wrapped) + 3 for wrapped in lines]
-    for trace, wrapped, end, place in zip(traces, lines, ends, spread_out(wanted, sizes, height), strict=True):
-        mark, setting = marks[trace.arm], trace.settings[0][1]
-        y = place / height
-        label = right + 16 * pixel, y
-        to_axes = axes.get_xaxis_transform()
-        if end is not None:
-            x = [end[0], right + 1 * pixel, label[0] - 6 * pixel]
-            level = fraction_of(axes, end[1])
-            colour = MUTED if mark.colour == INK else mark.colour
-            axes.plot(x, [level, level, y], color=colour, linewidth=0.6, transform=to_axes, clip_on=False, zorder=1)
-        marker = mark.marker if end is not None else "x"
-        axes.plot(label[0], y, marker, color=mark.colour, markersize=4.5, transform=to_axes, clip_on=False)
-        weight = "bold" if setting.reference else "normal"
-        for number, text in enumerate(wrapped):
-            shift = (len(wrapped) - 1) / 2 - number
-            axes.text(
-                label[0] + 6 * pixel,
-                y + shift * LINE_HEIGHT / height,
-                text,
-                transform=to_axes,
-                va="center_baseline",
-                fontweight=weight,
-            )
+def _legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]) -> None:
+    lines = [Line2D([], [], color=marks[name].colour, marker=marks[name].marker, linewidth=1.5) for name in labels]
+    names = [textwrap.fill(label, 30) for label in labels.values()]
+    figure.legend(lines, names, loc="outside lower left", ncols=2)
+    width, height = figure.get_size_inches()
+    rows = sum(max(n.count("\n") + 1 for n in names[i : i + 2]) for i in range(0, len(names), 2))
+    figure.set_size_inches(width, height + 0.21 * rows + 0.1)
 
 
-def spread_out(wanted: Sequence[float], sizes: Sequence[float], height: float) -> list[float]:
-    """Centres near ``wanted`` for boxes of these sizes, in the same order, that do not overlap within 0 to ``height``.
-
-    Boxes that touch are moved as one, by the mean of what they want: the least squares solution (isotonic regression).
-    """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    groups: list[tuple[float, list[int]]] = []  # bottom of a group of touching boxes, its members
-    for i in order:
-        group = [i]
-        while True:
-            below = [sum(sizes[j] for j in group[:k]) + sizes[member] / 2 for k, member in enumerate(group)]
-            bottom = sum(wanted[j] - b for j, b in zip(group, below, strict=True)) / len(group)
-            bottom = max(0.0, min(bottom, height - sum(sizes[j] for j in group)))
-            if not groups or groups[-1][0] + sum(sizes[j] for j in groups[-1][1]) <= bottom + 1e-9:
-                break
-            group = groups.pop()[1] + group
-        groups.append((bottom, group))
-    found = [0.0] * len(wanted)
-    for bottom, group in groups:
-        for i in group:
-            found[i] = bottom + sizes[i] / 2
-            bottom += sizes[i]
-    return found
+def _arm_rows(axes: Axes, settings: Sequence[Setting], marks: Mapping[str, Mark]) -> None:
+    """A row an arm: a point a seed, a bar at the mean, and a thin line through the runs of each seed."""
+    seeds = len(settings[0].errors)
+    shifts = [0.34 * (j / (seeds - 1) - 0.5) if seeds > 1 else 0.0 for j in range(seeds)]
+    for j, shift in enumerate(shifts):
+        places = [row + shift for row in range(len(settings))]
+        axes.plot([setting.errors[j] for setting in settings], places, color=MUTED, linewidth=0.6, alpha=0.6)
+    for row, setting in enumerate(settings):
+        colour, marker = marks[setting.arm]
+        axes.plot(setting.errors, [row + shift for shift in shifts], marker, color=colour, linestyle="none", alpha=0.85)
+        axes.plot([setting.error.mean] * 2, [row - 0.34, row + 0.34], color=colour, linewidth=2.4)
+        gone = [row + s for s, run in zip(shifts, setting.results, strict=True) if run and run.status == "diverged"]
+        _crosses(axes, [1.02] * len(gone), gone, colour, axes.get_yaxis_transform())
+    axes.set_yticks(range(len(settings)), [textwrap.fill(setting.label, 22) for setting in settings])
+    axes.set_ylim(len(settings) - 0.5, -0.5)
+    axes.spines["left"].set_visible(False)
 
 
-def row_label(axes: Axes, place: float, lines: Sequence[str], row: float, figures: str = "") -> None:
-    """An arm's name in the lines above ``place``, where a unit is ``row`` pixels high, and its figures at the right."""
-    # On a ground of the page's colour: the reference's line would strike the names out.
-    ground = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5}
-    to_axes = axes.get_yaxis_transform()
-    for number, text in enumerate(lines):
-        y = place - LINE_HEIGHT * (len(lines) - 1 - number) / row
-        axes.text(0.0, y, text, transform=to_axes, va="center", fontweight="bold", bbox=ground)
-    if figures:
-        axes.text(1.0, place, figures, transform=to_axes, ha="right", va="center", bbox=ground)
+def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]) -> None:
+    """Lines over the sweep; arms that it does not change are a column of points each, at the right."""
+    study, layout = summary.study, summary.layout
+    traces = [(arm.name, summary.across(arm.name, panel)) for arm in study.arms]
+    traces = [(arm, along) for arm, along in traces if any(setting.runs for _, setting in along)]
+    level = [arm for arm, along in traces if same_runs(along)]
+    varied = [arm for arm, _ in traces if arm not in level]
+    right = len(layout.values) - 0.1
+    step = min(0.017 * (right + 2 * bool(level)), 0.8 / max(1, len(varied)))  # about a marker's width
+    unit = min(0.34, 2.4 / max(1, len(level)))
+    for arm, along in traces:
+        along = along[:1] if arm in level else along
+        if arm in level:
+            places = [right + unit * level.index(arm)]
+        else:
+            places = [i + step * (varied.index(arm) - (len(varied) - 1) / 2) for i, _ in along]
+        _trace(axes, places, [setting for _, setting in along], marks[arm])
+    ticks = {float(i): value_word(value) for i, value in enumerate(layout.values)}
+    if level:
+        axes.axvline(right - 0.5 * (right - len(layout.values) + 1), color=GRID, linewidth=1.5)
+        ticks[right + unit * (len(level) - 1) / 2] = "unaffected"
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(layout.values) - 0.4)
+    axes.set_xlabel(axis_word(layout.across or ""))
+    if any(setting.diverged for _, along in traces for _, setting in along):
+        axes.text(0, 1.015, "diverged ×", transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom", ha="right")
 
 
-def _room(width: float, figures: str) -> int:
-    """Characters of a bold label that fit beside these figures."""
-    return max(12, int((width - 34 - 6.2 * len(figures)) / 7.4))
+def _trace(axes: Axes, places: Sequence[float], settings: Sequence[Setting], mark: Mark) -> None:
+    """One arm: thin lines (or small points beside the mean, at a single place) for the seeds, marks at the means."""
+    shape, beside = (".", [places[0] + SEED_SHIFT]) if len(places) == 1 else ("-", places)
+    for errors in zip(*(setting.errors for setting in settings), strict=True):
+        axes.plot(beside, errors, shape, color=mark.colour, linewidth=0.6, alpha=0.5, markersize=4)
+    means = [setting.error.mean for setting in settings]
+    axes.plot(places, means, color=mark.colour, marker=mark.marker, linewidth=1.8, markeredgecolor="white", zorder=4)
+    lost = [place for place, setting in zip(places, settings, strict=True) if setting.diverged]
+    _crosses(axes, lost, [1.03] * len(lost), mark.colour, axes.get_xaxis_transform())
 
 
-def _error_row(axes: Axes, place: int, setting: Setting, colour: str, lines: Sequence[str], row: float) -> None:
-    count, unit = len(setting.errors), ROW / row
-    offsets = [0.0] if count == 1 else [0.16 * unit * (2 * i / (count - 1) - 1) for i in range(count)]
-    base = place + 0.14 * unit
-    to_axes = axes.get_yaxis_transform()
-    row_label(axes, place - 0.3 * unit, lines, row, row_figures(setting))
-    finished = [error for error in setting.errors if not math.isnan(error)]
-    if finished:
-        axes.plot([min(finished), max(finished)], [base, base], color=colour, linewidth=1.2, zorder=2)
-        axes.plot(
-            [setting.error.mean] * 2, [base - 0.23 * unit, base + 0.23 * unit], color=colour, linewidth=2.6, zorder=3
-        )
-    for error, offset, result in zip(setting.errors, offsets, setting.results, strict=True):
-        if not math.isnan(error):
-            axes.plot(error, base + offset, "o", markersize=6.0, color=colour, markeredgecolor=SURFACE, zorder=4)
-        elif result is not None:  # diverged: a cross at the end of the scale
-            axes.plot(0.985, base + offset, "x", markersize=6.0, color=colour, transform=to_axes, clip_on=False)
+def _crosses(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, transform: Transform) -> None:
+    """Crosses for diverged runs, beside the axes; the layout does not make room for them."""
+    (line,) = axes.plot(x, y, "x", color=colour, transform=transform, clip_on=False)
+    line.set_in_layout(False)
 
 
-def row_figures(setting: Setting) -> str:
-    """A setting's mean and spread, and what became of its other runs."""
-    words = [spread(setting.error.mean, setting.error.sd)] if setting.finished else []
-    if setting.diverged:
-        words.append(f"{setting.diverged} of {setting.diverged + setting.finished} diverged")
-    if setting.missing:
-        words.append(f"{setting.missing} missing")
-    return ", ".join(words)
+def _statistics_rows(axes: Axes, items: Sequence[Evaluated]) -> None:
+    for row, item in enumerate(items):
+        axes.axhline(row, color=GRID, linewidth=0.8)
+        for number, (family, mark) in enumerate(FAMILY_MARKS.items()):
+            if (kind := item.largest(family)) is not None:
+                place = row + 0.19 * (number - 1.5)
+                axes.plot(item.errors[kind].mean, place, mark.marker, color=mark.colour, markersize=6)
+    axes.set_yticks(range(len(items)), [textwrap.fill(item.setting.label, 22) for item in items])
+    axes.set_ylim(len(items) - 0.45, -0.55)
+    axes.spines["left"].set_visible(False)
+
+
+def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) -> None:
+    values = summary.layout.values
+    where = {item.setting.point: values.index(dict(item.setting.point)[summary.layout.across or ""]) for item in items}
+    for number, (family, mark) in enumerate(FAMILY_MARKS.items()):
+        found = [(where[item.setting.point], item.errors[k].mean) for item in items if (k := item.largest(family))]
+        if found:
+            places = [i + 0.12 * (number - 1.5) for i, _ in found]
+            means = [mean for _, mean in found]
+            axes.plot(places, means, color=mark.colour, marker=mark.marker, linewidth=1.2, markersize=4.5)
+    axes.set_xticks(range(len(values)), [value_word(value) for value in values], fontsize=9)
+    axes.tick_params(axis="y", labelsize=9)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.set_xlabel(axis_word(summary.layout.across or ""), fontsize=9)

@@ -1,88 +1,102 @@
-"""The report of a study: one self-contained page, the numbers as CSV, the figures as files of their own."""
+"""The report of a study: one self-contained page, the numbers as CSV, and the figures as files of their own."""
 
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from syncbn.study.analysis.comparisons import ALPHA, Comparisons, comparison_lines, comparisons_of
-from syncbn.study.analysis.layout import fixed_words
+from syncbn.study.analysis.evaluations import evaluated_settings
+from syncbn.study.analysis.findings import Findings, findings_of
 from syncbn.study.analysis.summary import Summary, summary_of
 from syncbn.study.plan.grid import Cell, Study
-from syncbn.study.report.answer import answer
-from syncbn.study.report.plots import arm_marks
-from syncbn.study.report.results_csv import write_csv
-from syncbn.study.report.sections import (
-    cost_section,
-    curve_section,
-    estimation_section,
-    layer_section,
-    main_section,
-    samples_section,
+from syncbn.study.report.figures import (
+    arm_marks,
+    curves_figure,
+    forest_figure,
+    main_figure,
+    main_figure_name,
+    save,
+    statistics_figure,
+    svg_of,
 )
-from syncbn.study.report.tables import axis_headings, means_tables, print_numbers, table_lines
-from syncbn.study.report.words import axis_word, between, coordinate, joined, percent, place_words, plural, value_word
-from syncbn.study.run.repeat import study_repeat_words
-from syncbn.study.run.runner import Outcome
+from syncbn.study.report.format import axis_word, joined, place_words, value_word
+from syncbn.study.report.tables import (
+    LEVELS,
+    contrasts_table,
+    cost_table,
+    effective_table,
+    heat_maps,
+    means_tables,
+    print_tables,
+    settings_table,
+    statistics_table,
+    write_csv,
+)
+from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
-
-TEMPLATE = "report.html.j2"
-OPEN_LINES = 12
-"""Lines of the table of all numbers up to which it is open from the start."""
 
 
 def write_report(
-    study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome], out: Path, *, command: str
+    study: Study,
+    cells: Sequence[Cell],
+    results: Mapping[str, RunResult],
+    out: Path,
+    *,
+    command: str,
+    failures: Mapping[str, str] | None = None,
+    running: Collection[str] = (),
 ) -> Path:
     """Write ``report.html``, ``results.csv`` and the figures to ``out``.
 
-    The main figure is ``error_by_arm`` or, along a sweep, ``error_by_nbs`` (``.svg`` and ``.png``); ``estimation.svg``,
-    ``samples.svg`` and ``layers.svg`` are written where there is something in them.
+    The main figure is ``error_by_arm`` or, along a sweep, ``error_by_nbs`` (``.svg`` and ``.png``). ``contrasts.svg``,
+    ``statistics.svg`` and ``curves.svg`` are written if there is something to draw.
 
     Args:
         study, cells: as they were run.
-        outcomes: of :func:`syncbn.study.run.runner.run_cells`; cells without a result are shown as missing.
-        out: the study's folder; its records and ``speedup.json`` are read if they are there.
-        command: what made it, for the page.
+        results: by the cells' keys. A cell without one is shown as missing.
+        out: the study's folder. ``parity.json`` in it is shown if it is there.
+        command: what made the report, for the page.
+        failures: why runs failed, by their keys.
+        running: keys of runs that are going on.
 
     Returns:
         The path of the page. It is one file that needs no network.
     """
-    results = _results(outcomes)
+    failures = failures or {}
     summary = summary_of(study, cells, results)
-    comparisons = comparisons_of(summary)
+    findings = findings_of(summary)
     marks = arm_marks(study)
-    failed = {key for key, outcome in outcomes.items() if outcome.status == "failed"}
-    write_csv(study, cells, results, out / "results.csv", failed=failed)
-    lines = table_lines(summary)
+    write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = importlib.resources.files("syncbn.study.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         study=study,
         marks=marks,
-        answer=answer(summary, comparisons),
-        main=main_section(summary, marks, out),
-        compared=_compared(study, comparisons),
-        estimation=estimation_section(summary, out),
-        samples=samples_section(summary, out),
-        layers=layer_section(summary, out),
-        curves=curve_section(summary, comparisons, marks),
-        costs=cost_section(summary, comparisons, out),
-        headings=axis_headings(summary),
+        verdict=verdict(summary, findings),
+        findings=findings,
+        figures=_figures(summary, findings, out),
+        contrasts=contrasts_table(summary, findings),
         means=means_tables(summary),
-        lines=lines,
-        across=axis_word(summary.layout.across) if summary.layout.across is not None else "",
-        lines_open=len(lines) <= OPEN_LINES,
-        lines_title=plural(len(lines), "setting"),
-        repeat=study_repeat_words(study, cells, outcomes),
-        failures=[(o.job.label, o.message) for o in outcomes.values() if o.status == "failed"],
-        methods=_methods(comparisons),
-        plan=_plan(summary, comparisons),
+        settings=settings_table(summary),
+        statistics=statistics_table(summary),
+        maps=heat_maps(summary),
+        levels=[f"{level:g}" for level in LEVELS],
+        effective=effective_table(summary),
+        costs=cost_table(summary.at(study.comparison_point())),
+        shown=place_words(study.comparison_point()),
+        across=axis_word(summary.layout.across) if summary.layout.across else "",
+        images=_images(results),
+        parity=_parity(out),
+        failures=[(cell.label, failures[cell.key]) for cell in cells if cell.key in failures],
+        plan=_plan(study),
         versions=_versions(results),
         base=_yaml(study.base, block=True),
         overrides=[(arm.name, arm.label, _yaml(arm.overrides), _only(arm.only)) for arm in study.arms],
@@ -92,91 +106,73 @@ def write_report(
     return out / "report.html"
 
 
-def print_table(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> None:
-    """The table of the page and its answer, on the terminal."""
-    summary = summary_of(study, cells, _results(outcomes))
-    print_numbers(summary, answer(summary, comparisons_of(summary)))
+def print_table(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> None:
+    """Print the verdict and the main tables of the page on the terminal."""
+    summary = summary_of(study, cells, results)
+    findings = findings_of(summary)
+    print_tables(summary, findings, verdict(summary, findings))
 
 
-def _results(outcomes: Mapping[str, Outcome]) -> dict[str, RunResult]:
-    return {key: outcome.result for key, outcome in outcomes.items() if outcome.result is not None}
+def _figures(summary: Summary, findings: Findings, out: Path) -> dict[str, str]:
+    """The figures as SVG elements, by name; empty text for a figure without anything in it."""
+    study, marks = summary.study, arm_marks(summary.study)
+    found = dict.fromkeys(("main", "contrasts", "statistics", "curves"), "")
+    if not any(setting.runs for setting in summary.settings.values()):
+        return found
+    name = main_figure_name(summary)
+    found["main"] = svg_of(partial(main_figure, summary, marks), out / f"{name}.svg")
+    save(partial(main_figure, summary, marks), out / f"{name}.png")
+    rows = contrasts_table(summary, findings).rows
+    known = [(f, row[0]) for f, row in zip(findings.items, rows, strict=True) if not math.isnan(f.difference)]
+    if known:
+        found["contrasts"] = svg_of(partial(forest_figure, *zip(*known, strict=True)), out / "contrasts.svg")
+    panel = summary.layout.panel_of(study.comparison_point())
+    every = evaluated_settings(summary).values()
+    items = [item for item in every if summary.layout.panel_of(item.setting.point) == panel]
+    if items:
+        found["statistics"] = svg_of(partial(statistics_figure, summary, items), out / "statistics.svg")
+    here = [setting for setting in summary.at(study.comparison_point()) if setting.runs]
+    if here:
+        found["curves"] = svg_of(partial(curves_figure, here, marks), out / "curves.svg")
+    return found
 
 
-def _compared(study: Study, comparisons: Comparisons) -> dict[str, Any] | None:
-    """The section of the planned comparisons; None where there are none."""
-    reference = comparisons.reference
-    if reference is None or not any(setting.runs for setting in comparisons.settings) or not comparisons.lines:
-        return None
-    error = reference.error
-    words = f"{reference.label}: {percent(error.mean)}"
-    interval = between(error.low, error.high, error.mean)
-    lost = f", {reference.diverged} of {plural(reference.diverged + reference.finished, 'run')} diverged"
-    lost = lost if reference.diverged else ""
-    partly = " (over all its runs; beside a difference, means are over the runs of the same seeds)"
-    return {
-        "place": place_words((name, value) for name, value in comparisons.point if len(study.axes[name]) > 1),
-        "reference": words
-        + (f" (95 % interval {interval})" if interval else "")
-        + lost
-        + partly * any(line.partly for line in comparisons.lines),
-        "lines": comparison_lines(comparisons),
-    }
+def _images(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
+    """Numbers of training and test images, with all the values that occur."""
+    found = []
+    for name, figure in (("training images", "train_images"), ("test images", "test_images")):
+        counts = sorted({count for run in results.values() if (count := getattr(run, figure)) is not None})
+        found += [(name, joined([f"{count:,}" for count in counts]))] if counts else []
+    return found
 
 
-def _methods(comparisons: Comparisons) -> str:
-    """How intervals and tests were made, with their sources."""
-    words = (
-        "An interval of a mean is Student's t interval over the seeds, at 95 %; runs that diverged have no part in it"
-        " and are counted instead."
-    )
-    if not comparisons.lines:
-        return words
-    family = len(comparisons.lines)
-    words += (
-        " A difference is the mean of the differences of runs with the same seed, its interval Student's as well. Its p"
-        " is that of Fisher's two-sided sign-flip test (The Design of Experiments, 1935): the share of all ways to give"
-        " the differences their signs whose mean is at least as far from zero. Test and interval are different methods"
-        " (sign flips of the mean difference against Student's t), so with an outlier the one may show a difference"
-        " where the other contains 0. Nothing is claimed of an arm before all planned runs of it and of the reference"
-        " have a result."
-    )
-    if family > 1:
-        words += (
-            f" The {family} comparisons are corrected together by Holm's procedure (1979, Scandinavian Journal of"
-            f" Statistics 6), so that the chance of any false claim among them is at most {100 * ALPHA:g} %; intervals"
-            " are of each difference alone."
-        )
-    return words + (
-        f" With {plural(family, 'comparison')}, {comparisons.needed} seeds are needed before the smallest p there can"
-        f" be reaches {ALPHA:g}. Where a run of an arm or of the reference diverged, nothing is compared: the mean of"
-        " the runs that survive would favour the arm that loses its worst ones."
-    )
+def _parity(out: Path) -> dict[str, Any] | None:
+    """The check of the training under several numbers of processes, if the study has run it."""
+    path = out / "parity.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
 
 
-def _plan(summary: Summary, comparisons: Comparisons) -> list[tuple[str, str]]:
-    """The axes with their values, what is fixed along them, what is compared, the seeds."""
-    study = summary.study
-    lines = [
-        (f"{axis_word(name)} ({name})", ", ".join(value_word(value) for value in values))
-        for name, values in study.axes.items()
-    ]
-    if study.sweep is not None:
-        lines.append((f"{study.sweep.kind} sweep", fixed_words(study)))
-    if comparisons.reference is not None and comparisons.lines:
-        labels = [s.label for s in comparisons.settings if any(s is line.setting for line in comparisons.lines)]
-        lines.append(("compared", f"{joined(labels)}, each with {comparisons.reference.label}"))
+def _plan(study: Study) -> list[tuple[str, str]]:
+    """The axes with their values, what stays the same along the sweep, and the seeds."""
+    lines = [(f"{axis_word(name)} ({name})", ", ".join(map(value_word, v))) for name, v in study.axes.items()]
+    sweep = study.sweep
+    if sweep is not None and sweep.kind == "decoupled":
+        lines.append(("decoupled sweep", "global batch, learning rate and steps are the same everywhere"))
+    elif sweep is not None:
+        held = joined([f"{sweep.steps} steps" if name == "steps" else f"constant {name}" for name in sweep.hold])
+        lines.append(("coupled sweep", f"global batch and learning rate vary with the batch on each GPU; {held}"))
     return [*lines, ("seeds", ", ".join(map(str, study.seeds)))]
 
 
 def _only(only: Mapping[str, Sequence[Any]]) -> str:
     """Where an arm is run, if not everywhere."""
-    places = [joined([coordinate(name, value) for value in values]) for name, values in only.items()]
+    places = [f"{axis_word(name)} {joined([value_word(v) for v in values])}" for name, values in only.items()]
     return f"run only at {', '.join(places)}" if places else ""
 
 
 def _yaml(values: Mapping[str, Any], block: bool = False) -> str:
-    style = None if block else True
-    text: str = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=style, width=1000)
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=not block, width=1000)
     return text.strip() if values else "nothing"
 
 
@@ -186,4 +182,4 @@ def _versions(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
     for result in results.values():
         for name, value in result.environment.items():
             found.setdefault(name, {})[str(value)] = None
-    return [(name, ", ".join(values)) for name, values in found.items()]
+    return [(name.replace("_", " "), ", ".join(values)) for name, values in found.items()]

@@ -1,180 +1,328 @@
-"""All numbers of a study as a table: on the page and on the terminal."""
+"""The tables of a report, for the page and the terminal, and the CSV file of all runs."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
 
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
+from syncbn.study.analysis.evaluations import Kind, columns_of, evaluated, evaluated_settings
+from syncbn.study.analysis.findings import Findings
+from syncbn.study.analysis.layers import LayerMeans, layer_means
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
-from syncbn.study.report.answer import Answer
-from syncbn.study.report.figures import row_figures
-from syncbn.study.report.words import DASH, SPACE, axis_word, between, percent, value_word
+from syncbn.study.plan.grid import Cell, Point, Study, Value
+from syncbn.study.report.format import (
+    DASH,
+    axis_word,
+    compact,
+    contrast_place,
+    contrast_words,
+    p_value,
+    panel_title,
+    percent,
+    percent_interval,
+    plural,
+    points,
+    points_interval,
+    same_runs,
+    value_word,
+)
+from syncbn.train.result import RunResult, write_atomically
 
-EVERYWHERE = "all"
-"""The value of an axis that an arm is not touched by."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableLine:
-    """One setting, as the table shows it."""
-
-    arm: str
-    label: str
-    reference: bool
-    places: list[str]
-    """Its value on each axis."""
-    normalization_batch_size: str
-    error: str
-    """Mean and spread, and what became of the runs that are no part of it."""
-    interval: str
-    seeds: list[str]
-    """One text a seed, in percent without the sign."""
-    images_per_second: str
-
-
-def axis_headings(summary: Summary) -> list[str]:
-    """The columns of the axes."""
-    return [axis_word(name) for name in summary.layout.names]
-
-
-def table_lines(summary: Summary) -> list[TableLine]:
-    """The settings in words: arm by arm along the axes; without axes, the worst first and the reference last.
-
-    What is run once for a whole sweep has one line.
-    """
-    settings = list(summary.settings.values())
-    if not summary.layout.names:
-        return [_line(setting, []) for setting in by_badness(settings)]
-    lines = []
-    for setting in settings:
-        panel = summary.layout.panel_of(setting.point)
-        same = summary.constant(setting.arm, panel)
-        if same and setting is not summary.across(setting.arm, panel)[0][1]:
-            continue
-        across = summary.layout.across if same else None
-        lines.append(_line(setting, [EVERYWHERE if name == across else value_word(v) for name, v in setting.point]))
-    return lines
+TERMINAL_WIDTH = 80
+SAME = "="
+"""Stands where the runs are those of the arm's first place."""
+MAX_LAYERS = 24
+"""Layers that a heat map shows; of more, evenly spaced ones with the first and the last."""
+LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Divergences at which the colour of a heat map changes, the same on every page."""
+_FIGURES = (
+    *("test_error", "test_loss", "steps", "samples", "seconds", "images_per_second", "peak_memory_bytes"),
+    *("parameters", "train_images", "test_images", "processes"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeansRow:
-    """An arm of a table of means."""
+class Table:
+    """A table of texts. The first column holds names."""
 
-    arm: str
-    label: str
-    cells: list[str]
-    """Mean error in percent, without the sign; how many runs diverged."""
-    lowest: list[bool]
-    """Whether the mean is the column's lowest."""
+    title: str = ""
+    head: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    arms: list[str] = field(default_factory=list)
+    """The arm of each row, whose mark stands before its name; empty without marks."""
+
+
+class HeatCell(NamedTuple):
+    """A number of a heat map; ``level`` is its place on the scale of colours, None without a number."""
+
+    text: str
+    level: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeansTable:
-    """Mean errors of a panel: arms by what goes across."""
+class HeatMap:
+    """Divergence of batch statistics from the population's: layers by places of one arm, or by arms."""
 
     title: str
     columns: list[str]
-    rows: list[MeansRow]
+    rows: list[tuple[str, list[HeatCell]]]
 
 
-def means_tables(summary: Summary) -> list[MeansTable]:
-    """Mean errors at a glance, a table a panel; none where nothing goes across."""
-    layout = summary.layout
-    if layout.across is None:
-        return []
-    found = []
-    for panel in layout.panels:
-        every = [(arm, dict(summary.across(arm.name, panel))) for arm in summary.study.arms]
-        lines = [(arm, line) for arm, line in every if any(setting.runs for setting in line.values())]
-        lowest = [
-            min((line[i].error.mean for _, line in lines if i in line and line[i].finished), default=math.nan)
-            for i in range(len(layout.values))
-        ]
-        rows = [
-            MeansRow(
-                arm=arm.name,
-                label=arm.label,
-                cells=[_mean_cell(line.get(i)) for i in range(len(lowest))],
-                lowest=[i in line and line[i].error.mean == low for i, low in enumerate(lowest)],
-            )
-            for arm, line in lines
-        ]
-        if rows:
-            columns = [value_word(value) for value in layout.values]
-            found.append(MeansTable(title=layout.title(panel), columns=columns, rows=rows))
+def contrasts_table(summary: Summary, findings: Findings) -> Table:
+    """The planned contrasts, in points of test error; effects come before p values."""
+    study = summary.study
+    places = [contrast_place(study, f.contrast) for f in findings.items]
+    head = ["contrast", "verdict", "difference", "95 % interval", "p", "sign-flip p", "smallest effect"]
+    table = Table(title=places[0] if len(set(places)) == 1 else "", head=[*head, "test set error"])
+    for place, f in zip(places, findings.items, strict=True):
+        words = contrast_words(study, f.contrast)
+        table.rows.append(
+            [
+                words if table.title or not place else f"{words}, {place}",
+                f.verdict or f"{plural(f.missing, 'run')} missing",
+                points(f.difference, signed=True),
+                points_interval(f.low, f.high, f.difference),
+                p_value(f.p_no_worse if f.verdict == "no worse" else f.p),
+                p_value(f.p_sign_flip),
+                points(f.smallest_effect),
+                points(f.test_set_error),
+            ]
+        )
+    return table
+
+
+def means_tables(summary: Summary) -> list[Table]:
+    """Mean errors in percent of the arms along the sweep, a table a panel; none where nothing goes across."""
+    layout, found = summary.layout, []
+    for panel in layout.panels if layout.across is not None else ():
+        head = [axis_word(layout.across or ""), *map(value_word, layout.values)]
+        table = Table(title=panel_title(layout, panel), head=head)
+        for arm in summary.study.arms:
+            along = dict(summary.across(arm.name, panel))
+            if any(setting.runs for setting in along.values()):
+                cells = [_mean_cell(along.get(i)) for i in range(len(layout.values))]
+                if same_runs(list(along.items())):
+                    cells = [SAME if i in along and i != min(along) else cell for i, cell in enumerate(cells)]
+                table.rows.append([arm.label, *cells])
+                table.arms.append(arm.name)
+        found += [table] if table.rows else []
     return found
+
+
+def settings_table(summary: Summary) -> Table:
+    """Every setting with mean, interval and each seed's error, in percent; a level arm's once."""
+    axes = [axis_word(name) for name in summary.layout.names]
+    head = ["arm", *axes, "norm. batch", "mean", "95 % interval", "SD", *(f"seed {s}" for s in summary.study.seeds)]
+    table, seen = Table(head=head), set()
+    settings = list(summary.settings.values())
+    for setting in settings if axes else by_badness(settings):
+        if (setting.arm, setting.keys) in seen:
+            continue
+        seen.add((setting.arm, setting.keys))
+        places = ["all" if free else value_word(value) for free, value in _places(summary, setting)]
+        size, error = setting.normalization_batch_size, setting.error
+        mean = [_mean_cell(setting), percent_interval(error.low, error.high), percent(error.sd)]
+        seeds = [_seed_cell(run) for run in setting.results]
+        name = f"{setting.label} (reference)" if setting.reference else setting.label
+        table.rows.append([name, *places, DASH if size is None else str(size), *mean, *seeds])
+        table.arms.append(setting.arm)
+    return table
+
+
+def statistics_table(summary: Summary) -> Table | None:
+    """Errors in percent of the same weights with each kind of statistics, at one place; None without other kinds."""
+    point = summary.study.comparison_point()
+    items = [item for (_, place), item in evaluated_settings(summary).items() if place == point]
+    columns = columns_of([run for item in items for run in item.setting.runs])
+    if not items:
+        return None
+    table = Table(head=["arm", *(_kind_word(name, kinds[0]) for name, kinds in columns)])
+    for item in items:
+        known = [[item.errors[kind].mean for kind in kinds if kind in item.errors] for _, kinds in columns]
+        table.rows.append([item.setting.label, *(percent(means[0]) if means else DASH for means in known)])
+        table.arms.append(item.setting.arm)
+    return table
+
+
+def cost_table(settings: Sequence[Setting]) -> Table:
+    """What a run of each arm was and took: medians over the seeds."""
+    table = Table(head=["arm", "parameters", "images seen", "steps", "seconds", "images/s", "memory, MiB"])
+    figures = ("parameters", "samples", "steps", "seconds", "images_per_second", "peak_memory_bytes")
+    for setting in settings:
+        if setting.runs:
+            every = [[value for run in setting.runs if (value := getattr(run, name)) is not None] for name in figures]
+            medians = [median(values) if values else math.nan for values in every]
+            medians[-1] /= 2**20
+            cells = [DASH if math.isnan(m) else f"{m:,.{int(m < 10)}f}" for m in medians]
+            table.rows.append([setting.label, *cells])
+            table.arms.append(setting.arm)
+    return table
+
+
+def heat_maps(summary: Summary) -> list[HeatMap]:
+    """The layers' divergence: a map an arm along the sweep, the reference's first; or one map with a column an arm."""
+    found = []
+    for title, columns in _layer_columns(summary):
+        means = [{entry.layer: entry.kl for entry in layer_means(setting)} for _, setting in columns]
+        rows = [(layer, [_heat_cell(kl.get(layer, math.nan)) for kl in means]) for layer in _layers(means)]
+        found.append(HeatMap(title=title, columns=[heading for heading, _ in columns], rows=rows))
+    return found
+
+
+def effective_table(summary: Summary) -> Table | None:
+    """How many independent values a batch is worth in each layer, for the arms of the first heat map."""
+    for title, columns in _layer_columns(summary)[:1]:
+        means = [{entry.layer: entry for entry in layer_means(setting)} for _, setting in columns]
+        rows = [[layer, *(_worth(column.get(layer)) for column in means)] for layer in _layers(means)]
+        return Table(title=title, head=["layer", *(heading for heading, _ in columns)], rows=rows)
+    return None
+
+
+def heat_level(value: float) -> int | None:
+    """The place of a divergence on the scale of colours."""
+    return None if math.isnan(value) else sum(value >= level for level in LEVELS)
+
+
+def print_tables(summary: Summary, findings: Findings, words: str) -> None:
+    """Print the verdict, the planned contrasts and the mean errors, 80 columns wide unless the terminal is wider."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TERMINAL_WIDTH)
+    console.print(Text(summary.study.title, style="bold"))
+    console.print(Text(words))
+    contrasts = contrasts_table(summary, findings)
+    if contrasts.rows:
+        rows = [row[:5] for row in contrasts.rows]
+        title = "Planned contrasts, points of test error" + (f", at {contrasts.title}" if contrasts.title else "")
+        _print(console, Table(title=title, head=contrasts.head[:5], rows=rows))
+    for means in means_tables(summary):
+        title = "Mean test error in %" + (f", {means.title}" if means.title else "")
+        rows = [[row[0], *(cell.replace(" ", "\n") for cell in row[1:])] for row in means.rows]
+        _print(console, Table(title=title, head=means.head, rows=rows))
+    if summary.layout.across is None:
+        settings = settings_table(summary)
+        last = settings.head.index("SD")
+        rows = [row[:last] for row in settings.rows]
+        _print(console, Table(title="Test error in %", head=settings.head[:last], rows=rows))
+    console.print(Text(f"k×: k runs diverged, {SAME}: the same runs as at the left, {DASH}: not run"))
+
+
+def write_csv(
+    study: Study,
+    cells: Sequence[Cell],
+    results: Mapping[str, RunResult],
+    path: Path,
+    *,
+    failed: Collection[str] = (),
+    running: Collection[str] = (),
+) -> None:
+    """Write one line a run: place, state, figures, and the error of each evaluation, as fractions.
+
+    A run that stands at several places of its arm (it does not depend on an axis) has one line, ``level`` is ``yes``,
+    and the axes on which its places differ are empty. A figure that a run does not have is empty.
+
+    Args:
+        study, cells: as they were run.
+        results: by the cells' keys.
+        path: of the file.
+        failed: keys whose run failed.
+        running: keys whose run is going on.
+    """
+    columns = columns_of(list(results.values()))
+    labels = {arm.name: arm.label for arm in study.arms}
+    places: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        places.setdefault((cell.arm, cell.key), []).append(cell)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    head = ["arm", "label", *study.axes, "level", "seed", "normalization_batch_size", "key", "status"]
+    writer.writerow([*head, *_FIGURES, *(name for name, _ in columns)])
+    for (arm, key), same in places.items():
+        cell, result = same[0], results.get(key)
+        points_of = [dict(each.point) for each in same]
+        at = ["" if len({p[axis] for p in points_of}) > 1 else value_word(points_of[0][axis]) for axis in study.axes]
+        state = "failed" if key in failed else "running" if key in running else "missing"
+        if result is not None:
+            state = "diverged" if result.status == "diverged" else "done"
+        errors = [[evaluated(result, kind) for kind in kinds] for _, kinds in columns]
+        values = [next((error for error in tried if not math.isnan(error)), "") for tried in errors]
+        place = [arm, labels[arm], *at, "yes" if len(same) > 1 else "no", cell.seed]
+        figures = [getattr(result, name, None) for name in _FIGURES]
+        writer.writerow([*place, cell.config.normalization_batch_size, key, state, *figures, *values])
+    write_atomically(path, text.getvalue())
+
+
+def _print(console: Console, table: Table) -> None:
+    shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(table.head):
+        side: Literal["left", "right"] = "left" if number == 0 or heading == "verdict" else "right"
+        shown.add_column(Text(heading), justify=side, overflow="fold", min_width=4 if number else 18)
+    for row in table.rows:
+        shown.add_row(*map(Text, row))  # Text, not markup: a label may hold brackets
+    console.print(shown)
 
 
 def _mean_cell(setting: Setting | None) -> str:
     if setting is None or not setting.runs:
         return DASH
-    words = percent(setting.error.mean).partition(SPACE)[0] if setting.finished else ""
-    return words + (f"{' ' if words else ''}{setting.diverged}×" if setting.diverged else "")
+    words = [percent(setting.error.mean)] if setting.finished else []
+    return " ".join([*words, *[f"{setting.diverged}×"] * (setting.diverged > 0)])
 
 
-def print_numbers(summary: Summary, answer: Answer) -> None:
-    """The table of the page and its answer, on the terminal."""
-    console = Console(width=None if Console().is_terminal else 120)
-    for means in means_tables(summary):
-        print_means(console, summary, means)
-    if summary.layout.across is None:
-        print_settings(console, summary)
-    for words in (answer.headline, answer.support, answer.caveat):
-        if words:
-            console.print(Text(words))
-
-
-def print_means(console: Console, summary: Summary, means: MeansTable) -> None:
-    """Mean errors along the sweep."""
-    title = f"{summary.study.title}: test error in %" + (f", {means.title}" if means.title else "")
-    table = Table(title=Text(title), caption="k×: k runs diverged")
-    table.add_column(Text(axis_word(summary.layout.across or "")))
-    for heading in means.columns:
-        table.add_column(Text(heading), justify="right")
-    for row in means.rows:
-        table.add_row(Text(row.label), *(Text(cell) for cell in row.cells))
-    console.print(table)
-
-
-def print_settings(console: Console, summary: Summary) -> None:
-    """Each setting with its spread."""
-    table = Table(title=Text(summary.study.title))
-    headings = ["arm", *axis_headings(summary), "norm. batch", "test error", "95 % interval", "images/s"]
-    for heading in headings:
-        table.add_column(Text(heading), justify="left" if heading == "arm" else "right")
-    for line in table_lines(summary):
-        label = f"{line.label} (reference)" if line.reference else line.label
-        words = [label, *line.places, line.normalization_batch_size, line.error, line.interval, line.images_per_second]
-        table.add_row(*(Text(word) for word in words))  # not markup: a label may hold brackets
-    console.print(table)
-
-
-def _line(setting: Setting, places: Sequence[str]) -> TableLine:
-    size, speed = setting.normalization_batch_size, setting.mean_of(lambda run: run.images_per_second)
-    return TableLine(
-        arm=setting.arm,
-        label=setting.label,
-        reference=setting.reference,
-        places=list(places),
-        normalization_batch_size=DASH if size is None else str(size),
-        error=row_figures(setting),
-        interval=between(setting.error.low, setting.error.high, setting.error.mean) or DASH,
-        seeds=[_seed(setting, i) for i in range(len(setting.results))],
-        images_per_second=DASH if speed != speed else f"{speed:,.0f}",
-    )
-
-
-def _seed(setting: Setting, index: int) -> str:
-    result = setting.results[index]
-    if result is None:
+def _seed_cell(run: RunResult | None) -> str:
+    if run is None:
         return DASH
-    return (
-        "diverged"
-        if result.status == "diverged" or result.test_error is None
-        else percent(setting.errors[index]).partition(SPACE)[0]
-    )
+    return "diverged" if run.status == "diverged" or run.test_error is None else percent(run.test_error)
+
+
+def _places(summary: Summary, setting: Setting) -> list[tuple[bool, Value]]:
+    """For each axis whether the setting's runs stand at several of its values, and the setting's own value."""
+    same: list[Point] = [s.point for s in summary.settings.values() if (s.arm, s.keys) == (setting.arm, setting.keys)]
+    return [(len({dict(point)[name] for point in same}) > 1, value) for name, value in setting.point]
+
+
+def _kind_word(name: str, kind: Kind) -> str:
+    if kind.statistics != "population":
+        return {"running": "running", "batch": "test batch"}.get(kind.statistics, kind.statistics)
+    return f"population, {name.partition(f'_{kind.estimator}_')[2].replace('_', ' ')} images, {kind.estimator}"
+
+
+def _layer_columns(summary: Summary) -> list[tuple[str, list[tuple[str, Setting]]]]:
+    """A title for each heat map, and its settings with their headings."""
+    point = summary.study.comparison_point()
+    if summary.layout.across is None:
+        here = [(setting.label, setting) for setting in summary.at(point) if layer_means(setting)]
+        return [("", here)] if here else []
+    found, values = [], summary.layout.values
+    for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
+        settings = summary.across(arm.name, summary.layout.panel_of(point))
+        along = [(value_word(values[i]), setting) for i, setting in settings if layer_means(setting)]
+        found += [(arm.label, along)] if along else []
+    return found
+
+
+def _worth(layer: LayerMeans | None) -> str:
+    return DASH if layer is None else f"{compact(layer.effective)} of {compact(layer.count)}"
+
+
+def _heat_cell(kl: float) -> HeatCell:
+    rounded = kl if math.isnan(kl) else round(kl, 3)  # as it is printed, so that colour and number agree
+    return HeatCell(compact(kl), heat_level(rounded))
+
+
+def _layers(columns: Sequence[Mapping[str, object]]) -> list[str]:
+    layers = list(dict.fromkeys(layer for column in columns for layer in column))
+    if len(layers) <= MAX_LAYERS:
+        return layers
+    return [layers[round(i * (len(layers) - 1) / (MAX_LAYERS - 1))] for i in range(MAX_LAYERS)]

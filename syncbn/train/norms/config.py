@@ -1,58 +1,46 @@
-"""Which normalization a run uses."""
+"""The normalization section of a run's configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from syncbn.train.checks import check_values, require
+from syncbn.train.checks import check_rules, check_values
 
+# fmt: off
 NormName = Literal[
-    "none",
-    "batch",
-    "sync",
-    "ghost",
-    "renorm",
-    "frozen",
-    "mabn",
-    "group",
-    "layer",
-    "instance",
-    "rms",
-    "weight",
-    "ws_group",
-    "nf",
-    "evonorm",
-    "frn",
+    "none", "batch", "sync", "ghost", "renorm", "frozen", "mabn", "group", "layer", "instance", "rms", "weight",
+    "ws_group", "nf", "evonorm", "frn",
 ]
+# fmt: on
 BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen", "mabn")
-"""Those whose training normalizes by statistics over samples."""
+"""Norms that use statistics over samples in training."""
 
 
 @dataclass(kw_only=True)
 class NormConfig:
-    """Which normalization."""
+    """Normalization."""
 
     name: NormName = "batch"
-    """`batch` is local to a logical GPU; `sync` spans `sync_group_size` of them (all by default). See
-    `syncbn/train/norms.py` for each one's source."""
+    """Normalization. `batch` is local to a logical GPU; `sync` spans `sync_group_size` of them (by default all). The
+    sources are listed in `syncbn/train/norms/factory.py`."""
     momentum: float | None = 0.1
     """Weight of the new value in the running statistics; null is a cumulative average."""
     eps: float = 1e-5
-    """Added to the variance under the root."""
+    """Added to the variance inside the square root."""
     affine: bool = True
     """Learn a weight and a bias for each channel."""
     ghost_batch_size: int | None = None
-    """Samples that share statistics within a logical GPU (`ghost`); it divides `per_gpu_batch_size`."""
+    """`ghost`: samples of a logical GPU that share statistics; a divisor of `per_gpu_batch_size`."""
     sync: bool = False
     """`ghost`, `renorm`: merge the statistics over the logical GPUs of a sync group."""
     r_max: float = 3.0
     """`renorm`: largest scale correction, reached at `r_ramp_end`. `mabn`: the same, in force after the warm-up."""
     d_max: float = 5.0
-    """`renorm`: largest shift correction, in standard deviations, reached at `d_ramp_end`."""
+    """`renorm`: largest shift correction in standard deviations, reached at `d_ramp_end`."""
     warmup_steps: int = 5_000
-    """`renorm`: training forwards with plain batch statistics before the ramps begin. `mabn`: before the windows are
-    used; at least `window` of them."""
+    """`renorm`: training forwards with plain batch statistics before the ramps begin. `mabn`: training forwards before
+    the windows are used, at least `window`."""
     r_ramp_end: int = 40_000
     """`renorm`: training forward at which `r_max` is reached."""
     d_ramp_end: int = 25_000
@@ -60,55 +48,36 @@ class NormConfig:
     groups: int = 8
     """`group`, `ws_group`, `evonorm`: groups of channels."""
     freeze_at: float = 0.75
-    """`frozen`: part of the optimizer steps after which the statistics stay as they are."""
+    """`frozen`: fraction of the optimizer steps after which the statistics are constant."""
     window: int = 16
     """`mabn`: training forwards whose batch statistics are averaged, on each logical GPU."""
     clip_factor: float = 0.02
-    """`nf`: largest norm of a unit's gradient, relative to the norm of its weights (adaptive gradient clipping)."""
+    """`nf`: largest norm of a unit's gradient relative to the norm of its weights (adaptive gradient clipping)."""
 
     def __post_init__(self) -> None:
-        check_values(self, "norm.")
-        require(
-            self.momentum is None or 0.0 <= self.momentum <= 1.0,
-            "norm.momentum",
-            self.momentum,
-            "a number from 0 to 1, or null",
+        check_values(self, "norm.", ghost_batch_size=1, r_max=1, d_max=0, warmup_steps=0, groups=1, window=1)
+        ghost, may_sync = self.name == "ghost", self.name in ("ghost", "renorm")
+        momentum, warmup = self.momentum, self.warmup_steps
+        check_rules(
+            self,
+            "norm.",
+            ("momentum", momentum is None or 0 <= momentum <= 1, "a number from 0 to 1, or null"),
+            ("eps", self.eps > 0, "a positive number"),
+            (
+                "ghost_batch_size",
+                ghost == (self.ghost_batch_size is not None),
+                "a number of samples with norm.name ghost, and null with any other",
+            ),
+            ("sync", may_sync or not self.sync, f"false with norm.name {self.name} (it is for ghost and renorm)"),
+            ("r_ramp_end", self.r_ramp_end >= warmup, f"at least norm.warmup_steps ({warmup})"),
+            ("d_ramp_end", self.d_ramp_end >= warmup, f"at least norm.warmup_steps ({warmup})"),
+            ("freeze_at", 0 <= self.freeze_at <= 1, "a number from 0 to 1"),
+            ("clip_factor", self.clip_factor > 0, "a positive number"),
         )
-        require(self.eps > 0, "norm.eps", self.eps, "a positive number")
-        require(
-            (self.name == "ghost") == (self.ghost_batch_size is not None),
-            "norm.ghost_batch_size",
-            self.ghost_batch_size,
-            "a number of samples with norm.name ghost, and null with any other",
-        )
-        require(
-            self.ghost_batch_size is None or self.ghost_batch_size >= 1,
-            "norm.ghost_batch_size",
-            self.ghost_batch_size,
-            "a positive integer",
-        )
-        require(
-            not self.sync or self.name in ("ghost", "renorm"),
-            "norm.sync",
-            self.sync,
-            f"false with norm.name {self.name} (it is for ghost and renorm)",
-        )
-        require(self.r_max >= 1, "norm.r_max", self.r_max, "at least 1")
-        require(self.d_max >= 0, "norm.d_max", self.d_max, "at least 0")
-        require(self.warmup_steps >= 0, "norm.warmup_steps", self.warmup_steps, "0 or more")
-        for key in ("r_ramp_end", "d_ramp_end"):
-            value = getattr(self, key)
-            require(
-                value >= self.warmup_steps, f"norm.{key}", value, f"at least norm.warmup_steps ({self.warmup_steps})"
-            )
-        require(self.groups >= 1, "norm.groups", self.groups, "a positive integer")
-        require(0 <= self.freeze_at <= 1, "norm.freeze_at", self.freeze_at, "a number from 0 to 1")
-        require(self.window >= 1, "norm.window", self.window, "a positive integer")
-        require(self.clip_factor > 0, "norm.clip_factor", self.clip_factor, "a positive number")
 
     @property
     def uses_batch(self) -> bool:
-        """Whether training normalizes by statistics over samples."""
+        """Whether training uses statistics over samples."""
         return self.name in BATCH_NORMS
 
     @property

@@ -1,7 +1,7 @@
-"""Networks with the normalization left open.
+"""Networks with any normalization.
 
-The weights drawn depend on the network and torch's global generator, not on the normalization: runs that differ in the
-normalization alone start from the same weights.
+The initial weights depend on the network and torch's global generator, not on the normalization: runs that differ in
+the normalization alone start from the same weights.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.compat import import_torchvision
-from syncbn.train.config import ConfigError, ModelConfig
+from syncbn.train.checks import ConfigError, require
+from syncbn.train.config import ModelConfig
 
 Norm = Callable[[int], nn.Module]
-"""Channels -> the layer that normalizes them; ``nn.Identity`` for none."""
+"""From a number of channels to the layer that normalizes them; ``nn.Identity`` for none."""
 
 _OWN = ("convnet", "resnet20", "resnet56")
 
@@ -34,22 +35,18 @@ def build_model(
     num_classes: int,
     image_size: int,
 ) -> nn.Module:
-    """The network that ``config`` names, on the CPU, in float32 and training mode.
+    """The network of a configuration, on the CPU, in float32 and training mode.
 
-    One number is drawn from torch's global generator, whatever the network and the normalization; the weights follow
-    from it.
+    It draws one number from torch's global generator; the weights are a function of this number.
 
     Args:
-        config: name, width, options.
+        config: the model section of a run.
         norm: makes a normalization layer (`convnet`, `resnet20`, `resnet56`).
-        adapt: gives a torchvision model, which comes with BatchNorm, the normalization wanted.
-        finish: does to the others, once they have their weights, what the normalization does besides its layers.
+        adapt: replaces the BatchNorm of a torchvision model.
+        finish: called with the other networks, once they have their weights.
         in_channels: channels of an image, 1 or 3 for a torchvision model.
         num_classes: width of the output.
         image_size: side of an image in pixels.
-
-    Returns:
-        A module from (N, in_channels, image_size, image_size) to (N, num_classes).
 
     Raises:
         ConfigError: an unknown name, wrong options, or a network that does not take images of this size.
@@ -60,23 +57,21 @@ def build_model(
         torch.default_generator.manual_seed(seed)
         if config.name not in _OWN:
             return adapt(_torchvision_model(config, in_channels, num_classes, image_size))
-        if config.options:
-            raise ConfigError(
-                "model.options", config.options, f"none with model.name {config.name}, only torchvision's"
-            )
+        expected = f"none with model.name {config.name}, only with torchvision's"
+        require(not config.options, "model.options", config.options, expected)
         if config.name == "convnet":
             model = convnet(in_channels, num_classes, config.width, norm)
         else:
             depth = int(config.name.removeprefix("resnet"))
             model = cifar_resnet(depth, in_channels, num_classes, config.width, norm)
-        # Again, as making the modules has drawn numbers, and the normalization may have too.
+        # Making the modules has drawn numbers, and how many depends on the normalization.
         torch.default_generator.manual_seed(seed)
         initialize(model)
         return finish(model)
 
 
 def initialize(model: nn.Module) -> None:
-    """Weights of He et al. 2015 (arXiv 1502.01852, section 2.2): normal, variance 2 / fan-out; linear: 1 / fan-in."""
+    """Initialize as He et al. 2015 (arXiv 1502.01852, section 2.2): variance 2 / fan-out; linear layers 1 / fan-in."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -86,10 +81,9 @@ def initialize(model: nn.Module) -> None:
 
 
 def convnet(in_channels: int, num_classes: int, width: int, norm: Norm) -> nn.Module:
-    """Six 3x3 convolutions, each normalized: (N, in_channels, H, W) -> (N, num_classes), H and W at least 4.
+    """Six normalized 3x3 convolutions: (N, in_channels, H, W) -> (N, num_classes), H and W at least 4.
 
-    Channels w, w, 2w, 2w, 4w, 4w; max-pooling halves the image after the second and the fourth; then the average over
-    the image and a linear layer.
+    Channels are w, w, 2w, 2w, 4w, 4w, with max-pooling after the second and the fourth.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = in_channels
@@ -105,9 +99,8 @@ def convnet(in_channels: int, num_classes: int, width: int, norm: Norm) -> nn.Mo
 def cifar_resnet(depth: int, in_channels: int, num_classes: int, width: int, norm: Norm) -> nn.Module:
     """The CIFAR ResNet of He et al. 2015 (arXiv 1512.03385, section 4.2): (N, in_channels, H, W) -> (N, num_classes).
 
-    6n + 2 layers: a 3x3 convolution, then three stages of n blocks with w, 2w and 4w channels, the last two stages each
-    halving the image; the average over it and a linear layer. Shortcuts have no parameters (option A). The paper's
-    width is 16.
+    6n + 2 layers: a 3x3 convolution, three stages of n blocks with w, 2w and 4w channels, and a linear layer. Shortcuts
+    have no parameters (option A). The paper's width w is 16.
     """
     assert depth % 6 == 2, depth
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_normalized_conv(in_channels, width, norm), relu=nn.ReLU())
@@ -121,15 +114,11 @@ def cifar_resnet(depth: int, in_channels: int, num_classes: int, width: int, nor
 
 
 def _normalized_conv(in_channels: int, channels: int, norm: Norm, stride: int = 1) -> nn.Sequential:
-    """A 3x3 convolution and its normalization.
-
-    A bias would be taken out again by the normalization's mean, so there is one only where nothing normalizes. It is
-    attached afterwards: with ``bias=True`` the convolution would draw it.
-    """
+    """A 3x3 convolution and its normalization; it has a bias only without normalization, whose mean would cancel it."""
     conv = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
     layer = norm(channels)
     if isinstance(layer, nn.Identity):
-        conv.bias = nn.Parameter(torch.zeros(channels))
+        conv.bias = nn.Parameter(torch.zeros(channels))  # with bias=True, the convolution would draw random numbers
     return nn.Sequential(OrderedDict(conv=conv, norm=layer))
 
 
@@ -140,7 +129,7 @@ def _classifier(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
 class BasicBlock(nn.Module):
     """relu(x' + norm(conv(relu(norm(conv(x)))))): (N, in_channels, H, W) -> (N, channels, H / stride, W / stride).
 
-    x' is x where the shape is kept; else every ``stride``-th pixel of x with zeros for the new channels (option A).
+    x' is x, or every ``stride``-th pixel of x with zeros for the new channels if the shape changes (option A).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
@@ -165,11 +154,8 @@ def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, 
     known = models.list_models(module=models)  # the classifiers
     if config.name not in known:
         close = difflib.get_close_matches(config.name, [*_OWN, *known], n=5)
-        raise ConfigError(
-            "model.name",
-            config.name,
-            f"{', '.join(_OWN)} or a classifier of torchvision.models" + f" (close: {', '.join(close)})" * bool(close),
-        )
+        expected = f"{', '.join(_OWN)} or a classifier of torchvision.models"
+        raise ConfigError("model.name", config.name, expected + f" (close: {', '.join(close)})" * bool(close))
     if in_channels not in (1, 3):
         raise ValueError(f"in_channels: got {in_channels}, expected 1 or 3 with the torchvision model {config.name}")
     options = _torchvision_options(config, image_size)
@@ -181,7 +167,7 @@ def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, 
             raise ConfigError("model.options", config.options, expected) from error
         raise _wrong_size(config.name, image_size, error) from error
     if in_channels == 1:
-        # A hook rather than another first layer or a wrapper: architecture and state_dict stay torchvision's.
+        # A hook keeps torchvision's architecture and state_dict.
         model.register_forward_pre_hook(_grey_to_rgb)
     _try_image(model, config.name, in_channels, image_size)
     return model
@@ -190,13 +176,11 @@ def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, 
 def _torchvision_options(config: ModelConfig, image_size: int) -> dict[str, Any]:
     options = dict(config.options)
     for key in ("weights", "num_classes"):
-        if key in options:
-            raise ConfigError("model.options", config.options, f"no {key}: a run sets it")
-    if options.get("aux_logits"):
-        raise ConfigError("model.options", config.options, "aux_logits false: a run trains one output")
+        require(key not in options, "model.options", config.options, f"no {key}: a run sets it")
+    require(not options.get("aux_logits"), "model.options", config.options, "aux_logits false: a run trains one output")
     if config.name in ("googlenet", "inception_v3"):
         options["aux_logits"] = False
-        options.setdefault("init_weights", True)  # what it does anyway, with a warning
+        options.setdefault("init_weights", True)  # torchvision's default, without its warning
     if config.name.startswith("vit_"):
         options.setdefault("image_size", image_size)
     return options
@@ -207,7 +191,7 @@ def _grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def _try_image(model: nn.Module, name: str, in_channels: int, image_size: int) -> None:
-    """Find a network whose pooling leaves nothing of a small image here, rather than in the first step."""
+    """Raise ConfigError for a network whose pooling leaves nothing of a small image."""
     model.eval()
     try:
         with torch.no_grad():

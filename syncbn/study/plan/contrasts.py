@@ -1,0 +1,180 @@
+"""The comparisons that a study plans, named before its runs.
+
+A contrast is the test error at one place minus that at another: an arm against an arm, or a value of an axis against
+another along the same arm. With ``minus`` it is a difference of two such differences. The tests are corrected over all
+planned contrasts, so a study should name those that answer its question and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from syncbn.train.checks import ConfigError, require
+
+if TYPE_CHECKING:
+    from syncbn.study.plan.grid import Cell, Point, Study, Value
+
+
+@dataclass(frozen=True)
+class Place:
+    """An arm at a point of the axes."""
+
+    arm: str
+    point: Point
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Error at ``first`` minus error at ``second``; with ``minus``, minus the same difference there."""
+
+    name: str  # unique within the study; made of the arms and of the values that differ
+    first: Place
+    second: Place
+    minus: tuple[Place, Place] | None = None
+    margin: float | None = None
+    """Error (a fraction of the test images) by which ``first`` may exceed ``second`` and still count as no worse."""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All places whose runs the contrast needs: two, or four with ``minus``."""
+        return (self.first, self.second, *(self.minus or ()))
+
+
+def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast, ...]:
+    """Read the ``contrasts:`` of a study file.
+
+    Each entry names an arm (or a list of arms, one contrast each) and its place. ``against`` says what is different in
+    the second setting, and ``minus`` what is different in both settings of the difference that is subtracted.
+    ``no_worse_by`` is a margin in points of test error. An axis that is not named is at its first value::
+
+        contrasts:
+          - {arm: [sync, renorm], at: {per_gpu_batch_size: 2}, against: {arm: batch}}
+          - {arm: sync, at: {sync_group_size: 2}, against: {at: {sync_group_size: 16}}, no_worse_by: 0.5}
+          - {arm: batch, at: {per_gpu_batch_size: 1}, against: {at: {per_gpu_batch_size: 128}}, minus: {arm: renorm}}
+
+    Args:
+        content: the parsed list; None for :func:`default_contrasts`.
+        study: the study; its own ``contrasts`` are not read.
+        where: what error messages call the key, such as ``my.yaml: contrasts``.
+
+    Raises:
+        ConfigError: an entry names an unknown key, arm, axis or value, a place at which its arm is not run, or two
+            equal places.
+    """
+    if content is None:
+        return default_contrasts(study)
+    if not isinstance(content, list) or not content:
+        raise ConfigError(where, content, "a list of at least one contrast")
+    found: list[Contrast] = []
+    for number, entry in enumerate(content):
+        for contrast in _entry(entry, study, f"{where}[{number}]"):
+            require(contrast not in found, f"{where}[{number}]", contrast.name, "each contrast once")
+            found.append(contrast)
+    return tuple(found)
+
+
+def default_contrasts(study: Study) -> tuple[Contrast, ...]:
+    """Each other arm against the reference, at the first value of each axis; empty without a reference."""
+    first = _point({}, study)
+    arms = [arm for arm in study.arms if first in study.points(arm)]
+    reference = next((arm for arm in arms if arm.reference), None)
+    if reference is None:
+        return ()
+    second = Place(reference.name, first)
+    return tuple(_contrast((Place(arm.name, first), second), None, None) for arm in arms if arm is not reference)
+
+
+def check_runs_differ(contrasts: Sequence[Contrast], cells: Sequence[Cell], where: str) -> None:
+    """Check that no contrast compares runs with themselves, as along an axis that does not change its arm.
+
+    Raises ConfigError if one does.
+    """
+    keys: dict[Place, list[str]] = {}
+    for cell in cells:
+        keys.setdefault(Place(cell.arm, cell.point), []).append(cell.key)
+    for contrast in contrasts:
+        same = keys[contrast.first] == keys[contrast.second]
+        require(not same, where, contrast.name, "two settings whose configurations differ")
+
+
+def _entry(content: object, study: Study, where: str) -> list[Contrast]:
+    data = _mapping(content, where, ("arm", "at", "against", "minus", "no_worse_by"))
+    for key in ("arm", "against"):
+        require(key in data, where, data, f"the key {key!r} too")
+    margin = data.get("no_worse_by")
+    known = margin is None or (type(margin) in (int, float) and 0 < margin < 100)
+    require(known, f"{where}.no_worse_by", margin, "points of test error, above 0 and below 100")
+    names = data["arm"] if isinstance(data["arm"], list) else [data["arm"]]
+    require(bool(names), f"{where}.arm", names, "at least one arm")
+    point = _point(_values(data.get("at", {}), study, f"{where}.at"), study)
+    contrasts = []
+    for name in names:
+        first = Place(_arm(name, study, f"{where}.arm"), point)
+        ends = (first, _moved(first, data["against"], study, f"{where}.against"))
+        moved = [_moved(place, data["minus"], study, f"{where}.minus") for place in ends if "minus" in data]
+        minus = (moved[0], moved[1]) if moved else None
+        for place in (*ends, *(minus or ())):
+            run_there = any(arm.name == place.arm and place.point in study.points(arm) for arm in study.arms)
+            require(run_there, where, _name(place), "a place at which this arm is run")
+        contrasts.append(_contrast(ends, minus, None if margin is None else margin / 100))
+    return contrasts
+
+
+def _moved(place: Place, content: object, study: Study, where: str) -> Place:
+    """The place with the arm and the values that ``against`` or ``minus`` names put in."""
+    data = _mapping(content, where, ("arm", "at"))
+    arm = place.arm if data.get("arm") is None else _arm(data["arm"], study, f"{where}.arm")
+    moved = Place(arm, _point(dict(place.point) | _values(data.get("at", {}), study, f"{where}.at"), study))
+    require(moved != place, where, content, "another arm or another place")
+    return moved
+
+
+def _contrast(ends: tuple[Place, Place], minus: tuple[Place, Place] | None, margin: float | None) -> Contrast:
+    name = f"{_name(ends[0])} against {_name(ends[1], ends[0])}"
+    if minus is not None:
+        name += f" minus {_name(minus[0], ends[0])} against {_name(minus[1], minus[0])}"
+    return Contrast(name, *ends, minus, margin)
+
+
+def _name(place: Place, other: Place | None = None) -> str:
+    """A place in words; beside another one, by what differs from it."""
+    arm = [place.arm] if other is None or place.arm != other.arm else []
+    known = () if other is None else other.point
+    return " ".join([*arm, *(f"{axis}={value}" for axis, value in place.point if (axis, value) not in known)])
+
+
+def _point(values: Mapping[str, Value], study: Study) -> Point:
+    return tuple((axis, values.get(axis, known[0])) for axis, known in study.axes.items())
+
+
+def _values(content: object, study: Study, where: str) -> dict[str, Value]:
+    data, found = _mapping(content, where, tuple(study.axes)), {}
+    for axis, given in data.items():
+        matches = [value for value in study.axes[axis] if _comparable(given) == _comparable(value)]
+        require(bool(matches), f"{where}.{axis}", given, f"one of that axis's values {list(study.axes[axis])}")
+        found[axis] = matches[0]
+    return found
+
+
+def _comparable(value: Any) -> tuple[bool, Any]:
+    """YAML reads 1e-3, without a point, as a text; and True equals 1."""
+    try:
+        return isinstance(value, bool), float(value) if isinstance(value, str) else value
+    except ValueError:
+        return False, value
+
+
+def _arm(name: object, study: Study, where: str) -> str:
+    names = [arm.name for arm in study.arms]
+    require(name in names, where, name, f"one of the arms ({', '.join(names)})")
+    return str(name)
+
+
+def _mapping(content: object, where: str, known: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ConfigError(where, content, "a mapping")
+    for key in content:
+        require(key in known, f"{where}: key", key, f"one of {', '.join(known)}" if known else "none: no axes")
+    return content

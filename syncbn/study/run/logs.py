@@ -1,0 +1,73 @@
+"""The log of a run: what it printed, and lines that begin with ``==`` and say when it began and how it failed."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+MARK = "=="
+"""Start of the lines that the study adds."""
+
+
+def note_begin(label: str) -> None:
+    """Print that an attempt begins; its output is in the log."""
+    print(f"{MARK} {_now()} began: {label}", flush=True)
+
+
+def note_failure(log: Path, message: str) -> None:
+    """Add to a log why the attempt failed."""
+    with suppress(OSError):  # a full disk may be the reason for the failure
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{MARK} {_now()} failed: {message}\n")
+
+
+def failure(log: Path) -> str | None:
+    """Why the last attempt failed; None if it did not fail, or was cut off."""
+    for line in reversed(_last_attempt(log)):
+        if found := re.match(rf"{MARK} \S+ failed: (.*)", line):
+            return found[1]
+    return None
+
+
+def error_line(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Append what this process and its children print to ``log``, so that it does not disturb the progress bar."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+def _last_attempt(log: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:
+        return []
+    began = [number for number, line in enumerate(lines) if re.match(rf"{MARK} \S+ began: ", line)]
+    return lines[began[-1] if began else 0 :]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
