@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import torch_internals
-from syncbn.torch_internals import constant_result
+from syncbn.torch_internals import constant_result, functional_collectives, group_size
 
 # The groups that were made here or passed in by users, by their ranks, for the present world. The references are weak,
 # so that a group that torch has destroyed does not live on here with its sockets.
@@ -152,12 +151,6 @@ _GATHER_LIMIT = 8
 of the time of an all-reduce, which goes around the ring twice. All ranks add in the same order."""
 
 
-def _gathering_size(group_name: str) -> int:
-    """The size of a group whose reductions on the CPU gather, or 0. The same on all its ranks."""
-    size = torch_internals.group_size(group_name)
-    return size if size <= _GATHER_LIMIT else 0
-
-
 @torch.library.custom_op("syncbn::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(tensor: Tensor, group_name: str) -> Tensor:
     """The reduction in a compiled graph on the CPU. The group's size is read at run time, as it may change."""
@@ -182,7 +175,7 @@ class PendingSum(NamedTuple):
         """The sum. On CUDA the stream waits, and the host goes on."""
         if not self.started:
             return self.tensor
-        result = torch_internals.wait(self.tensor)
+        result: Tensor = functional_collectives.wait_tensor(self.tensor)
         return result.unflatten(0, (self.gathered, -1)).sum(0) if self.gathered else result
 
 
@@ -200,10 +193,9 @@ def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
 
 def _start(tensor: Tensor, group_name: str) -> PendingSum:
     source = tensor.contiguous()
-    gathered = _gathering_size(group_name) if source.device.type == "cpu" else 0
-    if gathered:
-        return PendingSum(torch_internals.all_gather(source, gathered, group_name), True, gathered)
-    return PendingSum(torch_internals.all_reduce(source, "sum", group_name), True)
+    if source.is_cpu and (size := group_size(group_name)) <= _GATHER_LIMIT:
+        return PendingSum(functional_collectives.all_gather_into_tensor(source, size, group_name), True, size)
+    return PendingSum(functional_collectives.all_reduce(source, "sum", group_name), True)
 
 
 def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
@@ -216,5 +208,5 @@ def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
 
 def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:
     """The largest of the ranks' values. One collective and a host synchronization, so it must be called rarely."""
-    result = torch_internals.all_reduce(torch.tensor(value, device=device), "max", group_name)
-    return int(torch_internals.wait(result).item())
+    result = functional_collectives.all_reduce(torch.tensor(value, device=device), "max", group_name)
+    return int(functional_collectives.wait_tensor(result).item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +47,9 @@ class SampleGroups(NamedTuple):
 
 
 class SmallBatchNorm(_BatchNorm):
-    """Base class of this package's layers. It has every option; each layer's ``__init__`` names those that it takes."""
+    """Base class of this package's layers. It has every option; each layer's ``__init__`` sets those that it takes."""
 
-    scope: Scope | None
+    scope: Scope | None = None
     """Which processes share statistics. None is this process alone."""
     ghost_batch_size: int | None = None
     remainder: Remainder = "error"
@@ -76,8 +76,8 @@ class SmallBatchNorm(_BatchNorm):
     num_nonfinite_batches: Tensor
     """() int64, not saved: number of batches left out of the running statistics because theirs were not finite."""
 
-    def __init__(self, *batchnorm: Any, bias: bool, scope: Scope | None, **options: Any) -> None:
-        super().__init__(*batchnorm)
+    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if not bias:  # _BatchNorm has this argument in some versions of torch only
             self.register_parameter("bias", None)
         for name in ("running_mean", "running_var"):
@@ -88,22 +88,13 @@ class SmallBatchNorm(_BatchNorm):
             zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
             self.register_buffer("num_nonfinite_batches", zero, persistent=False)
         self.sample_groups = self.qualified_name = self.after = self.observer = None
-        self.scope = scope
-        for name, value in options.items():
-            setattr(self, name, value)
         self._agreed_groups: int | None = None
-        self._check_options()
 
     def _check_options(self) -> None:
         for name in ("ghost_batch_size", "max_ghost_groups"):
             check_positive(name, getattr(self, name))
-        choices: dict[str, tuple[str | None, ...]] = {
-            "remainder": ("error", "smaller"),
-            "running_update": ("mean", "sequential", "total"),
-            "activation": (None, *ACTIVATIONS),
-            "save": ("input", "output"),
-        }
-        for name, known in choices.items():
+        choices = {"remainder": get_args(Remainder), "running_update": get_args(RunningUpdate), "save": get_args(Save)}
+        for name, known in (*choices.items(), ("activation", (None, *ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if not (isinstance(self.negative_slope, float | int) and math.isfinite(self.negative_slope)):
@@ -162,13 +153,8 @@ class SmallBatchNorm(_BatchNorm):
             parts.append(f"sync={'world' if where is None else where}")
         if self.ghost_batch_size is not None:
             parts.append(f"ghost_batch_size={self.ghost_batch_size}, remainder={self.remainder!r}")
-        if self.running_update != "mean":
-            parts.append(f"running_update={self.running_update!r}")
-        if self.activation is not None:
-            slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-            parts.append(f"activation={self.activation!r}{slope}")
-        if self.save != "input":
-            parts.append(f"save={self.save!r}")
+        usual = {"running_update": "mean", "activation": None, "negative_slope": 0.01, "save": "input"}
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return ", ".join(parts)
 
     # -- the data path -------------------------------------------------------------------------------------------------
@@ -199,7 +185,7 @@ class SmallBatchNorm(_BatchNorm):
 
     def _check_residual(self, x: Tensor, residual: Tensor) -> None:
         if self.save == "output":
-            self._fail(x, "a residual cannot be had back from the output; use save='input'")
+            self._fail(x, "a residual cannot be recovered from the output; use save='input'")
         if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
             self._fail(
                 x,
@@ -225,12 +211,13 @@ class SmallBatchNorm(_BatchNorm):
         weight, bias = self._tensors(self._parameters, ("weight", "bias"))
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
+        has_variance = samples.smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
         rule = Rule(
             self.eps,
             ONE_GROUP if samples.index is None else Groups(samples.index, samples.number),
             group_name,
             self.save == "output",
-            None if self._has_variance(x, samples) else functools.partial(self._check_count, x),
+            None if has_variance else functools.partial(self._check_count, x),
             None if self.observer is None else functools.partial(self.observer, self),
         )
         epilogue = Epilogue(residual, self.activation, self.negative_slope)
@@ -288,15 +275,10 @@ class SmallBatchNorm(_BatchNorm):
         if filled > number:
             self._fail(
                 x,
-                f"{filled} ghost groups, but the ranks have agreed on {number} on the wire; pass "
+                f"{filled} ghost groups, but the ranks have agreed on {number}; pass "
                 f"max_ghost_groups={filled} (or more) when the first batch is not the largest",
             )
         return number
-
-    @staticmethod
-    def _has_variance(x: Tensor, groups: SampleGroups) -> bool:
-        """Whether the shapes alone show that every group has more than one value per channel."""
-        return groups.smallest * math.prod(x.shape[2:]) > 1
 
     def _check_count(self, x: Tensor, counts: Tensor) -> None:
         """Raise unless each group (counts are (G,), over all processes) has a variance.
@@ -384,15 +366,10 @@ class SyncBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *batchnorm,
-            bias=bias,
-            scope=make_scope(process_group, sync_group_size),
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.scope = make_scope(process_group, sync_group_size)
+        self.activation, self.negative_slope, self.save = activation, negative_slope, save
+        self._check_options()
 
 
 class GhostBatchNorm(SmallBatchNorm):
@@ -448,19 +425,12 @@ class GhostBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *batchnorm,
-            bias=bias,
-            scope=_optional_scope(sync, process_group, sync_group_size),
-            ghost_batch_size=ghost_batch_size,
-            remainder=remainder,
-            running_update=running_update,
-            max_ghost_groups=max_ghost_groups,
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.scope = _optional_scope(sync, process_group, sync_group_size)
+        self.ghost_batch_size, self.remainder, self.max_ghost_groups = ghost_batch_size, remainder, max_ghost_groups
+        self.running_update = running_update
+        self.activation, self.negative_slope, self.save = activation, negative_slope, save
+        self._check_options()
 
 
 class BatchRenorm(SmallBatchNorm):
@@ -523,23 +493,13 @@ class BatchRenorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *batchnorm,
-            bias=bias,
-            scope=_optional_scope(sync, process_group, sync_group_size),
-            ghost_batch_size=ghost_batch_size,
-            remainder=remainder,
-            max_ghost_groups=max_ghost_groups,
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.scope = _optional_scope(sync, process_group, sync_group_size)
+        self.ghost_batch_size, self.remainder, self.max_ghost_groups = ghost_batch_size, remainder, max_ghost_groups
+        self.activation, self.negative_slope, self.save = activation, negative_slope, save
+        self._check_options()
         self.r_max, self.d_max = r_max, d_max
         self.warmup_steps, self.r_ramp_end, self.d_ramp_end = warmup_steps, r_ramp_end, d_ramp_end
-        self._check_limits()
-
-    def _check_limits(self) -> None:
         if self.running_mean is None:
             raise ValueError("BatchRenorm needs track_running_stats=True, because r and d use the running statistics")
         for name, limit, least in (("r_max", self.r_max, 1), ("d_max", self.d_max, 0)):
