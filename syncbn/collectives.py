@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from syncbn.torch_internals import constant_result, functional_collectives, group_size
 
-# The groups that were made here or passed in by users, by their ranks, for the present world. The references are weak,
-# so that a group that torch has destroyed does not live on here with its sockets.
-_groups: weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = weakref.WeakValueDictionary()
-_groups_world: weakref.ref[dist.ProcessGroup] | None = None
+_Groups: TypeAlias = "weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]"
+# By world, the groups that were made here or passed in by users, by their ranks. The references are weak, so that a
+# group that torch has destroyed does not live on here with its sockets.
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Groups] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def check_positive(name: str, value: Any) -> None:
 def make_scope(process_group: Any = None, sync_group_size: int | None = None) -> Scope:
     """The scope of a ``process_group``, which is a :class:`ProcessGroup` or a sequence of global ranks.
 
-    Raises:
-        ValueError: ``process_group`` is neither; ``dist.new_group`` returns such a value on ranks outside the group.
+    On ranks outside a group ``dist.new_group`` returns a value that is neither, which is an error.
     """
     if process_group is None:
         return Scope(sync_group_size=sync_group_size)
@@ -68,15 +67,11 @@ def make_scope(process_group: Any = None, sync_group_size: int | None = None) ->
     return Scope(sync_group_size=sync_group_size, ranks=ranks)
 
 
-def _known_groups() -> weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]:
-    """The groups of the present world, without those of an earlier one."""
-    global _groups_world
+def _known_groups() -> _Groups:
+    """The groups of the present world."""
     world = dist.group.WORLD
     assert world is not None, "called only with an initialized world"
-    if _groups_world is None or _groups_world() is not world:
-        _groups.clear()
-        _groups_world = weakref.ref(world)
-    return _groups
+    return _groups.setdefault(world, weakref.WeakValueDictionary())
 
 
 def _members(scope: Scope) -> tuple[int, ...]:
@@ -101,9 +96,6 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
 
     A group is made once per world, by its members alone: other ranks need not call. Every member makes the same groups
     in the same order, because all ranks run the same model.
-
-    Raises:
-        ValueError: ``sync_group_size`` does not divide the world size, or this rank is not among the group's.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

@@ -17,16 +17,7 @@ def import_torchvision(submodule: str | None = None) -> Any:
     A plain ``pip install`` often puts a CUDA build of torchvision beside a CPU build of torch. Its import then fails
     with "operator torchvision::nms does not exist", although its models, transforms and data sets are written in Python
     and need no such operator. This function declares the missing operators and imports it again. Calling one still
-    fails.
-
-    Args:
-        submodule: import this part instead, such as ``"transforms.v2"``.
-
-    Returns:
-        The module ``torchvision`` or ``torchvision.<submodule>``.
-
-    Raises:
-        ImportError: torchvision is not installed, or it does not work with this torch.
+    fails. ``submodule`` is a part to import instead, such as ``"transforms.v2"``.
     """
     name = f"torchvision.{submodule}" if submodule else "torchvision"
     try:

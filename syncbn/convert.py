@@ -123,13 +123,17 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
         >>> type(model[1]).__name__, model[1].ghost_batch_size
         ('GhostBatchNorm', 4)
     """
-    cls = _layer_class(kind)
+    cls = next((cls for name, cls in KINDS.items() if kind in (name, cls)), None)
+    if cls is None:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or such a layer's class, got {kind!r}")
     _check_options(cls, options)
     _refuse_wrappers(module, "convert")
     states = []
-    for layer, name in _chosen_layers(module, where).items():
-        with _naming(name, layer, "converted"):
-            states.append((name, layer, converted_state(layer, cls, name or None, options)))
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
+            with _naming(name, layer, "converted"):
+                _check_layer(layer)
+                states.append((name, layer, converted_state(layer, cls, name or None, options)))
     for name, layer, state in states:
         if state is not None:
             set_state(layer, cls, state)
@@ -167,23 +171,6 @@ def revert(module: M) -> M:
     for changed, first, state in states:
         set_state(changed, first, state)
     return module
-
-
-def _chosen_layers(module: nn.Module, where: Where) -> dict[_BatchNorm, str]:
-    layers = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
-            with _naming(name, layer, "converted"):
-                _check_layer(layer)
-            layers[layer] = name
-    return layers
-
-
-def _layer_class(kind: Any) -> type[SmallBatchNorm]:
-    for name, cls in KINDS.items():
-        if kind is cls or kind == name:
-            return cls
-    raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or such a layer's class, got {kind!r}")
 
 
 def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:

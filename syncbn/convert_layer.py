@@ -28,7 +28,6 @@ After = Callable[[Any, Tensor], Tensor]
 
 KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
 
-_ABSENT = object()
 _COUNTER = "num_nonfinite_batches"
 _CONTAINERS = ("_buffers", "_non_persistent_buffers_set")
 """The attributes whose content a conversion changes."""
@@ -134,7 +133,7 @@ def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     conversion: Conversion | None = state.get("_conversion")
     if conversion is None:
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
-            state["process_group"] = _remember(layer.process_group)
+            state["process_group"] = RememberedGroup(make_scope(layer.process_group), layer.process_group)
         return type(layer), state  # type: ignore[return-value]
     if type(layer) is not conversion.converted:
         raise ValueError(
@@ -176,7 +175,7 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     if counter is not None:
         state["_buffers"][_COUNTER] = counter
         state["_non_persistent_buffers_set"].add(_COUNTER)
-    replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and state.get(k, _ABSENT) is not v}
+    replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and (k not in state or state[k] is not v)}
     state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))
     return state
 
@@ -208,8 +207,7 @@ def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before
     if options.get("sync") is False or any(options.get(k) is not None for k in ("process_group", "sync_group_size")):
         return {}
     if issubclass(original, nn.SyncBatchNorm):
-        group: RememberedGroup | None = before["process_group"]
-        scope: Scope | None = Scope(ranks=None if group is None else group.ranks)
+        scope = Scope() if before["process_group"] is None else before["process_group"].scope
     else:
         scope = before["scope"] if issubclass(original, SmallBatchNorm) else None
     if scope is None:
@@ -217,8 +215,6 @@ def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
     return found | ({"sync": True} if "sync" in options_of(cls) else {})
 
-
-# -- timm's activations ------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS: dict[type | None, ActivationName] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
@@ -244,41 +240,26 @@ def _is_plain(module: Any) -> bool:
     return not any(vars(module).get(name) for name in ("forward", *hooks))
 
 
-# -- process groups ----------------------------------------------------------------------------------------------------
-
-
 class RememberedGroup:
     """The process group of a converted ``nn.SyncBatchNorm``. Copies have the same group; pickles have its ranks."""
 
-    def __init__(self, ranks: tuple[int, ...], group: Any = None) -> None:
-        self.ranks, self._group = ranks, group
+    def __init__(self, scope: Scope, group: Any = None) -> None:
+        self.scope, self._group = scope, group
 
     def __deepcopy__(self, memo: Any) -> RememberedGroup:
         return self
 
     def __reduce__(self) -> Any:
-        return RememberedGroup, (self.ranks,)
+        return RememberedGroup, (self.scope,)
 
     def group(self) -> Any:
         """The group. After unpickling it is looked up or made, which all of its ranks must do."""
         if self._group is None:
+            ranks = list(self.scope.ranks or ())
             if not (dist.is_available() and dist.is_initialized()):
                 raise ValueError(
-                    f"its process group of ranks {self.ranks} needs torch.distributed.init_process_group(...) first"
+                    f"its process group of ranks {ranks} needs torch.distributed.init_process_group(...) first"
                 )
             # resolve() has no group for a process alone, but nn.SyncBatchNorm takes None for the world.
-            self._group = resolve(Scope(ranks=self.ranks)) or dist.new_group(
-                list(self.ranks), use_local_synchronization=True
-            )
+            self._group = resolve(self.scope) or dist.new_group(ranks, use_local_synchronization=True)
         return self._group
-
-
-def _remember(group: Any) -> RememberedGroup:
-    try:
-        ranks = make_scope(group).ranks
-    except ValueError as error:
-        raise ValueError(
-            f"this process is not in its process_group {group!r}; set it to None or to a group that has this process"
-        ) from error
-    assert ranks is not None
-    return RememberedGroup(ranks, group)

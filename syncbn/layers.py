@@ -80,11 +80,9 @@ class SmallBatchNorm(_BatchNorm):
         super().__init__(*args, **kwargs)
         if not bias:  # _BatchNorm has this argument in some versions of torch only
             self.register_parameter("bias", None)
-        for name in ("running_mean", "running_var"):
-            buffer = getattr(self, name)
-            if buffer is not None and buffer.dtype.itemsize < 4:
-                setattr(self, name, buffer.float())
-        if self.running_mean is not None:
+        if self.running_mean is not None and self.running_var is not None:
+            if self.running_mean.dtype.itemsize < 4:
+                self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
             zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
             self.register_buffer("num_nonfinite_batches", zero, persistent=False)
         self.sample_groups = self.qualified_name = self.after = self.observer = None
@@ -187,11 +185,9 @@ class SmallBatchNorm(_BatchNorm):
         if self.save == "output":
             self._fail(x, "a residual cannot be recovered from the output; use save='input'")
         if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-            self._fail(
-                x,
-                f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device}), got "
-                f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}",
-            )
+            got = f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}"
+            wanted = f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device})"
+            self._fail(x, f"{wanted}, got {got}")
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         if self.num_features == 0:  # torch looks at channel 0 of an empty input
@@ -228,9 +224,8 @@ class SmallBatchNorm(_BatchNorm):
         if mean is None or var is None:
             return None
         if tracked is None:
-            raise ValueError(
-                f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
-            )
+            problem = "has running statistics and no num_batches_tracked; set it to a tensor"
+            raise ValueError(f"{type(self).__name__} {problem}")
         assert nonfinite is not None, "registered with the others"
         update = self.training and self.track_running_stats and self.observer is None
         limits = self._limits() if self.training else None
@@ -252,11 +247,8 @@ class SmallBatchNorm(_BatchNorm):
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)
         if n % g and self.remainder == "error":
-            self._fail(
-                x,
-                f"{n} samples are no multiple of ghost_batch_size={g}; drop the last samples, choose a divisor, "
-                "or pass remainder='smaller' for a smaller last group",
-            )
+            remedy = "drop the last samples, choose a divisor, or pass remainder='smaller' for a smaller last group"
+            self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}")
         filled = -(-n // g)
         number = max(1, filled if group_name is None else self._common_groups(x, filled, group_name))
         index = None if number == 1 else torch.arange(n, device=x.device).div(g, rounding_mode="floor")
@@ -273,11 +265,8 @@ class SmallBatchNorm(_BatchNorm):
                 return filled
             number = self._agreed_groups = max_over_ranks(filled, group_name, x.device)
         if filled > number:
-            self._fail(
-                x,
-                f"{filled} ghost groups, but the ranks have agreed on {number}; pass "
-                f"max_ghost_groups={filled} (or more) when the first batch is not the largest",
-            )
+            remedy = f"pass max_ghost_groups={filled} (or more) when the first batch is not the largest"
+            self._fail(x, f"{filled} ghost groups, but the ranks have agreed on {number}; {remedy}")
         return number
 
     def _check_count(self, x: Tensor, counts: Tensor) -> None:
@@ -502,13 +491,13 @@ class BatchRenorm(SmallBatchNorm):
         self.warmup_steps, self.r_ramp_end, self.d_ramp_end = warmup_steps, r_ramp_end, d_ramp_end
         if self.running_mean is None:
             raise ValueError("BatchRenorm needs track_running_stats=True, because r and d use the running statistics")
-        for name, limit, least in (("r_max", self.r_max, 1), ("d_max", self.d_max, 0)):
+        for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
             # An infinite limit cannot rise from a ramp: 0 * inf is NaN.
             if not (limit >= least and math.isfinite(limit)):
                 raise ValueError(f"{name} must be a finite number of at least {least}, got {limit!r}")
-        for name, end in (("r_ramp_end", self.r_ramp_end), ("d_ramp_end", self.d_ramp_end)):
-            if not 0 <= self.warmup_steps <= end:
-                raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {self.warmup_steps!r} and {end!r}")
+        for name, end in (("r_ramp_end", r_ramp_end), ("d_ramp_end", d_ramp_end)):
+            if not 0 <= warmup_steps <= end:
+                raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
 
     def _limits(self) -> Limits:
         return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)
