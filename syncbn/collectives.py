@@ -10,19 +10,18 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import torch_internals
-from syncbn.torch_internals import constant_result
+from syncbn.torch_internals import constant_result, functional_collectives, group_size
 
-# The groups that were made here or passed in by users, by their ranks, for the present world. The references are weak,
-# so that a group that torch has destroyed does not live on here with its sockets.
-_groups: weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = weakref.WeakValueDictionary()
-_groups_world: weakref.ref[dist.ProcessGroup] | None = None
+_Groups: TypeAlias = "weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]"
+# By world, the groups that were made here or passed in by users, by their ranks. The references are weak, so that a
+# group that torch has destroyed does not live on here with its sockets.
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Groups] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ def check_positive(name: str, value: Any) -> None:
 def make_scope(process_group: Any = None, sync_group_size: int | None = None) -> Scope:
     """The scope of a ``process_group``, which is a :class:`ProcessGroup` or a sequence of global ranks.
 
-    Raises:
-        ValueError: ``process_group`` is neither; ``dist.new_group`` returns such a value on ranks outside the group.
+    On ranks outside a group ``dist.new_group`` returns a value that is neither, which is an error.
     """
     if process_group is None:
         return Scope(sync_group_size=sync_group_size)
@@ -69,15 +67,11 @@ def make_scope(process_group: Any = None, sync_group_size: int | None = None) ->
     return Scope(sync_group_size=sync_group_size, ranks=ranks)
 
 
-def _known_groups() -> weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]:
-    """The groups of the present world, without those of an earlier one."""
-    global _groups_world
+def _known_groups() -> _Groups:
+    """The groups of the present world."""
     world = dist.group.WORLD
     assert world is not None, "called only with an initialized world"
-    if _groups_world is None or _groups_world() is not world:
-        _groups.clear()
-        _groups_world = weakref.ref(world)
-    return _groups
+    return _groups.setdefault(world, weakref.WeakValueDictionary())
 
 
 def _members(scope: Scope) -> tuple[int, ...]:
@@ -102,9 +96,6 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
 
     A group is made once per world, by its members alone: other ranks need not call. Every member makes the same groups
     in the same order, because all ranks run the same model.
-
-    Raises:
-        ValueError: ``sync_group_size`` does not divide the world size, or this rank is not among the group's.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -152,12 +143,6 @@ _GATHER_LIMIT = 8
 of the time of an all-reduce, which goes around the ring twice. All ranks add in the same order."""
 
 
-def _gathering_size(group_name: str) -> int:
-    """The size of a group whose reductions on the CPU gather, or 0. The same on all its ranks."""
-    size = torch_internals.group_size(group_name)
-    return size if size <= _GATHER_LIMIT else 0
-
-
 @torch.library.custom_op("syncbn::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(tensor: Tensor, group_name: str) -> Tensor:
     """The reduction in a compiled graph on the CPU. The group's size is read at run time, as it may change."""
@@ -182,7 +167,7 @@ class PendingSum(NamedTuple):
         """The sum. On CUDA the stream waits, and the host goes on."""
         if not self.started:
             return self.tensor
-        result = torch_internals.wait(self.tensor)
+        result: Tensor = functional_collectives.wait_tensor(self.tensor)
         return result.unflatten(0, (self.gathered, -1)).sum(0) if self.gathered else result
 
 
@@ -200,10 +185,9 @@ def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
 
 def _start(tensor: Tensor, group_name: str) -> PendingSum:
     source = tensor.contiguous()
-    gathered = _gathering_size(group_name) if source.device.type == "cpu" else 0
-    if gathered:
-        return PendingSum(torch_internals.all_gather(source, gathered, group_name), True, gathered)
-    return PendingSum(torch_internals.all_reduce(source, "sum", group_name), True)
+    if source.is_cpu and (size := group_size(group_name)) <= _GATHER_LIMIT:
+        return PendingSum(functional_collectives.all_gather_into_tensor(source, size, group_name), True, size)
+    return PendingSum(functional_collectives.all_reduce(source, "sum", group_name), True)
 
 
 def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
@@ -216,5 +200,5 @@ def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
 
 def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:
     """The largest of the ranks' values. One collective and a host synchronization, so it must be called rarely."""
-    result = torch_internals.all_reduce(torch.tensor(value, device=device), "max", group_name)
-    return int(torch_internals.wait(result).item())
+    result = functional_collectives.all_reduce(torch.tensor(value, device=device), "max", group_name)
+    return int(functional_collectives.wait_tensor(result).item())

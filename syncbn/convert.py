@@ -68,23 +68,15 @@ class RenormOptions(_Options, total=False):
 
 # Wrappers that hold the class, the parameters or the code of what they wrap, with what to do instead. Their modules are
 # slow to import, and a module that is not imported has no instances.
-_WRAPPERS = (
-    ("torch.nn.parallel", "DistributedDataParallel", "{first}, then DistributedDataParallel(model)"),
-    (
-        "torch.nn.parallel",
-        "DataParallel",
-        "its threads are one process and cannot share statistics. Use DistributedDataParallel with a process for each "
-        "GPU: {first}, then DistributedDataParallel(model)",
-    ),
-    ("torch.distributed.fsdp", "FullyShardedDataParallel", "{first}, then the FSDP wrapper"),
-    ("torch.distributed.fsdp", "FSDPModule", "{first}, then fully_shard(model)"),
-    ("torch._dynamo", "OptimizedModule", "{first}, then torch.compile(model)"),
-    (
-        "torch.jit",
-        "ScriptModule",
-        "its code is fixed. Take the Python model: {first}, then script it",
-    ),
-)
+_WRAPPERS = {
+    "torch.nn.parallel.DistributedDataParallel": "{first}, then DistributedDataParallel(model)",
+    "torch.nn.parallel.DataParallel": "its threads are one process and cannot share statistics. Use "
+    "DistributedDataParallel with a process for each GPU: {first}, then DistributedDataParallel(model)",
+    "torch.distributed.fsdp.FullyShardedDataParallel": "{first}, then the FSDP wrapper",
+    "torch.distributed.fsdp.FSDPModule": "{first}, then fully_shard(model)",
+    "torch._dynamo.OptimizedModule": "{first}, then torch.compile(model)",
+    "torch.jit.ScriptModule": "its code is fixed. Take the Python model: {first}, then script it",
+}
 
 
 @overload
@@ -131,13 +123,17 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
         >>> type(model[1]).__name__, model[1].ghost_batch_size
         ('GhostBatchNorm', 4)
     """
-    cls = _layer_class(kind)
+    cls = next((cls for name, cls in KINDS.items() if kind in (name, cls)), None)
+    if cls is None:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or such a layer's class, got {kind!r}")
     _check_options(cls, options)
     _refuse_wrappers(module, "convert")
     states = []
-    for layer, name in _chosen_layers(module, where).items():
-        with _naming(name, layer, "converted"):
-            states.append((name, layer, converted_state(layer, cls, name or None, options)))
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
+            with _naming(name, layer, "converted"):
+                _check_layer(layer)
+                states.append((name, layer, converted_state(layer, cls, name or None, options)))
     for name, layer, state in states:
         if state is not None:
             set_state(layer, cls, state)
@@ -177,23 +173,6 @@ def revert(module: M) -> M:
     return module
 
 
-def _chosen_layers(module: nn.Module, where: Where) -> dict[_BatchNorm, str]:
-    layers = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
-            with _naming(name, layer, "converted"):
-                _check_layer(layer)
-            layers[layer] = name
-    return layers
-
-
-def _layer_class(kind: Any) -> type[SmallBatchNorm]:
-    for name, cls in KINDS.items():
-        if kind is cls or kind == name:
-            return cls
-    raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or such a layer's class, got {kind!r}")
-
-
 def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
     known = options_of(cls)
     names = ", ".join(known)
@@ -222,14 +201,20 @@ def _naming(name: str, layer: nn.Module, verb: str) -> Iterator[None]:
 def _refuse_wrappers(module: nn.Module, verb: str) -> None:
     if not isinstance(module, nn.Module):
         raise ValueError(f"syncbn.{verb} expects a torch.nn.Module, got {module!r}")
-    wrappers = [(getattr(sys.modules.get(path), name, None), advice) for path, name, advice in _WRAPPERS]
+    wrappers = {_imported(path): advice for path, advice in _WRAPPERS.items()}
     for name, child in module.named_modules():
-        found = next((advice for cls, advice in wrappers if cls is not None and isinstance(child, cls)), None)
-        if found is None and vars(child).get("_compiled_call_impl") is not None:  # compiled in place, class unchanged
-            found = "{first}, then model.compile()"
-        if found is not None:
-            advice = found.format(first=f"syncbn.{verb}(model) first")
+        found = [advice for cls, advice in wrappers.items() if cls is not None and isinstance(child, cls)]
+        if vars(child).get("_compiled_call_impl") is not None:  # compiled in place, class unchanged
+            found.append("{first}, then model.compile()")
+        if found:
+            advice = found[0].format(first=f"syncbn.{verb}(model) first")
             raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {advice}")
+
+
+def _imported(path: str) -> Any:
+    """The class of this name, or None if its module is not imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _check_layer(layer: _BatchNorm) -> None:
@@ -246,7 +231,7 @@ def _check_layer(layer: _BatchNorm) -> None:
             f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what it does with "
             f"syncbn.register_batchnorm({cls.__name__}, after), or leave the layer out with where=..."
         )
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    sharded = _imported("torch.distributed.tensor.DTensor")
     if sharded is not None and any(isinstance(p, sharded) for p in layer.parameters(recurse=False)):
         raise ValueError("its parameters are sharded; convert first, then fully_shard(model) or parallelize it")
     if layer.running_mean is not None and layer.num_batches_tracked is None:

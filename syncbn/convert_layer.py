@@ -28,7 +28,6 @@ After = Callable[[Any, Tensor], Tensor]
 
 KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
 
-_ABSENT = object()
 _COUNTER = "num_nonfinite_batches"
 _CONTAINERS = ("_buffers", "_non_persistent_buffers_set")
 """The attributes whose content a conversion changes."""
@@ -64,7 +63,8 @@ def register_batchnorm(cls: type[_BatchNorm], after: After | None = None) -> Non
         raise ValueError(f"expected a subclass of torch's batch normalization (such as nn.BatchNorm2d), got {cls!r}")
     if cls in _KNOWN:
         raise ValueError(f"{cls.__name__} is converted as it is and cannot be registered; register a subclass of it")
-    if after is not None and not _is_importable(after):
+    module = sys.modules.get(getattr(after, "__module__", None) or "")
+    if after is not None and getattr(module, getattr(after, "__qualname__", ""), None) is not after:
         raise ValueError(
             f"after={after!r} cannot be imported by its name, and so could not be pickled with a model; "
             "define it with def at the top level of a module"
@@ -77,11 +77,6 @@ def is_convertible(cls: type) -> bool:
     return cls in _KNOWN or cls in _registered or _full_name(cls) in _KNOWN_BY_NAME
 
 
-def after_of(cls: type) -> After | None:
-    """What layers of a convertible class do after normalizing; None is nothing."""
-    return _registered[cls] if cls in _registered else _KNOWN_BY_NAME.get(_full_name(cls))
-
-
 def drop_then_act(layer: Any, x: Tensor) -> Tensor:
     """What timm's layers do after normalizing."""
     for name in ("drop", "act"):
@@ -92,11 +87,6 @@ def drop_then_act(layer: Any, x: Tensor) -> Tensor:
 
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _is_importable(function: Any) -> bool:
-    module = sys.modules.get(getattr(function, "__module__", None) or "")
-    return getattr(module, getattr(function, "__qualname__", ""), None) is function
 
 
 _KNOWN = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *KINDS.values()))
@@ -135,19 +125,15 @@ _OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
 """The attributes of torch's layers that no option sets."""
 
 
-def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
-    """The class and a copy of the attributes of ``layer``, or those it had before it was converted.
-
-    Raises:
-        ValueError: the class was changed after the conversion, or this process does not know the process group.
-    """
+def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
+    """The class and a copy of the attributes of ``layer``, or those it had before it was converted."""
     state = dict(vars(layer))
     for key in _CONTAINERS:
         state[key] = copy.copy(state[key])
     conversion: Conversion | None = state.get("_conversion")
     if conversion is None:
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
-            state["process_group"] = remember(layer.process_group)
+            state["process_group"] = RememberedGroup(make_scope(layer.process_group), layer.process_group)
         return type(layer), state  # type: ignore[return-value]
     if type(layer) is not conversion.converted:
         raise ValueError(
@@ -163,13 +149,9 @@ def original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
 
 
 def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
-    """The attributes of ``layer`` as a ``cls``; None if it is one with these options already.
-
-    Raises:
-        ValueError: the layer cannot be a ``cls`` with these options.
-    """
-    original, before = original_state(layer)
-    after = after_of(original)
+    """The attributes of ``layer`` as a ``cls``; None if it is one with these options already."""
+    original, before = _original_state(layer)
+    after = _registered[original] if original in _registered else _KNOWN_BY_NAME.get(_full_name(original))
     kept = {key: before[key] for key in ("eps", "momentum")}
     if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
         kept |= {key: before[key] for key in ("activation", "negative_slope")}
@@ -193,18 +175,14 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     if counter is not None:
         state["_buffers"][_COUNTER] = counter
         state["_non_persistent_buffers_set"].add(_COUNTER)
-    replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and state.get(k, _ABSENT) is not v}
+    replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and (k not in state or state[k] is not v)}
     state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))
     return state
 
 
 def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
-    """The class and the attributes with which a converted ``layer`` is what it was.
-
-    Raises:
-        ValueError: as :func:`original_state`, or the process group cannot be found or made here.
-    """
-    original, state = original_state(layer)
+    """The class and the attributes with which a converted ``layer`` is what it was."""
+    original, state = _original_state(layer)
     if isinstance(group := state.get("process_group"), RememberedGroup):
         state["process_group"] = group.group()
     weight = state["_parameters"].get("weight")
@@ -228,19 +206,15 @@ def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before
     """Options that keep the ranks with which the old layer synchronizes, unless ``options`` name others."""
     if options.get("sync") is False or any(options.get(k) is not None for k in ("process_group", "sync_group_size")):
         return {}
-    scope: Scope | None = None
-    if issubclass(original, SmallBatchNorm):
-        scope = before["scope"]
-    elif issubclass(original, nn.SyncBatchNorm):
-        group: RememberedGroup | None = before["process_group"]
-        scope = Scope(ranks=None if group is None else group.ranks)
+    if issubclass(original, nn.SyncBatchNorm):
+        scope = Scope() if before["process_group"] is None else before["process_group"].scope
+    else:
+        scope = before["scope"] if issubclass(original, SmallBatchNorm) else None
     if scope is None:
         return {}
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
     return found | ({"sync": True} if "sync" in options_of(cls) else {})
 
-
-# -- timm's activations ------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS: dict[type | None, ActivationName] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
@@ -266,47 +240,26 @@ def _is_plain(module: Any) -> bool:
     return not any(vars(module).get(name) for name in ("forward", *hooks))
 
 
-# -- process groups ----------------------------------------------------------------------------------------------------
-
-
 class RememberedGroup:
     """The process group of a converted ``nn.SyncBatchNorm``. Copies have the same group; pickles have its ranks."""
 
-    def __init__(self, ranks: tuple[int, ...], group: Any = None) -> None:
-        self.ranks = ranks
-        self._group = group
+    def __init__(self, scope: Scope, group: Any = None) -> None:
+        self.scope, self._group = scope, group
 
     def __deepcopy__(self, memo: Any) -> RememberedGroup:
         return self
 
     def __reduce__(self) -> Any:
-        return RememberedGroup, (self.ranks,)
+        return RememberedGroup, (self.scope,)
 
     def group(self) -> Any:
-        """The group. After unpickling it is looked up or made, which all of its ranks must do.
-
-        Raises:
-            ValueError: there are no process groups yet, or this process is not among the ranks.
-        """
+        """The group. After unpickling it is looked up or made, which all of its ranks must do."""
         if self._group is None:
+            ranks = list(self.scope.ranks or ())
             if not (dist.is_available() and dist.is_initialized()):
                 raise ValueError(
-                    f"its process group of ranks {self.ranks} needs torch.distributed.init_process_group(...) first"
+                    f"its process group of ranks {ranks} needs torch.distributed.init_process_group(...) first"
                 )
             # resolve() has no group for a process alone, but nn.SyncBatchNorm takes None for the world.
-            self._group = resolve(Scope(ranks=self.ranks)) or dist.new_group(
-                list(self.ranks), use_local_synchronization=True
-            )
+            self._group = resolve(self.scope) or dist.new_group(ranks, use_local_synchronization=True)
         return self._group
-
-
-def remember(group: Any) -> RememberedGroup:
-    """The process group of an ``nn.SyncBatchNorm`` as its converted layer keeps it."""
-    try:
-        scope = make_scope(group)
-    except ValueError as error:
-        raise ValueError(
-            f"this process is not in its process_group {group!r}; set it to None or to a group that has this process"
-        ) from error
-    assert scope.ranks is not None
-    return RememberedGroup(scope.ranks, group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +47,9 @@ class SampleGroups(NamedTuple):
 
 
 class SmallBatchNorm(_BatchNorm):
-    """Base class of this package's layers. It has every option; each layer's ``__init__`` names those that it takes."""
+    """Base class of this package's layers. It has every option; each layer's ``__init__`` sets those that it takes."""
 
-    scope: Scope | None
+    scope: Scope | None = None
     """Which processes share statistics. None is this process alone."""
     ghost_batch_size: int | None = None
     remainder: Remainder = "error"
@@ -76,34 +76,23 @@ class SmallBatchNorm(_BatchNorm):
     num_nonfinite_batches: Tensor
     """() int64, not saved: number of batches left out of the running statistics because theirs were not finite."""
 
-    def __init__(self, *batchnorm: Any, bias: bool, scope: Scope | None, **options: Any) -> None:
-        super().__init__(*batchnorm)
+    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if not bias:  # _BatchNorm has this argument in some versions of torch only
             self.register_parameter("bias", None)
-        for name in ("running_mean", "running_var"):
-            buffer = getattr(self, name)
-            if buffer is not None and buffer.dtype.itemsize < 4:
-                setattr(self, name, buffer.float())
-        if self.running_mean is not None:
+        if self.running_mean is not None and self.running_var is not None:
+            if self.running_mean.dtype.itemsize < 4:
+                self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
             zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
             self.register_buffer("num_nonfinite_batches", zero, persistent=False)
         self.sample_groups = self.qualified_name = self.after = self.observer = None
-        self.scope = scope
-        for name, value in options.items():
-            setattr(self, name, value)
         self._agreed_groups: int | None = None
-        self._check_options()
 
     def _check_options(self) -> None:
         for name in ("ghost_batch_size", "max_ghost_groups"):
             check_positive(name, getattr(self, name))
-        choices: dict[str, tuple[str | None, ...]] = {
-            "remainder": ("error", "smaller"),
-            "running_update": ("mean", "sequential", "total"),
-            "activation": (None, *ACTIVATIONS),
-            "save": ("input", "output"),
-        }
-        for name, known in choices.items():
+        choices = {"remainder": get_args(Remainder), "running_update": get_args(RunningUpdate), "save": get_args(Save)}
+        for name, known in (*choices.items(), ("activation", (None, *ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if not (isinstance(self.negative_slope, float | int) and math.isfinite(self.negative_slope)):
@@ -162,13 +151,8 @@ class SmallBatchNorm(_BatchNorm):
             parts.append(f"sync={'world' if where is None else where}")
         if self.ghost_batch_size is not None:
             parts.append(f"ghost_batch_size={self.ghost_batch_size}, remainder={self.remainder!r}")
-        if self.running_update != "mean":
-            parts.append(f"running_update={self.running_update!r}")
-        if self.activation is not None:
-            slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-            parts.append(f"activation={self.activation!r}{slope}")
-        if self.save != "input":
-            parts.append(f"save={self.save!r}")
+        usual = {"running_update": "mean", "activation": None, "negative_slope": 0.01, "save": "input"}
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return ", ".join(parts)
 
     # -- the data path -------------------------------------------------------------------------------------------------
@@ -199,13 +183,11 @@ class SmallBatchNorm(_BatchNorm):
 
     def _check_residual(self, x: Tensor, residual: Tensor) -> None:
         if self.save == "output":
-            self._fail(x, "a residual cannot be had back from the output; use save='input'")
+            self._fail(x, "a residual cannot be recovered from the output; use save='input'")
         if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-            self._fail(
-                x,
-                f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device}), got "
-                f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}",
-            )
+            got = f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}"
+            wanted = f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device})"
+            self._fail(x, f"{wanted}, got {got}")
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         if self.num_features == 0:  # torch looks at channel 0 of an empty input
@@ -225,12 +207,13 @@ class SmallBatchNorm(_BatchNorm):
         weight, bias = self._tensors(self._parameters, ("weight", "bias"))
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
+        has_variance = samples.smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
         rule = Rule(
             self.eps,
             ONE_GROUP if samples.index is None else Groups(samples.index, samples.number),
             group_name,
             self.save == "output",
-            None if self._has_variance(x, samples) else functools.partial(self._check_count, x),
+            None if has_variance else functools.partial(self._check_count, x),
             None if self.observer is None else functools.partial(self.observer, self),
         )
         epilogue = NO_EPILOGUE
@@ -243,9 +226,8 @@ class SmallBatchNorm(_BatchNorm):
         if mean is None or var is None:
             return None
         if tracked is None:
-            raise ValueError(
-                f"{type(self).__name__} has running statistics and no num_batches_tracked; set it to a tensor"
-            )
+            problem = "has running statistics and no num_batches_tracked; set it to a tensor"
+            raise ValueError(f"{type(self).__name__} {problem}")
         assert nonfinite is not None, "registered with the others"
         update = self.training and self.track_running_stats and self.observer is None
         limits = self._limits() if self.training else None
@@ -267,11 +249,8 @@ class SmallBatchNorm(_BatchNorm):
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)
         if n % g and self.remainder == "error":
-            self._fail(
-                x,
-                f"{n} samples are no multiple of ghost_batch_size={g}; drop the last samples, choose a divisor, "
-                "or pass remainder='smaller' for a smaller last group",
-            )
+            remedy = "drop the last samples, choose a divisor, or pass remainder='smaller' for a smaller last group"
+            self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}")
         filled = -(-n // g)
         number = max(1, filled if group_name is None else self._common_groups(x, filled, group_name))
         index = None if number == 1 else torch.arange(n, device=x.device).div(g, rounding_mode="floor")
@@ -288,17 +267,9 @@ class SmallBatchNorm(_BatchNorm):
                 return filled
             number = self._agreed_groups = max_over_ranks(filled, group_name, x.device)
         if filled > number:
-            self._fail(
-                x,
-                f"{filled} ghost groups, but the ranks have agreed on {number} on the wire; pass "
-                f"max_ghost_groups={filled} (or more) when the first batch is not the largest",
-            )
+            remedy = f"pass max_ghost_groups={filled} (or more) when the first batch is not the largest"
+            self._fail(x, f"{filled} ghost groups, but the ranks have agreed on {number}; {remedy}")
         return number
-
-    @staticmethod
-    def _has_variance(x: Tensor, groups: SampleGroups) -> bool:
-        """Whether the shapes alone show that every group has more than one value per channel."""
-        return groups.smallest * math.prod(x.shape[2:]) > 1
 
     def _check_count(self, x: Tensor, counts: Tensor) -> None:
         """Raise unless each group (counts are (G,), over all processes) has a variance.
@@ -386,15 +357,10 @@ class SyncBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *batchnorm,
-            bias=bias,
-            scope=make_scope(process_group, sync_group_size),
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.scope = make_scope(process_group, sync_group_size)
+        self.activation, self.negative_slope, self.save = activation, negative_slope, save
+        self._check_options()
 
 
 class GhostBatchNorm(SmallBatchNorm):
@@ -450,19 +416,12 @@ class GhostBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *batchnorm,
-            bias=bias,
-            scope=_optional_scope(sync, process_group, sync_group_size),
-            ghost_batch_size=ghost_batch_size,
-            remainder=remainder,
-            running_update=running_update,
-            max_ghost_groups=max_ghost_groups,
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.scope = _optional_scope(sync, process_group, sync_group_size)
+        self.ghost_batch_size, self.remainder, self.max_ghost_groups = ghost_batch_size, remainder, max_ghost_groups
+        self.running_update = running_update
+        self.activation, self.negative_slope, self.save = activation, negative_slope, save
+        self._check_options()
 
 
 class BatchRenorm(SmallBatchNorm):
@@ -525,32 +484,22 @@ class BatchRenorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        batchnorm = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *batchnorm,
-            bias=bias,
-            scope=_optional_scope(sync, process_group, sync_group_size),
-            ghost_batch_size=ghost_batch_size,
-            remainder=remainder,
-            max_ghost_groups=max_ghost_groups,
-            activation=activation,
-            negative_slope=negative_slope,
-            save=save,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.scope = _optional_scope(sync, process_group, sync_group_size)
+        self.ghost_batch_size, self.remainder, self.max_ghost_groups = ghost_batch_size, remainder, max_ghost_groups
+        self.activation, self.negative_slope, self.save = activation, negative_slope, save
+        self._check_options()
         self.r_max, self.d_max = r_max, d_max
         self.warmup_steps, self.r_ramp_end, self.d_ramp_end = warmup_steps, r_ramp_end, d_ramp_end
-        self._check_limits()
-
-    def _check_limits(self) -> None:
         if self.running_mean is None:
             raise ValueError("BatchRenorm needs track_running_stats=True, because r and d use the running statistics")
-        for name, limit, least in (("r_max", self.r_max, 1), ("d_max", self.d_max, 0)):
+        for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
             # An infinite limit cannot rise from a ramp: 0 * inf is NaN.
             if not (limit >= least and math.isfinite(limit)):
                 raise ValueError(f"{name} must be a finite number of at least {least}, got {limit!r}")
-        for name, end in (("r_ramp_end", self.r_ramp_end), ("d_ramp_end", self.d_ramp_end)):
-            if not 0 <= self.warmup_steps <= end:
-                raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {self.warmup_steps!r} and {end!r}")
+        for name, end in (("r_ramp_end", r_ramp_end), ("d_ramp_end", d_ramp_end)):
+            if not 0 <= warmup_steps <= end:
+                raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
 
     def _limits(self) -> Limits:
         return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)

@@ -37,9 +37,6 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called with count (G, 1), mean (G, C) and biased variance (G, C), float64, a row for each normalization batch."""
 
 
-# -- running statistics over the ranks ---------------------------------------------------------------------------------
-
-
 class RunningStatistics:
     """The running means and variances of a model's layers, to be averaged over all ranks in one collective.
 
@@ -51,27 +48,23 @@ class RunningStatistics:
     def __init__(self, model: nn.Module, kind: type[SmallBatchNorm] = SmallBatchNorm) -> None:
         layers = [m for m in model.modules() if isinstance(m, kind)]
         self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-        self._flat: Tensor | None = None
-        self._work: dist.Work | None = None
+        self._pending: tuple[Tensor, Any] | None = None
 
     def start(self) -> None:
         """Begin the reduction, which runs in the background."""
-        assert self._flat is None, "a reduction is under way"
+        assert self._pending is None, "a reduction is under way"
         if self._buffers and _world_size() > 1:
             # In float64 the average of equal values is that value, and float32 averages are rounded once.
-            self._flat = torch.cat([b.detach().to(torch.float64) for b in self._buffers])
-            self._work = dist.all_reduce(self._flat, async_op=True)
+            flat = torch.cat([b.detach().to(torch.float64) for b in self._buffers])
+            self._pending = flat, dist.all_reduce(flat, async_op=True)
 
     def finish(self) -> None:
         """Wait for the reduction, if there is one, and write the averages."""
-        if self._flat is None or self._work is None:
-            return
-        self._work.wait()
-        averages = (self._flat / dist.get_world_size()).split([b.numel() for b in self._buffers])
-        with torch.no_grad():
-            for buffer, average in zip(self._buffers, averages, strict=True):
-                buffer.copy_(average)
-        self._flat = self._work = None
+        if self._pending is not None:
+            flat, work = self._pending
+            work.wait()
+            _write(flat / dist.get_world_size(), self._buffers)
+            self._pending = None
 
 
 def reconcile(model: nn.Module) -> None:
@@ -99,7 +92,11 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-# -- statistics of one layer -------------------------------------------------------------------------------------------
+@torch.no_grad()
+def _write(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Write the consecutive values of ``flat`` into the tensors."""
+    for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
 
 
 @dataclass(frozen=True)
@@ -130,16 +127,9 @@ class LayerStatistics:
 
     def __init__(self, num_features: int, eps: float, device: torch.device) -> None:
         self.eps = eps
-        self.packed = torch.zeros(7 * num_features + 2, dtype=WIRE_DTYPE, device=device)
-
-    @property
-    def _sums(self) -> Tensor:
         # Rows: count * mean, count * (var + mean^2), count * unbiased var; and unweighted: mean, mean^2, var, ln(var).
-        return self.packed[:-2].view(7, len(self.packed) // 7)
-
-    @property
-    def _counts(self) -> Tensor:
-        return self.packed[-2:]  # values per channel, batches
+        self.sums = torch.zeros(7, num_features, dtype=WIRE_DTYPE, device=device)
+        self.counts = torch.zeros(2, dtype=WIRE_DTYPE, device=device)  # values per channel, batches
 
     def add(self, count: Tensor, mean: Tensor, var: Tensor, weight: float = 1.0) -> None:
         """Add batches: count (G, 1), mean and biased var (G, C).
@@ -154,58 +144,51 @@ class LayerStatistics:
         weighted = (mean, var + square, unbiased(var, count))
         plain = (mean, square, var, torch.log(var + self.eps))
         rows = [(value * count * weight).sum(0) for value in weighted] + [(value * filled).sum(0) for value in plain]
-        self._sums.add_(torch.stack(rows))
-        self._counts.add_(torch.stack((count.sum() * weight, filled.sum())))
+        self.sums.add_(torch.stack(rows))
+        self.counts.add_(torch.stack((count.sum() * weight, filled.sum())))
 
     @property
     def count(self) -> Tensor:
         """() float64: values per channel in all batches."""
-        return self._counts[0]
+        return self.counts[0]
 
     @property
     def mean(self) -> Tensor:
         """(C,) float64: mean of all values."""
-        return self._sums[0] / self.count.clamp(min=1)
+        return self.sums[0] / self.count.clamp(min=1)
 
     def var(self, estimator: Estimator = "total", *, biased: bool = False) -> Tensor:
         """(C,) float64: variance of the population, unbiased like running variances."""
         if estimator == "mean":
-            return self._sums[2] / self.count.clamp(min=1)
-        var = (self._sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
+            return self.sums[2] / self.count.clamp(min=1)
+        var = (self.sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
         return var if biased else unbiased(var, self.count)
 
-    def divergence(self, layer: str, running: tuple[Tensor, Tensor] | None) -> LayerDivergence:
+    def divergence(self, layer: str, running: tuple[Tensor, Tensor]) -> LayerDivergence:
         """The divergence of the batches added, and of ``running`` (mean and variance), from the population."""
-        batches = self._counts[1].clamp(min=1)
-        mean, mean_square, var, log_var = (row / batches for row in self._sums[3:])
+        batches = self.counts[1].clamp(min=1)
+        mean, mean_square, var, log_var = (row / batches for row in self.sums[3:])
         sigma2 = self.var(biased=True)
         live = sigma2 > self.eps
         shift = (mean_square - 2 * self.mean * mean + self.mean.square()).clamp(min=0)
-        kl = _mean_of(_divergence(shift, var + self.eps, log_var, sigma2 + self.eps), live)
-        drift = None
-        if running is not None:
-            running_mean, running_var = (value.to(WIRE_DTYPE) for value in running)
-            wide = running_var + self.eps
-            each = _divergence((running_mean - self.mean).square(), wide, wide.log(), sigma2 + self.eps)
-            drift = _mean_of(each, live)
+        kl = _divergence(shift, var + self.eps, log_var, sigma2 + self.eps, live)
+        running_mean, running_var = (value.to(WIRE_DTYPE) for value in running)
+        shift, running_var = (running_mean - self.mean).square(), running_var + self.eps
         return LayerDivergence(
             layer=layer,
             count=float(self.count / batches),
             kl=kl,
             effective=None if kl is None else effective_count(kl),
-            running_kl=drift,
+            running_kl=_divergence(shift, running_var, running_var.log(), sigma2 + self.eps, live),
             channels=len(sigma2),
             dead=int((~live).sum()),
         )
 
 
-def _divergence(shift: Tensor, var: Tensor, log_var: Tensor, population: Tensor) -> Tensor:
-    """KL of two Gaussians. ``shift`` is the squared distance of their means."""
-    return 0.5 * ((var + shift) / population - 1 - log_var + population.log())
-
-
-def _mean_of(values: Tensor, where: Tensor) -> float | None:
-    return float(values[where].mean()) if bool(where.any()) else None
+def _divergence(shift: Tensor, var: Tensor, log_var: Tensor, population: Tensor, live: Tensor) -> float | None:
+    """Mean over live channels of the KL of two Gaussians. ``shift`` is the squared distance of their means."""
+    kl = 0.5 * ((var + shift) / population - 1 - log_var + population.log())
+    return float(kl[live].mean()) if bool(live.any()) else None
 
 
 def gaussian_divergence(m: float) -> float:
@@ -230,9 +213,6 @@ def effective_count(kl: float) -> float | None:
     return math.exp((low + high) / 2)
 
 
-# -- a whole model -----------------------------------------------------------------------------------------------------
-
-
 def _layers(model: nn.Module, where: Where | None = None) -> dict[str, _BatchNorm]:
     """The batch-normalization layers that keep running statistics, by qualified name."""
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
@@ -251,15 +231,11 @@ def batch_statistics(
     observe: Callable[[str], Observer] | None = None,
     layers: Mapping[str, _BatchNorm] | None = None,
 ) -> Iterator[None]:
-    """Within this context the model is in evaluation mode, but ``layers`` normalize by batch statistics.
+    """Within this context the model is in evaluation mode, but ``layers`` (default: all) normalize by batch statistics.
 
     They use the same groups of samples and processes as in training. Their running statistics do not change, and the
-    mode of each module is restored at the end.
-
-    Args:
-        model: a model with layers of this package or torch's batch normalizations.
-        observe: called once with the name of each layer. The function it returns gets the statistics of each batch.
-        layers: the layers by name. None is all layers with running statistics.
+    mode of each module is restored at the end. ``observe`` is called once with the name of each layer; the function
+    that it returns gets the statistics of each batch.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -273,34 +249,27 @@ def batch_statistics(
                 layer.observer = lambda _, *statistics, observer=observer: observer(*statistics)
             else:  # torch's own layers have no observer and update their buffers
                 stack.enter_context(_restored(layer.buffers(recurse=False)))
-                stack.callback(layer.register_forward_pre_hook(_observing_input(observer)).remove)
-        stack.enter_context(_eager())
+                hook = partial(_observe_input, observer)
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
+        # Compiled code does not call hooks that were added later. If the compiler is not loaded, nothing is compiled.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
-def _restored(buffers: Iterable[Tensor]) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for buffer in buffers]
+def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    kept = [(tensor, tensor.clone()) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, values in kept:
-                buffer.copy_(values)
+            for tensor, values in kept:
+                tensor.copy_(values)
 
 
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Run compiled models eagerly, because compiled code does not call hooks that were added later."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading the compiler takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _observing_input(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda _, inputs: observer(*moments(group_sums(inputs[0].detach())))
+def _observe_input(observer: Observer, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    observer(*moments(group_sums(inputs[0].detach())))
 
 
 class Population:
@@ -335,11 +304,10 @@ class Population:
         """The sums of each layer over all processes, in one collective. More batches may be added afterwards."""
         found = copy.deepcopy(self._sums)
         if found and _world_size() > 1:
-            packed = [sums.packed for sums in found.values()]
-            flat = torch.cat(packed)
+            tensors = [tensor for layer in found.values() for tensor in (layer.sums, layer.counts)]
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
-            for sums, values in zip(found.values(), flat.split([len(values) for values in packed]), strict=True):
-                sums.packed = values
+            _write(flat, tensors)
         return found
 
     def divergences(self) -> list[LayerDivergence]:

@@ -126,7 +126,7 @@ def parametrized(layer: nn.Module) -> nn.Module:
         (lambda: parametrized(nn.BatchNorm2d(4)), "'1.1'.*parametrized; convert first"),
         (lambda: odd_forward(nn.BatchNorm2d(4)), "BatchNorm2d '1.1'.*forward was replaced on the instance"),
         (lambda: untracked(nn.BatchNorm2d(4)), r"BatchNorm2d '1.1'.*set that to torch.tensor\(0\)"),
-        (lambda: nn.SyncBatchNorm(4, process_group=-100), "SyncBatchNorm '1.1'.*process_group -100"),
+        (lambda: nn.SyncBatchNorm(4, process_group=-100), "SyncBatchNorm '1.1'.*process_group must be .*got -100"),
     ],
     ids=["unknown subclass", "lazy", "parametrized", "forward replaced", "untracked", "not in the group"],
 )
