@@ -1,4 +1,7 @@
-"""What a step costs besides time: memory, collectives, kernel launches, host synchronizations."""
+"""What a step costs besides time: memory, collectives, kernel launches, host synchronizations.
+
+And the machine's copy bandwidth, which gives the least time that a step can take.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from syncbn.bench.timing import Call
+from syncbn.bench.problem import Shape
+from syncbn.bench.timing import Call, Spread, interleaved, spread
+
+PASSES = 8
+"""Forward reads x for the statistics, reads it again and writes y. Backward reads x and dy for the sums, reads both
+again and writes dx."""
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+"""Size of the copied tensor: several times any cache."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def measure_costs(
     if compiled:
         missing.append("operations, collectives: compiled code does not dispatch operations one by one")
     else:
-        instruments["operations"] = lambda: dispatched(step)
+        instruments["operations"] = lambda: operations(step)
     if device.type == "cuda":
         instruments["host synchronizations"] = lambda: {"host_synchronizations": host_synchronizations(step)}
         if profiled:
@@ -77,7 +87,7 @@ def measure_costs(
     return Costs(**found, missing="; ".join(missing))
 
 
-def dispatched(step: Call) -> dict[str, Any]:
+def operations(step: Call) -> dict[str, Any]:
     with OperationCounter() as counter:
         step()
     return {name: getattr(counter, name) for name in ("operations", "collectives", "wire_bytes")}
@@ -178,3 +188,22 @@ def kernels(step: Call) -> dict[str, Any]:
     on_device = [event for event in events if event.device_type.name == "CUDA"]
     seconds = sum(event.time_range.elapsed_us() for event in on_device) / 1e6
     return {"kernels": len(on_device), "kernel_seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    bytes_per_second: Spread  # bytes read plus bytes written of ``out.copy_(x)``
+    tensor_bytes: int
+
+    def seconds(self, shape: Shape, dtype: torch.dtype) -> float:
+        """The memory limit of a step: its least time if all data is in main memory. Cached data can be faster."""
+        return PASSES * shape.elements * dtype.itemsize / self.bytes_per_second.median
+
+
+def measure_bandwidth(device: torch.device, *, rounds: int = 9, tensor_bytes: int | None = None) -> Bandwidth:
+    """Time a copy between two tensors, each of ``tensor_bytes`` (default: :data:`COPY_BYTES`)."""
+    size = tensor_bytes or COPY_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, rounds=rounds, device=device)["copy"]
+    return Bandwidth(spread(2 * size / seconds for seconds in timing.samples), size)

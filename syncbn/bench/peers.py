@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.bench import textbook
-from syncbn.bench.problem import D_MAX, EPS, MOMENTUM, R_MAX, Problem
+from syncbn.bench.problem import D_MAX, EPS, GROUPS, MOMENTUM, R_MAX, Problem
 from syncbn.compat import import_torchvision
 
 
@@ -36,7 +36,7 @@ class LayerStep:
 
 
 class UnavailableError(Exception):
-    """A peer cannot run here; the message says why."""
+    """A peer cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,14 @@ def _formula_step(
     weight, bias = (t.clone().requires_grad_() for t in (problem.weight, problem.bias))
     tensors = textbook.LayerTensors(weight, bias, problem.running_mean.clone(), problem.running_var.clone())
 
-    def normalize(x: Tensor) -> Tensor:
+    def function(x: Tensor) -> Tensor:
         return formula(x, tensors)
 
-    function = normalize
     if compiled:
         # Static shapes compile to the fastest code. The reset drops the graphs of earlier shapes, which would otherwise
         # be tried first at each call.
         torch.compiler.reset()
-        function = torch.compile(normalize, fullgraph=True, dynamic=False)
+        function = torch.compile(function, fullgraph=True, dynamic=False)
     return LayerStep(function, (problem.x.detach().requires_grad_(), weight, bias), problem.grad_output)
 
 
@@ -166,7 +165,7 @@ def _averages(problem: Problem, reduce: str) -> Callable[[Tensor, Tensor], tuple
 
 def _ghost_loop(problem: Problem) -> LayerStep:
     layer = _batchnorm(problem)
-    return _layer_step(layer, problem, lambda x: textbook.ghost_loop(x, layer, problem.groups))
+    return _layer_step(layer, problem, lambda x: torch.cat([layer(chunk) for chunk in x.chunk(GROUPS)]))
 
 
 def _torchrl_renorm(problem: Problem) -> LayerStep:
@@ -197,7 +196,7 @@ def _timm(problem: Problem) -> LayerStep:
 _ALL = (
     Contender("SyncBatchNorm", "batch", _sync, ours=True),
     Contender("BatchRenorm", "renorm", _renorm, ours=True),
-    Contender("GhostBatchNorm", "ghost", lambda p: _ghost(p, p.groups), ours=True),
+    Contender("GhostBatchNorm", "ghost", lambda p: _ghost(p, GROUPS), ours=True),
     Contender("GhostBatchNorm of 1 group", "batch", lambda p: _ghost(p, 1), ours=True),
     Contender("SyncBatchNorm + ReLU", "relu", lambda p: _sync(p, "relu"), ours=True),
     Contender("SyncBatchNorm + add + ReLU", "add_relu", lambda p: _sync(p, "relu", with_residual=True), ours=True),

@@ -32,19 +32,10 @@ def progress(text: str) -> None:
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
-    """Run ``function(*args)`` in a gloo world of new processes with one thread each.
+    """Run ``function(*args)`` in a gloo world of new processes with one thread each; returns the answers by rank.
 
-    Args:
-        function: one of a module, because it is sent by name.
-        world_size: number of processes.
-        args: sent to each process.
-        timeout: seconds, including the start.
-
-    Returns:
-        What the function returned, by rank.
-
-    Raises:
-        ProcessError: a process raised, ended, or did not finish in time. No process is left then.
+    The function is sent by name, so it must be one of a module. ProcessError if a process raises, ends, or does not
+    finish within ``timeout`` seconds, the start included; no process is left then.
     """
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
@@ -60,11 +51,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
             for process in context.processes:
                 process.kill()
                 process.join()
-        return [pickle.loads(_answer(folder, rank).read_bytes()) for rank in range(world_size)]
-
-
-def _answer(folder: str, rank: int) -> Path:
-    return Path(folder, f"answer-{rank}")
+        return [pickle.loads(Path(folder, f"answer-{rank}").read_bytes()) for rank in range(world_size)]
 
 
 def _work(
@@ -79,7 +66,7 @@ def _work(
         timeout=datetime.timedelta(seconds=timeout),
     )
     dist.barrier()  # a process that ended before another has connected to it would break that one
-    _answer(folder, rank).write_bytes(pickle.dumps(function(*args)))
+    Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(function(*args)))
     dist.destroy_process_group()
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from syncbn.bench.bandwidth import Bandwidth
+from syncbn.bench.costs import Bandwidth
 from syncbn.bench.peers import CONTENDERS
-from syncbn.bench.shapes import DTYPES
 from syncbn.bench.suites import Measurement
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios, spread
 
@@ -148,7 +147,7 @@ def bandwidth(results: BenchResults) -> RowValue:
         raise NotMeasuredError("the copy bandwidth was not measured")
     ratios = []
     for measurement in found:
-        limit = results.bandwidth.seconds(measurement.shape, DTYPES[measurement.dtype])
+        limit = measurement.memory_limit(results.bandwidth)
         ratios.append(spread(limit / seconds for seconds in measurement.timings["SyncBatchNorm"].samples))
     return _over_shapes(found, ratios, min)
 

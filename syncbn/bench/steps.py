@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.bench.problem import Shape
 from syncbn.bench.processes import interleaved_together, progress, run_processes
-from syncbn.bench.shapes import Shape
-from syncbn.bench.suites import Measurement, Suite
+from syncbn.bench.suites import Measurement, Suite, WrongError
 from syncbn.bench.timing import Timing, interleaved
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
@@ -33,6 +33,7 @@ TrainingStep = Callable[[], Tensor]
 Options = Mapping[str, Any] | None
 """Arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm."""
 
+CLASSES = {"resnet20": 10, "resnet50": 1000}
 LEARNING_RATE = 1e-3
 """Small enough that the loss of a batch of two images falls from the first steps on, which is checked."""
 TOLERANCE = 1e-9
@@ -42,8 +43,6 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a step works on."""
-
     model: Literal["resnet20", "resnet50"]
     batch: int  # images per process
     image_size: int  # side of the square images in pixels
@@ -51,16 +50,13 @@ class StepConfig:
     channels_last: bool = False
 
     @property
-    def classes(self) -> int:
-        return 10 if self.model == "resnet20" else 1000
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def shape(self) -> Shape:
+        """Of the images on one process."""
+        return Shape(self.model, (self.batch, 3, self.image_size, self.image_size), channels_last=self.channels_last)
 
 
 def variants(config: StepConfig) -> dict[str, Options]:
-    """The normalizations to time: torch's BatchNorm and this package's layers.
+    """The normalizations to time.
 
     BatchRenorm is in its warm-up, in which r and d are computed and then clipped to 1 and 0. A step costs the same as
     later on, and its loss is that of local BatchNorm.
@@ -74,21 +70,18 @@ def variants(config: StepConfig) -> dict[str, Options]:
 
 
 def build(config: StepConfig, options: Options, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model in training mode; its weights do not depend on the normalization.
-
-    Raises:
-        ImportError: the model is torchvision's, which is not installed.
-    """
+    """The model in training mode, with the same weights for all ``options``; ImportError without torchvision."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if config.model == "resnet20":
-            model = cifar_resnet(20, 3, config.classes, 16, nn.BatchNorm2d)
+            model = cifar_resnet(20, 3, CLASSES[config.model], 16, nn.BatchNorm2d)
             initialize(model)
         else:
-            model = import_torchvision("models").resnet50(weights=None, num_classes=config.classes)
+            model = import_torchvision("models").resnet50(weights=None, num_classes=CLASSES[config.model])
     if options is not None:
         convert(model, **options)
-    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=config.memory_format)  # type: ignore[call-overload]
+    memory_format = config.shape.memory_format
+    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
     return moved
 
 
@@ -101,10 +94,10 @@ def make_batch(
     """
     total = config.batch * processes
     generator = torch.Generator().manual_seed(total)
-    x = torch.randn(total, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64)
-    y = torch.randint(config.classes, (total,), generator=generator)
+    x = torch.randn(total, *config.shape.size[1:], generator=generator, dtype=torch.float64)
+    y = torch.randint(CLASSES[config.model], (total,), generator=generator)
     part = slice(rank * config.batch, (rank + 1) * config.batch)
-    return x[part].to(device, dtype).contiguous(memory_format=config.memory_format), y[part].to(device)
+    return x[part].to(device, dtype).contiguous(memory_format=config.shape.memory_format), y[part].to(device)
 
 
 def wrap(model: nn.Module) -> DistributedDataParallel:
@@ -142,7 +135,7 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tra
 
 
 def check_alone(config: StepConfig) -> dict[str, float]:
-    """Compare steps that must be equal, on one process in float64; RuntimeError if they differ.
+    """Compare steps that must be equal, on one process in float64; WrongError if they differ.
 
     Returns:
         For each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
@@ -156,12 +149,11 @@ def check_alone(config: StepConfig) -> dict[str, float]:
     for parameter in chunked.parameters():
         assert parameter.grad is not None
         parameter.grad /= groups
-    whole_batch = {"kind": "ghost", "ghost_batch_size": config.batch}
     options = variants(config)
     found = {}
     for what, here, truth, expected in (
         ("sync alone = local", options["sync"], local, loss),
-        ("one ghost group = local", whole_batch, local, loss),
+        ("one ghost group = local", {"kind": "ghost", "ghost_batch_size": config.batch}, local, loss),
         ("renorm in its warm-up = local", options["renorm"], local, loss),
         ("ghost groups = local on each chunk", options["ghost"], chunked, torch.stack(losses).mean()),
     ):
@@ -190,10 +182,10 @@ def check_together(config: StepConfig) -> dict[str, float]:
 
 
 def checked(differences: dict[str, float]) -> dict[str, float]:
-    """Return ``differences``, or raise RuntimeError if one exceeds :data:`TOLERANCE`."""
+    """Return ``differences``, or raise WrongError if one exceeds :data:`TOLERANCE`."""
     for what, difference in differences.items():
         if not difference <= TOLERANCE:
-            raise RuntimeError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
+            raise WrongError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
     return differences
 
 
@@ -253,10 +245,8 @@ def run_steps(
     ResNet-50 on the CPU has half as many rounds, at least three: its step takes a second.
 
     Returns:
-        The timings, and the largest relative difference between steps that must be equal.
-
-    Raises:
-        RuntimeError: two steps that must be equal are not, or a loss has not fallen.
+        The timings, and the largest relative difference between steps that must be equal. WrongError if they are not,
+        or if a loss has not fallen.
     """
     measurements: list[Measurement] = []
     checks: dict[str, float] = {}
@@ -265,8 +255,8 @@ def run_steps(
         try:
             build(config, None, device, torch.float32)
         except ImportError as error:
-            measurements.append(_measurement("step on 1", config, {}))
-            measurements[-1].unavailable = dict.fromkeys(variants(config), str(error))
+            unavailable = dict.fromkeys(variants(config), str(error))
+            measurements.append(Measurement("step on 1", config.shape, "float32", unavailable=unavailable))
             continue
         slow = config.model == "resnet50" and device.type == "cpu"
         jobs.append((config, max(3, rounds // 2) if slow else rounds, device))
@@ -274,24 +264,15 @@ def run_steps(
         progress(f"training steps on {world} processes")
         differences, timings = steps_job(jobs) if world == 1 else run_processes(steps_job, world, jobs)[0]
         checks |= differences
-        suite = f"step on {world}"
-        measurements += [_measurement(suite, job[0], found) for job, found in zip(jobs, timings, strict=True)]
+        for (config, _, _), found in zip(jobs, timings, strict=True):
+            measurements.append(Measurement(f"step on {world}", config.shape, "float32", found))
     return measurements, checks
-
-
-def _measurement(suite: str, config: StepConfig, timings: dict[str, Timing], arm: str = "") -> Measurement:
-    size = (config.batch, 3, config.image_size, config.image_size)
-    return Measurement(suite, Shape(config.model + arm, size, 1, config.channels_last), "float32", timings)
 
 
 def steps_job(
     jobs: Iterable[tuple[StepConfig, int, torch.device]], small: StepConfig = CHECKED
 ) -> tuple[dict[str, float], list[dict[str, Timing]]]:
-    """Check steps on ``small``, and time jobs with their rounds and devices, alone or on each process of a world.
-
-    Returns:
-        The checks' differences, and the timings of each job.
-    """
+    """Check steps on ``small``, and time each job with its rounds and device, alone or on each process of a world."""
     differences = check_together(small) if dist.is_initialized() else check_alone(small)
     return differences, [_time_steps(*job) for job in jobs]
 
@@ -325,10 +306,10 @@ def _check_losses(first: Mapping[str, float], last: Mapping[str, float]) -> None
     """Repeated training on one batch must lower its loss."""
     for name, loss in last.items():
         if not (math.isfinite(loss) and loss < first[name]):
-            raise RuntimeError(f"{name}: the loss went from {first[name]:.4g} to {loss:.4g}, expected a lower one")
+            raise WrongError(f"{name}: the loss went from {first[name]:.4g} to {loss:.4g}, expected a lower one")
 
 
-def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> tuple[list[Measurement], dict[str, float]]:
+def measure_emulation(rounds: int) -> tuple[list[Measurement], dict[str, float]]:
     """Time a step of 8 logical GPUs on one process against the same step on 4 processes that host two each.
 
     Both sides have one thread per process, the same global batch, weights and statistics, and they take turns: while
@@ -337,11 +318,13 @@ def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> tuple[list[
     statistics in pairs. In ``sync`` all share them.
 
     Returns:
-        A measurement for each arm, and the largest relative differences in float64; RuntimeError if they are too large.
+        A measurement for each arm, and the largest relative differences in float64; WrongError if they are too large.
     """
     progress(f"training step of {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
-    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, config, ARMS)[0]
-    return [_measurement("emulation", config, timings[arm], f" {arm}") for arm in ARMS], checked(differences)
+    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, EMULATED, ARMS)[0]
+    shapes = {arm: replace(EMULATED.shape, family=f"{EMULATED.model} {arm}") for arm in ARMS}
+    found = [Measurement("emulation", shapes[arm], "float32", timings[arm]) for arm in ARMS]
+    return found, checked(differences)
 
 
 def emulation_job(

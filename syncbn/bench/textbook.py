@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncbn.bench.problem import D_MAX, EPS, MOMENTUM, R_MAX
 
@@ -27,12 +27,9 @@ class LayerTensors(NamedTuple):
 def batch_norm(
     x: Tensor, layer: LayerTensors, count: int, average: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 ) -> Tensor:
-    """Batch normalization of x (N, C, *), of the same size on all processes.
+    """Batch normalization of x (N, C, *), of one size on all processes, with ``count`` elements per channel in all.
 
-    Args:
-        x, layer: of this process.
-        count: elements per channel over all processes.
-        average: maps the means (C,) of x and of its square to their averages over the processes.
+    ``average`` maps the means (C,) of x and of its square to their averages over the processes.
     """
     dims, view = _dims(x)
     wide = x.float()
@@ -56,11 +53,6 @@ def batch_renorm(x: Tensor, layer: LayerTensors) -> Tensor:
     _update(layer, mean, var, x.numel() // max(1, x.shape[1]))
     normalized = (wide - mean.view(view)) / sigma_batch.view(view) * r.view(view) + d.view(view)
     return (normalized * layer.weight.view(view) + layer.bias.view(view)).to(x.dtype)
-
-
-def ghost_loop(x: Tensor, layer: nn.Module, groups: int) -> Tensor:
-    """Ghost batch normalization by a loop: the layer is called on each of ``groups`` consecutive parts of the batch."""
-    return torch.cat([layer(chunk) for chunk in x.chunk(groups)])
 
 
 def _dims(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -21,7 +21,6 @@ Clock = Callable[[], float]
 
 MIN_SAMPLE_SECONDS = 1e-3
 """Shorter calls are repeated to make a sample: clocks and CUDA events are accurate to about a microsecond."""
-
 MAX_CALLS = 1000
 
 
@@ -85,9 +84,9 @@ def interleaved(
     device: torch.device,
     warmup: int = 2,
     min_sample: float = MIN_SAMPLE_SECONDS,
-    before: Call | None = None,
-    agree: Callable[[int], int] | None = None,
-    clock: Clock | None = None,
+    before: Call = lambda: None,
+    agree: Callable[[int], int] = lambda calls: calls,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each contender once per round. The order is drawn anew for each round, and is the same in all processes.
 
@@ -105,12 +104,10 @@ def interleaved(
         min_sample: least seconds of a sample; shorter calls are repeated.
         before: called before each sample, untimed, such as a barrier between processes.
         agree: maps the wanted number of calls per sample to the one to use, such as the maximum over all processes.
-        clock: returns seconds; the default is the device's own clock.
+        clock: returns seconds; not used on CUDA.
     """
     if rounds < 1 or warmup < 1:
         raise ValueError(f"rounds and warmup must be at least 1, got {rounds} and {warmup}")
-    measure = _stopwatch(device, clock)
-    before = before or (lambda: None)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     calls: dict[str, int] = {}
     collecting = gc.isenabled()
@@ -120,35 +117,25 @@ def interleaved(
             for _ in range(warmup - 1):
                 call()
             before()
-            wanted = min(MAX_CALLS, max(1, math.ceil(min_sample / max(measure(call, 1), 1e-9))))
-            calls[name] = wanted if agree is None else agree(wanted)
+            seconds = max(_seconds_per_call(call, 1, device, clock), 1e-9)
+            calls[name] = agree(min(MAX_CALLS, max(1, math.ceil(min_sample / seconds))))
         order = random.Random(0)
         for _ in range(rounds):
             for name in order.sample(list(contenders), len(contenders)):
                 before()
-                samples[name].append(measure(contenders[name], calls[name]))
+                samples[name].append(_seconds_per_call(contenders[name], calls[name], device, clock))
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
 
 
-def _stopwatch(device: torch.device, clock: Clock | None) -> Callable[[Call, int], float]:
-    """A function that makes some calls and returns the seconds per call."""
-    if clock is None and device.type == "cuda":
-        return _time_by_events
-    read = clock or time.perf_counter
-
-    def measure(call: Call, calls: int) -> float:
-        start = read()
+def _seconds_per_call(call: Call, calls: int, device: torch.device, clock: Clock) -> float:
+    if device.type != "cuda":
+        began = clock()
         for _ in range(calls):
             call()
-        return (read() - start) / calls
-
-    return measure
-
-
-def _time_by_events(call: Call, calls: int) -> float:
+        return (clock() - began) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

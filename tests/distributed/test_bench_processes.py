@@ -12,9 +12,8 @@ import torch.distributed as dist
 from syncbn.bench import suites
 from syncbn.bench.correctness import errors, references, tolerances
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
-from syncbn.bench.problem import make_problem
+from syncbn.bench.problem import Shape, make_problem
 from syncbn.bench.processes import ProcessError, interleaved_together, run_processes
-from syncbn.bench.shapes import Shape
 from syncbn.bench.suites import SUITES, Selection, WrongError
 
 pytestmark = pytest.mark.timeout(180)
