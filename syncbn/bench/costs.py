@@ -6,6 +6,7 @@ And the machine's copy bandwidth, which gives the least time that a step can tak
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import warnings
@@ -58,10 +59,9 @@ def measure_costs(
     Args:
         step: forward and backward.
         known: the tensors that do not count as saved.
-        device: of the step.
         channels_and_groups: C times the number of groups that have statistics of their own.
-        compiled: the step is compiled, so that a dispatch mode does not see its operations.
-        profiled: count the GPU's kernels too; the profiler takes a good part of a second.
+        compiled: a dispatch mode does not see the step's operations.
+        profiled: count the GPU's kernels too, which takes a good part of a second.
     """
     instruments: dict[str, Callable[[], dict[str, Any]]] = {
         "saved": lambda: saved(step, known, channels_and_groups),
@@ -131,7 +131,6 @@ def saved(step: Call, known: Iterable[Tensor], channels_and_groups: int) -> dict
 
 
 def peak_bytes(step: Call, device: torch.device) -> int:
-    """Most memory that is allocated at once during a step, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -144,11 +143,8 @@ def peak_bytes(step: Call, device: torch.device) -> int:
         step()
     profiler: Any = profile.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return int(most)
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((int(event.nbytes()) for event in events), initial=0))
 
 
 @contextlib.contextmanager
@@ -185,9 +181,8 @@ def kernels(step: Call) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     events: Any = profile.events()
-    on_device = [event for event in events if event.device_type.name == "CUDA"]
-    seconds = sum(event.time_range.elapsed_us() for event in on_device) / 1e6
-    return {"kernels": len(on_device), "kernel_seconds": seconds}
+    times = [event.time_range.elapsed_us() for event in events if event.device_type.name == "CUDA"]
+    return {"kernels": len(times), "kernel_seconds": sum(times) / 1e6}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,22 +17,6 @@ R_MAX, D_MAX = 3.0, 5.0
 GROUPS = 32
 """Number of ghost groups, for the contenders that have them."""
 
-# (channels, stride of the feature map, layers of that shape) of torchvision's ResNet-50, which strides in the 3x3
-# convolution.
-_RESNET50 = (
-    (64, 2, 1),
-    (64, 4, 6),
-    (256, 4, 4),
-    (128, 4, 1),
-    (128, 8, 7),
-    (512, 8, 5),
-    (256, 8, 1),
-    (256, 16, 11),
-    (1024, 16, 7),
-    (512, 16, 1),
-    (512, 32, 5),
-    (2048, 32, 4),
-)
 # (channels, edge of the cubic feature map, layers): two convolutions at each level, down and up, on patches of 64.
 _UNET3D = ((32, 64, 4), (64, 32, 4), (128, 16, 4), (256, 8, 4), (320, 4, 2))
 
@@ -65,9 +50,23 @@ class Shape:
         return torch.channels_last if len(self.size) == 4 else torch.channels_last_3d
 
 
-def resnet50(n: int) -> list[Shape]:
-    """The 12 distinct inputs of the 53 BatchNorm layers of ResNet-50 at 224 pixels."""
-    return [Shape("resnet50", (n, c, 224 // stride, 224 // stride), layers) for c, stride, layers in _RESNET50]
+def resnet50_layers() -> list[tuple[int, int]]:
+    """Channels and stride of the map of the 53 BatchNorm layers of torchvision's ``resnet50``, in forward order.
+
+    Each block has two narrow layers and a wide one; the first block of a stage also has that of the shortcut, and
+    strides in its 3x3 convolution, after the first layer.
+    """
+    layers = [(64, 2)]
+    for width, stride, blocks in ((64, 4, 3), (128, 8, 4), (256, 16, 6), (512, 32, 3)):
+        layers += [(width, max(4, stride // 2)), (width, stride), (4 * width, stride), (4 * width, stride)]
+        layers += [(width, stride), (width, stride), (4 * width, stride)] * (blocks - 1)
+    return layers
+
+
+def resnet50(n: int, height: int = 224, width: int = 224, family: str = "resnet50") -> list[Shape]:
+    """The 12 distinct inputs of ResNet-50's layers for ``n`` images of this size."""
+    counts = Counter(resnet50_layers())
+    return [Shape(family, (n, c, height // stride, width // stride), k) for (c, stride), k in counts.items()]
 
 
 def ends_block(shape: Shape) -> bool:
@@ -78,7 +77,7 @@ def ends_block(shape: Shape) -> bool:
 FAMILIES = {
     "resnet50": resnet50(2),
     # The same layers as the backbone of a detector: a shorter side of 800 pixels, padded to a multiple of 32.
-    "detector": [Shape("detector", (2, c, 800 // stride, 1216 // stride), k) for c, stride, k in _RESNET50],
+    "detector": resnet50(2, 800, 1216, "detector"),
     "unet3d": [Shape("unet3d", (2, c, edge, edge, edge), layers) for c, edge, layers in _UNET3D],
     "mlp": [Shape("mlp", size) for size in ((128, 512), (1024, 1024), (4096, 256))],
     # Of no network: for a quick look at whether everything runs.

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
@@ -62,11 +63,10 @@ def _suite_lines(suite: Suite, dtype: str, found: Sequence[Measurement], bandwid
         elif reasons := {m.unavailable[name] for m in found if name in m.unavailable}:
             yield from _wrapped(f"{name}: not measured: {'; '.join(sorted(reasons))}", 2)
     if bandwidth is not None and suite.baseline == "nn.BatchNorm":
-        timed = [m for m in found if suite.baseline in m.timings]
-        ratios = [m.memory_limit(bandwidth) / m.timings[suite.baseline].median for m in timed]
-        if ratios:
-            limit = geometric_mean_of_ratios(Spread(value, value, value) for value in ratios)
-            yield f"  {'memory limit':<33} {limit.median:.3g} from the copy bandwidth; cached data can be faster"
+        times = [(m, m.timings[suite.baseline].median) for m in found if suite.baseline in m.timings]
+        if times:
+            limit = statistics.geometric_mean(m.memory_limit(bandwidth) / seconds for m, seconds in times)
+            yield f"  {'memory limit':<33} {limit:.3g} from the copy bandwidth; cached data can be faster"
 
 
 def _contender_lines(name: str, baseline: str, timed: Sequence[Measurement], shapes: int) -> Iterable[str]:

@@ -17,7 +17,7 @@ RowValue = tuple[Spread, str]
 
 
 class NotMeasuredError(Exception):
-    """This run or this machine cannot measure a row; the message says why."""
+    """This run or this machine cannot measure a row."""
 
 
 @dataclass
@@ -50,18 +50,12 @@ class JudgedRow(NamedTuple):
     note: str  # what a reader should know about the value, or why there is none
 
     @property
-    def falls_short(self) -> bool:
-        """Whether the limit is missed. NaN misses it."""
-        if self.value is None:
-            return False
-        median, limit = self.value.median, self.row.limit
-        return not (median >= limit if self.row.at_least else median <= limit)
-
-    @property
     def word(self) -> str:
         if self.value is None:
             return "not measured"
-        return "falls short" if self.falls_short else "ok"
+        median, limit = self.value.median, self.row.limit
+        reached = median >= limit if self.row.at_least else median <= limit  # NaN does not reach it
+        return "ok" if reached else "falls short"
 
 
 def judge(rows: Sequence[Row], results: BenchResults) -> list[JudgedRow]:
@@ -95,13 +89,11 @@ def _measured(
     """The measurements of a suite in which all of ``names`` were timed; there are some in each dtype."""
     of_suite = [m for m in results.measurements if m.suite == suite and family in (None, m.shape.family)]
     found = [m for m in of_suite if m.dtype in dtypes and all(name in m.timings for name in names)]
-    if not found:
-        reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable}
-        none = f"no shape of '{suite}' was timed in {', '.join(dtypes)}; see --shapes"
-        raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     missing = [dtype for dtype in dtypes if dtype not in {m.dtype for m in found}]
     if missing:
-        raise NotMeasuredError(f"needs --dtype {','.join(dtypes)}; {', '.join(missing)} was not measured")
+        reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable and not found}
+        none = f"no shape of '{suite}' was timed in {', '.join(missing)}; see --shapes and --dtype"
+        raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     return found
 
 
@@ -119,8 +111,7 @@ def quotient(
 
     def measure(results: BenchResults) -> RowValue:
         found = _measured(results, suite, (numerator, denominator), dtypes, family)
-        ratios = [measurement.ratio(numerator, denominator) for measurement in found]
-        return _over_shapes(found, ratios, max)
+        return _over_shapes(found, [measurement.ratio(numerator, denominator) for measurement in found], max)
 
     return measure
 
@@ -155,6 +146,7 @@ def bandwidth(results: BenchResults) -> RowValue:
 _BOTH = ("float32", "bfloat16")
 _SYNC, _LOCAL, _RENORM, _TORCH = "SyncBatchNorm", "nn.BatchNorm", "BatchRenorm", "torch's SyncBatchNorm function"
 _GHOST, _ONE_GROUP, _LOOP = "GhostBatchNorm", "GhostBatchNorm of 1 group", "loop over chunks"
+_ALONE_ON_CUDA = quotient("alone", _SYNC, _TORCH, _BOTH, "resnet50")
 _EMULATION = quotient("emulation", "emulated", "real")
 _FUSED, _OPS = "SyncBatchNorm + add + ReLU", "nn.BatchNorm, add, ReLU"
 
@@ -167,12 +159,7 @@ ROWS = (
     Row("CPU: BatchRenorm / nn.BatchNorm", 1.1, quotient("alone", _RENORM, _LOCAL), "cpu"),
     Row("saved for backward beyond the input, numbers per channel and group", 8, saved),
     Row("CPU: 8 emulated GPUs in one process / the step on 4 real processes", 0.5, _EMULATION, "cpu"),
-    Row(
-        "CUDA: SyncBatchNorm alone in its group / torch's SyncBatchNorm function",
-        0.7,
-        quotient("alone", _SYNC, _TORCH, _BOTH, "resnet50"),
-        "cuda",
-    ),
+    Row("CUDA: SyncBatchNorm alone in its group / torch's SyncBatchNorm function", 0.7, _ALONE_ON_CUDA, "cuda"),
     Row("CUDA: achieved bandwidth over 100 MB / copy bandwidth", 0.85, bandwidth, "cuda", at_least=True),
     Row("CUDA: fused BN+add+ReLU / torch's three ops", 0.6, quotient("fused", _FUSED, _OPS, _BOTH), "cuda"),
     Row("CUDA: 32 ghost groups / 1 group", 1.15, quotient("ghost", _GHOST, _ONE_GROUP, _BOTH), "cuda"),

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.bench.problem import Shape
-from syncbn.bench.processes import interleaved_together, progress, run_processes
 from syncbn.bench.suites import Measurement, Suite, WrongError
-from syncbn.bench.timing import Timing, interleaved
+from syncbn.bench.timing import Timing, interleaved, interleaved_together, progress, run_processes
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm
@@ -100,8 +99,15 @@ def make_batch(
     return x[part].to(device, dtype).contiguous(memory_format=config.shape.memory_format), y[part].to(device)
 
 
-def wrap(model: nn.Module) -> DistributedDataParallel:
-    """The model under DistributedDataParallel, which leaves buffers to the layers, as in training."""
+def world() -> tuple[int, int]:
+    """Rank and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """On several processes under DistributedDataParallel, which leaves buffers to the layers, as in training."""
+    if not dist.is_initialized():
+        return model
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
@@ -112,12 +118,11 @@ def backward(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tens
     """Forward, loss and backward; returns this process's part of the global batch's mean loss, ()."""
     loss = F.cross_entropy(model(x), y, reduction="sum") / (len(y) * processes)
     # BatchRenorm needs the averages over the ranks in its next forward; other layers have nothing to average here.
-    shared = RunningStatistics(model, BatchRenorm) if processes > 1 else None
-    if shared is not None:
+    shared = RunningStatistics(model, BatchRenorm)
+    if processes > 1:
         shared.start()
     (loss * processes).backward()  # DistributedDataParallel averages the gradients over the processes
-    if shared is not None:
-        shared.finish()
+    shared.finish()
     return loss.detach()
 
 
@@ -134,55 +139,41 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tra
     return step
 
 
-def check_alone(config: StepConfig) -> dict[str, float]:
-    """Compare steps that must be equal, on one process in float64; WrongError if they differ.
+def check(config: StepConfig) -> dict[str, float]:
+    """Compare steps that must be equal, in float64: those of all processes with those of one with the whole batch.
 
     Returns:
         For each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
     """
-    x, y = make_batch(config, CPU, torch.float64)
-    local = build(config, None, CPU, torch.float64)
-    loss = backward(local, x, y)
-    chunked = build(config, None, CPU, torch.float64)
-    groups = len(y) // config.ghost_batch_size
-    losses = [backward(chunked, a, b) for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)]
-    for parameter in chunked.parameters():
-        assert parameter.grad is not None
-        parameter.grad /= groups
-    options = variants(config)
-    found = {}
-    for what, here, truth, expected in (
-        ("sync alone = local", options["sync"], local, loss),
-        ("one ghost group = local", {"kind": "ghost", "ghost_batch_size": config.batch}, local, loss),
-        ("renorm in its warm-up = local", options["renorm"], local, loss),
-        ("ghost groups = local on each chunk", options["ghost"], chunked, torch.stack(losses).mean()),
-    ):
-        model = build(config, here, CPU, torch.float64)
-        found[what] = _difference(model, backward(model, x, y), truth, expected)
-    return checked(found)
-
-
-def check_together(config: StepConfig) -> dict[str, float]:
-    """As :func:`check_alone`, on all processes of a world, against one process with the whole batch."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    rank, processes = world()
     x, y = make_batch(config, CPU, torch.float64, rank, processes)
     all_x, all_y = make_batch(replace(config, batch=config.batch * processes), CPU, torch.float64)
-    found = {}
-    for what, here, there in (
-        ("sync = local on the whole batch", {"kind": "sync"}, None),
+    options = variants(config)
+    pairs: list[tuple[str, Options, Options]] = [
+        ("sync = local on the whole batch", options["sync"], None),
         ("local = a ghost group for each process", None, {"kind": "ghost", "ghost_batch_size": config.batch}),
-    ):
-        model = wrap(build(config, here, CPU, torch.float64))
+    ]
+    if processes == 1:
+        pairs.append(("renorm in its warm-up = local", options["renorm"], None))
+    found = {}
+    for what, here, there in pairs:
+        model, truth = wrap(build(config, here, CPU, torch.float64)), build(config, there, CPU, torch.float64)
         loss = backward(model, x, y, processes)
-        dist.all_reduce(loss)
-        truth = build(config, there, CPU, torch.float64)
-        expected = backward(truth, all_x, all_y)
-        found[f"{processes} processes: {what}"] = _difference(model.module, loss, truth, expected)
+        if processes > 1:
+            dist.all_reduce(loss)
+        found[f"{what}, world size {processes}"] = _difference(model, loss, truth, backward(truth, all_x, all_y))
+    if processes == 1:
+        model, truth = build(config, options["ghost"], CPU, torch.float64), build(config, None, CPU, torch.float64)
+        chunks = zip(x.split(config.ghost_batch_size), y.split(config.ghost_batch_size), strict=True)
+        expected = torch.stack([backward(truth, *chunk) for chunk in chunks])
+        for gradient in _gradients(truth):
+            gradient /= len(expected)
+        found["ghost groups = local on each chunk"] = _difference(model, backward(model, x, y), truth, expected.mean())
     return checked(found)
 
 
 def checked(differences: dict[str, float]) -> dict[str, float]:
-    """Return ``differences``, or raise WrongError if one exceeds :data:`TOLERANCE`."""
+    """``differences``, or WrongError if one exceeds :data:`TOLERANCE`."""
     for what, difference in differences.items():
         if not difference <= TOLERANCE:
             raise WrongError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
@@ -191,12 +182,13 @@ def checked(differences: dict[str, float]) -> dict[str, float]:
 
 def _difference(model: nn.Module, loss: Tensor, truth: nn.Module, expected: Tensor) -> float:
     """The largest difference of the losses and of the gradients, relative to the largest gradient of each parameter."""
-    largest = abs(float(loss / expected) - 1)
-    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
-        assert p.grad is not None
-        assert q.grad is not None
-        largest = max(largest, float((p.grad - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)))
-    return largest
+    pairs = zip(_gradients(model), _gradients(truth), strict=True)
+    largest = [float((found - true).abs().max() / true.abs().max().clamp(min=1e-6)) for found, true in pairs]
+    return max(abs(float(loss / expected) - 1), *largest)
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 CONFIGS = {
@@ -240,13 +232,9 @@ STEP_SUITES = (
 def run_steps(
     device: torch.device, rounds: int, worlds: Sequence[int] = WORLDS, configs: Sequence[StepConfig] | None = None
 ) -> tuple[list[Measurement], dict[str, float]]:
-    """Check and time the steps on one process and, on the CPU, on several.
+    """Check and time the steps on one process and, on the CPU, on several; the timings, and the checks' differences.
 
-    ResNet-50 on the CPU has half as many rounds, at least three: its step takes a second.
-
-    Returns:
-        The timings, and the largest relative difference between steps that must be equal. WrongError if they are not,
-        or if a loss has not fallen.
+    WrongError if steps differ that must be equal, or if a loss has not fallen.
     """
     measurements: list[Measurement] = []
     checks: dict[str, float] = {}
@@ -258,7 +246,7 @@ def run_steps(
             unavailable = dict.fromkeys(variants(config), str(error))
             measurements.append(Measurement("step on 1", config.shape, "float32", unavailable=unavailable))
             continue
-        slow = config.model == "resnet50" and device.type == "cpu"
+        slow = config.model == "resnet50" and device.type == "cpu"  # a step takes a second
         jobs.append((config, max(3, rounds // 2) if slow else rounds, device))
     for world in worlds if device.type == "cpu" else (1,):
         progress(f"training steps on {world} processes")
@@ -273,20 +261,18 @@ def steps_job(
     jobs: Iterable[tuple[StepConfig, int, torch.device]], small: StepConfig = CHECKED
 ) -> tuple[dict[str, float], list[dict[str, Timing]]]:
     """Check steps on ``small``, and time each job with its rounds and device, alone or on each process of a world."""
-    differences = check_together(small) if dist.is_initialized() else check_alone(small)
-    return differences, [_time_steps(*job) for job in jobs]
+    return check(small), [_time_steps(*job) for job in jobs]
 
 
 def _time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
-    together = dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    rank, processes = world()
     x, y = make_batch(config, device, torch.float32, rank, processes)
     steps = {}
     for name, options in variants(config).items():
         model = build(config, options, device, torch.float32)
-        steps[name] = make_step(wrap(model) if together else model, x, y, processes)
+        steps[name] = make_step(wrap(model), x, y, processes)
     first = {name: _total(step) for name, step in steps.items()}
-    if together:
+    if processes > 1:
         timings = interleaved_together(steps, rounds=rounds, warmup=1)
     else:
         timings = interleaved(steps, rounds=rounds, device=device)
@@ -315,10 +301,7 @@ def measure_emulation(rounds: int) -> tuple[list[Measurement], dict[str, float]]
     Both sides have one thread per process, the same global batch, weights and statistics, and they take turns: while
     the one process works, the others wait in a barrier. In the arm ``local`` both sides have ghost groups, and the 4
     processes exchange only gradients. In ``groups`` one process has 2 ghost groups, and the 4 processes share
-    statistics in pairs. In ``sync`` all share them.
-
-    Returns:
-        A measurement for each arm, and the largest relative differences in float64; WrongError if they are too large.
+    statistics in pairs. In ``sync`` all share them. Returns as :func:`run_steps` does.
     """
     progress(f"training step of {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
     timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, EMULATED, ARMS)[0]
@@ -342,7 +325,7 @@ def emulation_job(
 
 def _sides(arm: str, config: StepConfig, dtype: torch.dtype) -> tuple[TrainingStep, TrainingStep]:
     """The step of rank 0 with all images, during which the others have nothing to do, and the step of all ranks."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    rank, processes = world()
     hosted = LOGICAL_GPUS // processes
     shared = {"local": 1, "groups": LOGICAL_GPUS // 2, "sync": LOGICAL_GPUS}[arm]
     one: dict[str, Any] = {"kind": "ghost", "ghost_batch_size": shared * config.batch}

@@ -16,8 +16,7 @@ from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
 from syncbn.bench.costs import Bandwidth, Costs, measure_costs
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import DTYPES, FAMILIES, GROUPS, Problem, Shape, ends_block, layer_shapes, make_problem
-from syncbn.bench.processes import interleaved_together, progress, run_processes
-from syncbn.bench.timing import Spread, Timing, interleaved, ratio
+from syncbn.bench.timing import Spread, Timing, interleaved, interleaved_together, progress, ratio, run_processes
 
 COMPILED_BATCH = 8
 PROFILED_CHANNELS = 256

@@ -1,4 +1,4 @@
-"""Times of several contenders, measured in turns, and their ratios.
+"""Times of several contenders, measured in turns on one process or on several, and their ratios.
 
 A machine's speed drifts with its clock, its temperature and its other users. Contenders that take turns see the same
 drift, so the ratio of two times *within a round* is steadier than either time.
@@ -6,15 +6,22 @@ drift, so the ratio of two times *within a round* is steadier than either time.
 
 from __future__ import annotations
 
+import datetime
 import gc
 import math
+import pickle
 import random
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -47,7 +54,6 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Seconds per call."""
         return statistics.median(self.samples)
 
 
@@ -74,7 +80,7 @@ def geometric_mean_of_ratios(ratios: Iterable[Spread]) -> Spread:
 
     The quartiles are what they would be if all ratios erred in the same direction: an upper bound of the spread.
     """
-    return Spread(*(math.exp(statistics.fmean(map(math.log, values))) for values in zip(*ratios, strict=True)))
+    return Spread(*(statistics.geometric_mean(values) for values in zip(*ratios, strict=True)))
 
 
 def interleaved(
@@ -97,7 +103,7 @@ def interleaved(
     not cleared between calls.
 
     Args:
-        contenders: functions without arguments, by name.
+        contenders: by name.
         rounds: samples of each.
         device: where the work is done.
         warmup: untimed calls of each; the last one determines how many calls make a sample.
@@ -144,3 +150,80 @@ def _seconds_per_call(call: Call, calls: int, device: torch.device, clock: Clock
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / calls / 1e3
+
+
+def interleaved_together(
+    contenders: Mapping[str, Call], *, rounds: int, warmup: int = 2, min_sample: float = MIN_SAMPLE_SECONDS
+) -> dict[str, Timing]:
+    """:func:`interleaved` on the CPU, called by all processes of the world at once.
+
+    There is a barrier before each sample, all processes make the same number of calls, and a sample is the time of the
+    slowest process, because a training step ends with it.
+    """
+    timings = interleaved(
+        contenders,
+        rounds=rounds,
+        device=torch.device("cpu"),
+        warmup=warmup,
+        min_sample=min_sample,
+        before=dist.barrier,
+        agree=lambda calls: int(_largest([calls])[0]),
+    )
+    return {name: Timing(tuple(_largest(timing.samples)), timing.calls) for name, timing in timings.items()}
+
+
+def _largest(values: Sequence[float]) -> list[float]:
+    """Each value's maximum over the processes."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+class ProcessError(RuntimeError):
+    """A process failed, with its traceback, or did not finish in time."""
+
+
+def progress(text: str) -> None:
+    """Write a line to stderr, on one process only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
+    """Run ``function(*args)`` in a gloo world of new processes with one thread each; returns the answers by rank.
+
+    The function is sent by name, so it must be one of a module. ProcessError if a process raises, ends, or does not
+    finish within ``timeout`` seconds, the start included; no process is left then.
+    """
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        context = spawn(_work, (world_size, folder, timeout, function, args), world_size, join=False, daemon=True)
+        try:
+            # After one process has failed, the others have 5 s to end by themselves.
+            while not context.join(max(0.0, deadline - time.monotonic()), 5.0):
+                if time.monotonic() >= deadline:
+                    late = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                    raise ProcessError(f"ranks {late} of {world_size} gave no answer within {timeout:g} s")
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            raise ProcessError(f"rank {error.error_index}: {error.msg.strip()}") from None
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(Path(folder, f"answer-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _work(
+    rank: int, world_size: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{Path(folder, 'rendezvous')}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    dist.barrier()  # a process that ended before another has connected to it would break that one
+    Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(function(*args)))
+    dist.destroy_process_group()

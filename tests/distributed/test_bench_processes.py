@@ -13,8 +13,8 @@ from syncbn.bench import suites
 from syncbn.bench.correctness import errors, references, tolerances
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import Shape, make_problem
-from syncbn.bench.processes import ProcessError, interleaved_together, run_processes
 from syncbn.bench.suites import SUITES, Selection, WrongError
+from syncbn.bench.timing import ProcessError, interleaved_together, run_processes
 
 pytestmark = pytest.mark.timeout(180)
 
