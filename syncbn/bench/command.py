@@ -28,13 +28,9 @@ DESCRIPTION = """Compare the speed of the layers with that of other implementati
 before they are timed. With --check, measure only what the table of limits needs."""
 
 
-class MistakeError(Exception):
-    """A mistake of the user."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise MistakeError(f"{message.removeprefix('argument --')} (see --help)")
+        raise argparse.ArgumentError(None, f"{message.removeprefix('argument --')} (see --help)")
 
 
 def run_bench(words: Sequence[str]) -> int:
@@ -53,9 +49,9 @@ def run_bench(words: Sequence[str]) -> int:
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
         return _run(selection, options.out)
-    except (MistakeError, WrongError, ProcessError) as error:
+    except (argparse.ArgumentError, WrongError, ProcessError) as error:
         print(f"syncbn: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, MistakeError) else 1
+        return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,8 +22,8 @@ def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, .
     Computed on one process. It uses torch's own ``batch_norm`` and autograd, and shares no code with the layers.
 
     Args:
-        kind: what the step computes: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part),
-            ``"ghost"``, ``"renorm"``, ``"relu"`` or ``"add_relu"``.
+        kind: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part), ``"ghost"``,
+            ``"renorm"``, ``"relu"`` or ``"add_relu"``.
         parts: the problems of all processes that share statistics, by rank.
         rank: whose part of the results is returned; its weight and bias gradients are sums over its own samples.
     """
@@ -93,14 +93,10 @@ def tolerances(dtype: torch.dtype, count: int) -> dict[str, float]:
 
     - float32: a normalized value is a few roundings (2^-24 each) of terms of about five standard deviations. 64 machine
       epsilons (2^-17) leave room for them; a cancelled variance costs a hundred times as much.
-    - Gradients of weight and bias are sums of ``count`` terms of either sign, of size sqrt(count). Added one after the
-      other, as torch's own channels_last kernels do, the roundings amount to about sqrt(count) epsilons of the sum.
+    - Gradients of weight and bias are sums of ``count`` terms of either sign, as many as a channel has elements. Added
+      one after the other, as torch's own channels_last kernels do, the roundings amount to sqrt(count) epsilons or so.
     - bfloat16, float16: output and input gradient are computed in float32 and rounded once, by half an epsilon. Two
       epsilons leave room for one stored intermediate (the gradient behind an activation).
-
-    Args:
-        dtype: of x.
-        count: elements per channel on one process.
     """
     narrow = dtype.itemsize < 4
     limit = (2 if narrow else 64) * torch.finfo(dtype).eps

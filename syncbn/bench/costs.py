@@ -1,7 +1,4 @@
-"""What a step costs besides time: memory, collectives, kernel launches, host synchronizations.
-
-And the machine's copy bandwidth, which gives the least time that a step can take.
-"""
+"""What a step costs besides time, and the machine's copy bandwidth, which gives the least time that a step can take."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ from syncbn.bench.timing import Call, Spread, interleaved, spread
 PASSES = 8
 """Forward reads x for the statistics, reads it again and writes y. Backward reads x and dy for the sums, reads both
 again and writes dx."""
-COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-"""Size of the copied tensor: several times any cache."""
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # several times any cache
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,9 @@ def measure_costs(
 ) -> Costs:
     """All costs of a step that has run before. What cannot be measured never is an error.
 
-    Args:
-        step: forward and backward.
-        known: the tensors that do not count as saved.
-        channels_and_groups: C times the number of groups that have statistics of their own.
-        compiled: a dispatch mode does not see the step's operations.
-        profiled: count the GPU's kernels too, which takes a good part of a second.
+    The ``known`` tensors do not count as saved. ``channels_and_groups`` is C times the number of groups with statistics
+    of their own. The operations of a ``compiled`` step cannot be counted. Counting the GPU's kernels, which is done if
+    ``profiled``, takes a good part of a second.
     """
     instruments: dict[str, Callable[[], dict[str, Any]]] = {
         "saved": lambda: saved(step, known, channels_and_groups),

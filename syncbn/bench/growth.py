@@ -21,8 +21,7 @@ RESNET50_CHANNELS = tuple(channels for channels, _ in resnet50_layers())
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 RANKS_PER_NODE = 8
 SYNC_GROUP_SIZE = 8
-SMALL_BYTES = 4096
-"""Up to this size an all-reduce's time hardly depends on its size."""
+SMALL_BYTES = 4096  # up to this size an all-reduce's time hardly depends on its size
 
 
 class Link(NamedTuple):

@@ -67,9 +67,8 @@ def _layer_step(
         for name in ("weight", "bias", "running_mean", "running_var"):
             if hasattr(layer, name):
                 getattr(layer, name).copy_(getattr(problem, name))
-    call = layer if function is None else function
-    x = problem.x.detach().requires_grad_()
-    known, buffers = (x, layer.weight, layer.bias), tuple(layer.buffers())
+    call = function or layer
+    known, buffers = (problem.x.detach().requires_grad_(), layer.weight, layer.bias), tuple(layer.buffers())
     if not with_residual:
         return LayerStep(call, known, problem.grad_output, buffers)
     residual = problem.residual.detach().requires_grad_()

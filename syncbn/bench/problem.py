@@ -14,8 +14,7 @@ from torch import Tensor
 EPS = 1e-5
 MOMENTUM = 0.1
 R_MAX, D_MAX = 3.0, 5.0
-GROUPS = 32
-"""Number of ghost groups, for the contenders that have them."""
+GROUPS = 32  # ghost groups of the contenders that have them
 
 # (channels, edge of the cubic feature map, layers): two convolutions at each level, down and up, on patches of 64.
 _UNET3D = ((32, 64, 4), (64, 32, 4), (128, 16, 4), (256, 8, 4), (320, 4, 2))
@@ -96,8 +95,7 @@ def layer_shapes(families: Sequence[str], batches: Sequence[int], most_elements:
         if family in families:
             found += [s for n in batches for s in resnet50(n)] if family == "resnet50" else shapes
     small = [shape for shape in found if most_elements is None or shape.elements <= most_elements]
-    formats = (False, True)
-    return [replace(s, channels_last=last) for s in small for last in formats if not last or len(s.size) > 2]
+    return [replace(s, channels_last=last) for s in small for last in (False, True) if not last or len(s.size) > 2]
 
 
 @dataclass(frozen=True)

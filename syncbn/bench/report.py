@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def write_files(
         "growth": {"links": LINKS, "rows": growth},
     }
     (out / "bench.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
-    _write_csv(out / "bench.csv", csv_rows(results))
+    _write_csv(out / "bench.csv", list(csv_rows(results)))
     _write_csv(out / "growth.csv", [row._asdict() for row in growth])
 
 
@@ -187,16 +187,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
+def csv_rows(results: BenchResults) -> Iterator[dict[str, Any]]:
     """A row for each shape, dtype and contender."""
     baselines = {suite.name: suite.baseline for suite in ALL_SUITES}
     unknown = Spread(math.nan, math.nan, math.nan)
-    rows = []
     for m in results.measurements:
         baseline = baselines.get(m.suite, "")
         limit = m.memory_limit(results.bandwidth) if results.bandwidth is not None and m.costs else None
         for name, timing in m.timings.items():
-            row = {
+            yield {
                 "suite": m.suite,
                 "family": m.shape.family,
                 "size": "x".join(map(str, m.shape.size)),
@@ -211,8 +210,6 @@ def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
                 "largest_error": max(m.errors[name].values()) if m.errors else None,
                 **vars(m.costs.get(name, Costs())),
             }
-            rows.append(row)
-    return rows
 
 
 def _columns(name: str, spread: Spread) -> dict[str, float]:

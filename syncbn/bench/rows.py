@@ -12,8 +12,7 @@ from syncbn.bench.peers import CONTENDERS
 from syncbn.bench.suites import Measurement
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios, spread
 
-RowValue = tuple[Spread, str]
-"""What a row measures, and what a reader should know about it."""
+RowValue = tuple[Spread, str]  # what a row measures, and what a reader should know about it
 
 
 class NotMeasuredError(Exception):
@@ -27,8 +26,7 @@ class BenchResults:
     device: str
     measurements: list[Measurement] = field(default_factory=list)
     bandwidth: Bandwidth | None = None
-    step_checks: dict[str, float] = field(default_factory=dict)
-    """Largest relative differences between training steps that must be equal, in float64."""
+    step_checks: dict[str, float] = field(default_factory=dict)  # differences of training steps that must be equal
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ def _measured(
 def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> RowValue:
     """The geometric mean of a ratio over shapes, and the ``worst`` one: ``max`` or ``min``."""
     ratio, measurement = worst(zip(ratios, found, strict=True), key=lambda pair: pair[0].median)
-    detail = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
-    return geometric_mean_of_ratios(ratios), detail
+    note = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
+    return geometric_mean_of_ratios(ratios), note
 
 
 def quotient(

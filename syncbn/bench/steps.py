@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.bench.problem import Shape
 from syncbn.bench.suites import Measurement, Suite, WrongError
-from syncbn.bench.timing import Timing, interleaved, interleaved_together, progress, run_processes
+from syncbn.bench.timing import Timing, interleaved, progress, run_processes
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm
@@ -33,10 +33,8 @@ Options = Mapping[str, Any] | None
 """Arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm."""
 
 CLASSES = {"resnet20": 10, "resnet50": 1000}
-LEARNING_RATE = 1e-3
-"""Small enough that the loss of a batch of two images falls from the first steps on, which is checked."""
-TOLERANCE = 1e-9
-"""Largest relative difference in float64 between equal steps: rounding errors of twenty layers."""
+LEARNING_RATE = 1e-3  # so small that the loss of a batch of two images falls from the first step on, which is checked
+TOLERANCE = 1e-9  # of the relative difference between equal steps in float64: rounding errors of twenty layers
 CPU = torch.device("cpu")
 
 
@@ -117,8 +115,7 @@ def wrap(model: nn.Module) -> nn.Module:
 def backward(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tensor:
     """Forward, loss and backward; returns this process's part of the global batch's mean loss, ()."""
     loss = F.cross_entropy(model(x), y, reduction="sum") / (len(y) * processes)
-    # BatchRenorm needs the averages over the ranks in its next forward; other layers have nothing to average here.
-    shared = RunningStatistics(model, BatchRenorm)
+    shared = RunningStatistics(model, BatchRenorm)  # whose next forward needs the averages over the ranks
     if processes > 1:
         shared.start()
     (loss * processes).backward()  # DistributedDataParallel averages the gradients over the processes
@@ -142,8 +139,7 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tra
 def check(config: StepConfig) -> dict[str, float]:
     """Compare steps that must be equal, in float64: those of all processes with those of one with the whole batch.
 
-    Returns:
-        For each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
+    Returns for each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
     """
     rank, processes = world()
     x, y = make_batch(config, CPU, torch.float64, rank, processes)
@@ -183,8 +179,8 @@ def checked(differences: dict[str, float]) -> dict[str, float]:
 def _difference(model: nn.Module, loss: Tensor, truth: nn.Module, expected: Tensor) -> float:
     """The largest difference of the losses and of the gradients, relative to the largest gradient of each parameter."""
     pairs = zip(_gradients(model), _gradients(truth), strict=True)
-    largest = [float((found - true).abs().max() / true.abs().max().clamp(min=1e-6)) for found, true in pairs]
-    return max(abs(float(loss / expected) - 1), *largest)
+    largest = [(found - true).abs().max() / true.abs().max().clamp(min=1e-6) for found, true in pairs]
+    return float(torch.stack([(loss / expected - 1).abs(), *largest]).max())  # unlike Python's max, NaN if one is
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
@@ -212,8 +208,7 @@ REAL_PROCESSES = 4
 EMULATED = StepConfig("resnet20", 2, 32, 2)
 """Per logical GPU. Emulation is for batches this small, at which layer overhead and collectives take most of the time.
 With more images convolutions dominate, and four processes have more cores for them than one."""
-ARMS = ("local", "groups", "sync")
-"""Statistics of each logical GPU, of groups of 4, of all 8."""
+ARMS = ("local", "groups", "sync")  # statistics of each logical GPU, of groups of 4, of all 8
 
 WORLDS = (1, 2, 4)
 _VARIANTS = tuple(variants(EMULATED))
@@ -248,12 +243,12 @@ def run_steps(
             continue
         slow = config.model == "resnet50" and device.type == "cpu"  # a step takes a second
         jobs.append((config, max(3, rounds // 2) if slow else rounds, device))
-    for world in worlds if device.type == "cpu" else (1,):
-        progress(f"training steps on {world} processes")
-        differences, timings = steps_job(jobs) if world == 1 else run_processes(steps_job, world, jobs)[0]
+    for processes in worlds if device.type == "cpu" else (1,):
+        progress(f"training steps on {processes} processes")
+        differences, timings = steps_job(jobs) if processes == 1 else run_processes(steps_job, processes, jobs)[0]
         checks |= differences
         for (config, _, _), found in zip(jobs, timings, strict=True):
-            measurements.append(Measurement(f"step on {world}", config.shape, "float32", found))
+            measurements.append(Measurement(f"step on {processes}", config.shape, "float32", found))
     return measurements, checks
 
 
@@ -272,10 +267,8 @@ def _time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[s
         model = build(config, options, device, torch.float32)
         steps[name] = make_step(wrap(model), x, y, processes)
     first = {name: _total(step) for name, step in steps.items()}
-    if processes > 1:
-        timings = interleaved_together(steps, rounds=rounds, warmup=1)
-    else:
-        timings = interleaved(steps, rounds=rounds, device=device)
+    several = processes > 1
+    timings = interleaved(steps, rounds=rounds, device=device, warmup=1 if several else 2, together=several)
     _check_losses(first, {name: _total(step) for name, step in steps.items()})
     return timings
 
@@ -319,7 +312,8 @@ def emulation_job(
         differences[f"emulated {arm} = real {arm}"] = _losses_differ(*_sides(arm, config, torch.float64))
         emulated, real = _sides(arm, config, torch.float32)
         # One call per sample: processes that idle would otherwise ask for many.
-        timings[arm] = interleaved_together({"emulated": emulated, "real": real}, rounds=rounds, min_sample=0.0)
+        sides = {"emulated": emulated, "real": real}
+        timings[arm] = interleaved(sides, rounds=rounds, device=CPU, min_sample=0.0, together=True)
     return timings, differences
 
 
@@ -340,8 +334,5 @@ def _sides(arm: str, config: StepConfig, dtype: torch.dtype) -> tuple[TrainingSt
 
 def _losses_differ(one: TrainingStep, other: TrainingStep) -> float:
     """The largest relative difference of the losses of three steps, of which two depend on updates of the weights."""
-    differences = []
-    for _ in range(3):
-        expected = _total(one)
-        differences.append(abs(_total(other) / expected - 1))
-    return max(differences)
+    losses = torch.tensor([(_total(one), _total(other)) for _ in range(3)], dtype=torch.float64)
+    return float((losses[:, 1] / losses[:, 0] - 1).abs().max())

@@ -16,13 +16,11 @@ from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
 from syncbn.bench.costs import Bandwidth, Costs, measure_costs
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import DTYPES, FAMILIES, GROUPS, Problem, Shape, ends_block, layer_shapes, make_problem
-from syncbn.bench.timing import Spread, Timing, interleaved, interleaved_together, progress, ratio, run_processes
+from syncbn.bench.timing import Spread, Timing, interleaved, progress, ratio, run_processes
 
 COMPILED_BATCH = 8
-PROFILED_CHANNELS = 256
-"""Layers with this many channels have their GPU kernels counted. Every family has some, and the profiler is slow."""
-LARGE_MEAN = 1e3
-"""The mean at which the errors of all contenders are shown; the standard deviation is 1."""
+PROFILED_CHANNELS = 256  # of layers whose GPU kernels are counted; every family has some, and the profiler is slow
+LARGE_MEAN = 1e3  # at which the errors of all contenders are shown; the standard deviation is 1
 
 
 class WrongError(RuntimeError):
@@ -169,32 +167,30 @@ class Measurement:
 def run_suite(suite: Suite, selection: Selection) -> list[Measurement]:
     """Check, time and measure a suite's contenders on all its shapes; WrongError if a layer of ours is wrong."""
     if suite.world_size == 1:
-        return _measure_all(suite, selection, None)
-    answer = run_processes(_run_in_world, suite.world_size, suite.name, selection, timeout=1800.0)[0]
+        answer = _measure_all(suite.name, selection)
+    else:
+        answer = run_processes(_measure_all, suite.world_size, suite.name, selection, timeout=1800.0)[0]
     if isinstance(answer, WrongError):
         raise answer
-    found: list[Measurement] = answer
-    return found
+    return answer
 
 
-def _run_in_world(name: str, selection: Selection) -> list[Measurement] | WrongError:
-    """The measurements, or the error, which all ranks raise together."""
+def _measure_all(name: str, selection: Selection) -> list[Measurement] | WrongError:
+    """The measurements of a suite, or the error, which all ranks of the suite's world return together."""
     suite = next(suite for suite in SUITES if suite.name == name)
-    # Peers call deprecated functions of torch, as the code that they stand for does.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"syncbn\.bench")
-    try:
-        return _measure_all(suite, selection, dist.group.WORLD)
-    except WrongError as error:
-        return error
-
-
-def _measure_all(suite: Suite, selection: Selection, group: dist.ProcessGroup | None) -> list[Measurement]:
+    group = dist.group.WORLD if suite.world_size > 1 else None
     result = []
-    for dtype in selection.dtypes:
-        shapes = suite.shapes(selection, DTYPES[dtype])
-        for index, shape in enumerate(shapes, 1):
-            progress(f"{suite.name} {dtype} {index}/{len(shapes)}: {shape.label}")
-            result.append(measure(suite, selection, shape, dtype, group))
+    with warnings.catch_warnings():
+        # Peers call deprecated functions of torch, as the code that they stand for does.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"syncbn\.bench")
+        for dtype in selection.dtypes:
+            shapes = suite.shapes(selection, DTYPES[dtype])
+            for index, shape in enumerate(shapes, 1):
+                progress(f"{suite.name} {dtype} {index}/{len(shapes)}: {shape.label}")
+                try:
+                    result.append(measure(suite, selection, shape, dtype, group))
+                except WrongError as error:
+                    return error
     return result
 
 
@@ -212,11 +208,8 @@ def measure(
         reason = f"each compilation takes seconds; done only for contiguous inputs, ResNet-50's at N={COMPILED_BATCH}"
         found.unavailable = {contender.name: reason for contender in skipped}
         contenders = [contender for contender in contenders if contender not in skipped]
-    steps = _checked_steps(contenders, parts, rank, group, found)
-    if group is None:
-        found.timings = interleaved(steps, rounds=selection.rounds, device=device)
-    else:
-        found.timings = interleaved_together(steps, rounds=selection.rounds)
+    steps = _checked_steps(contenders, parts, rank, found)
+    found.timings = interleaved(steps, rounds=selection.rounds, device=device, together=group is not None)
     for name, step in steps.items():
         groups = GROUPS if CONTENDERS[name].kind == "ghost" else 1
         found.costs[name] = measure_costs(
@@ -235,16 +228,12 @@ def large_mean_errors(selection: Selection) -> Measurement:
     found = Measurement("large mean", Shape("large mean", (GROUPS, 64, 14, 14)), "float32")
     problem = make_problem(found.shape, torch.float32, torch.device(selection.device), mean=LARGE_MEAN, std=1.0)
     contenders = [contender for contender in CONTENDERS.values() if contender.ours or not selection.check]
-    _checked_steps(contenders, [problem], 0, None, found)
+    _checked_steps(contenders, [problem], 0, found)
     return found
 
 
 def _checked_steps(
-    contenders: Sequence[Contender],
-    parts: Sequence[Problem],
-    rank: int,
-    group: dist.ProcessGroup | None,
-    found: Measurement,
+    contenders: Sequence[Contender], parts: Sequence[Problem], rank: int, found: Measurement
 ) -> dict[str, LayerStep]:
     """The steps of the contenders that can run, each run once; WrongError if a layer of ours is wrong.
 
@@ -266,7 +255,7 @@ def _checked_steps(
             if contender.ours:
                 raise
             found.unavailable[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    if group is not None:
+    if (group := parts[rank].group) is not None:
         everyone: list[Any] = [None] * group.size()
         dist.all_gather_object(everyone, (found.errors, found.unavailable), group=group)
         for _, unavailable in everyone:
@@ -284,12 +273,10 @@ def _checked_steps(
 @contextlib.contextmanager
 def world_of_one(device: torch.device) -> Iterator[None]:
     """On CUDA, a process group of this process alone, which torch's SyncBatchNorm function needs."""
-    if device.type != "cuda" or dist.is_initialized():
-        yield
-        return
-    backend = "nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if device.type == "cuda":
+        dist.init_process_group("nccl" if dist.is_nccl_available() else "gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if device.type == "cuda":
+            dist.destroy_process_group()

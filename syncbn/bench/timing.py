@@ -90,8 +90,7 @@ def interleaved(
     device: torch.device,
     warmup: int = 2,
     min_sample: float = MIN_SAMPLE_SECONDS,
-    before: Call = lambda: None,
-    agree: Callable[[int], int] = lambda calls: calls,
+    together: bool = False,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each contender once per round. The order is drawn anew for each round, and is the same in all processes.
@@ -103,17 +102,17 @@ def interleaved(
     not cleared between calls.
 
     Args:
-        contenders: by name.
-        rounds: samples of each.
+        rounds: samples of each contender.
         device: where the work is done.
         warmup: untimed calls of each; the last one determines how many calls make a sample.
         min_sample: least seconds of a sample; shorter calls are repeated.
-        before: called before each sample, untimed, such as a barrier between processes.
-        agree: maps the wanted number of calls per sample to the one to use, such as the maximum over all processes.
+        together: all processes of the world call this at once. There is a barrier before each sample, all make the same
+            number of calls, and a sample is the time of the slowest process, because a training step ends with it.
         clock: returns seconds; not used on CUDA.
     """
     if rounds < 1 or warmup < 1:
         raise ValueError(f"rounds and warmup must be at least 1, got {rounds} and {warmup}")
+    barrier, largest = (dist.barrier, _largest) if together else (lambda: None, lambda values: values)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     calls: dict[str, int] = {}
     collecting = gc.isenabled()
@@ -122,18 +121,18 @@ def interleaved(
         for name, call in contenders.items():
             for _ in range(warmup - 1):
                 call()
-            before()
+            barrier()
             seconds = max(_seconds_per_call(call, 1, device, clock), 1e-9)
-            calls[name] = agree(min(MAX_CALLS, max(1, math.ceil(min_sample / seconds))))
+            calls[name] = int(largest([min(MAX_CALLS, max(1, math.ceil(min_sample / seconds)))])[0])
         order = random.Random(0)
         for _ in range(rounds):
             for name in order.sample(list(contenders), len(contenders)):
-                before()
+                barrier()
                 samples[name].append(_seconds_per_call(contenders[name], calls[name], device, clock))
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
+    return {name: Timing(tuple(largest(samples[name])), calls[name]) for name in contenders}
 
 
 def _seconds_per_call(call: Call, calls: int, device: torch.device, clock: Clock) -> float:
@@ -150,26 +149,6 @@ def _seconds_per_call(call: Call, calls: int, device: torch.device, clock: Clock
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / calls / 1e3
-
-
-def interleaved_together(
-    contenders: Mapping[str, Call], *, rounds: int, warmup: int = 2, min_sample: float = MIN_SAMPLE_SECONDS
-) -> dict[str, Timing]:
-    """:func:`interleaved` on the CPU, called by all processes of the world at once.
-
-    There is a barrier before each sample, all processes make the same number of calls, and a sample is the time of the
-    slowest process, because a training step ends with it.
-    """
-    timings = interleaved(
-        contenders,
-        rounds=rounds,
-        device=torch.device("cpu"),
-        warmup=warmup,
-        min_sample=min_sample,
-        before=dist.barrier,
-        agree=lambda calls: int(_largest([calls])[0]),
-    )
-    return {name: Timing(tuple(_largest(timing.samples)), timing.calls) for name, timing in timings.items()}
 
 
 def _largest(values: Sequence[float]) -> list[float]:
@@ -217,13 +196,8 @@ def _work(
     rank: int, world_size: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{Path(folder, 'rendezvous')}",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", limit, world_size, rank)
     dist.barrier()  # a process that ended before another has connected to it would break that one
     Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(function(*args)))
     dist.destroy_process_group()
