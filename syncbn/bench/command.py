@@ -11,16 +11,15 @@ from typing import NoReturn
 
 import torch
 
-from syncbn.bench.bandwidth import measure_bandwidth
+from syncbn.bench.costs import measure_bandwidth
 from syncbn.bench.growth import growth_lines, growth_rows
 from syncbn.bench.peers import CONTENDERS, Contender, UnavailableError
-from syncbn.bench.problem import Problem, make_problem
-from syncbn.bench.processes import ProcessError, progress
+from syncbn.bench.problem import DEFAULT_FAMILIES, DTYPES, FAMILIES, GROUPS, SHORT_DTYPES, Problem, Shape, make_problem
 from syncbn.bench.report import summary, write_files
-from syncbn.bench.rows import ROWS, BenchResults, JudgedRow, judge, table
-from syncbn.bench.shapes import DEFAULT_FAMILIES, DTYPES, FAMILIES, SHORT_DTYPES, Shape
+from syncbn.bench.rows import ROWS, BenchResults, judge, table
 from syncbn.bench.steps import measure_emulation, run_steps
-from syncbn.bench.suites import GROUPS, Selection, WrongError, large_mean_errors, run_suite, suites_of, world_of_one
+from syncbn.bench.suites import Selection, WrongError, large_mean_errors, run_suite, suites_of, world_of_one
+from syncbn.bench.timing import ProcessError, progress
 
 ROUNDS = {"cpu": 7, "cuda": 15}
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
@@ -29,46 +28,30 @@ DESCRIPTION = """Compare the speed of the layers with that of other implementati
 before they are timed. With --check, measure only what the table of limits needs."""
 
 
-class MistakeError(Exception):
-    """A mistake of the user; the message is one line."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise MistakeError(f"{message.removeprefix('argument --')} (see --help)")
+        raise argparse.ArgumentError(None, f"{message.removeprefix('argument --')} (see --help)")
 
 
 def run_bench(words: Sequence[str]) -> int:
-    """Run the command.
-
-    Args:
-        words: the command line after ``bench``.
+    """Run the command line after ``bench``.
 
     Returns:
-        The exit code: 0 done, 1 a row falls short or a result is wrong, 2 a mistake of the user, 130 interrupted.
+        The exit code: 0 done, 1 a row falls short or a result is wrong, 2 a mistake of the user.
     """
     try:
         options = _parser().parse_args(list(words))
-        selection = _selection(options)
+        dtypes, rounds = options.dtype or DEFAULT_DTYPES[options.device], options.rounds or ROUNDS[options.device]
+        selection = Selection(options.device, dtypes, options.shapes, rounds, options.check)
         if options.list:
             _print_list(selection)
             return 0
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
         return _run(selection, options.out)
-    except MistakeError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(f"{error.filename or 'bench'}: {error.strerror or error}", 2)
-    except (WrongError, ProcessError) as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return 130
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"syncbn: error: {message}", file=sys.stderr)
-    return code
+    except (argparse.ArgumentError, WrongError, ProcessError) as error:
+        print(f"syncbn: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +83,7 @@ def _positive(text: str) -> int:
 
 
 def _several(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """A function that reads a comma-separated list of words, each one of ``known``, and drops repeats."""
+    """A function that reads a comma-separated list of ``known`` words, and drops repeats."""
 
     def read(text: str) -> tuple[str, ...]:
         words = [SHORT_DTYPES.get(word.strip(), word.strip()) for word in text.split(",")]
@@ -113,19 +96,16 @@ def _several(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
-def _selection(options: argparse.Namespace) -> Selection:
-    dtypes, rounds = options.dtype or DEFAULT_DTYPES[options.device], options.rounds or ROUNDS[options.device]
-    return Selection(options.device, dtypes, options.shapes, rounds, options.check)
-
-
 def _print_list(selection: Selection) -> None:
     device = torch.device(selection.device)
-    samples = [Shape("tiny", (GROUPS, 4)), Shape("tiny", (GROUPS, 4, 3, 3))]
     print("contenders:")
     with world_of_one(device):
-        problems = [make_problem(shape, torch.float32, device, groups=GROUPS) for shape in samples]
+        samples = [Shape("tiny", (GROUPS, 4)), Shape("tiny", (GROUPS, 4, 3, 3))]
+        problems = [make_problem(shape, torch.float32, device) for shape in samples]
         for contender in CONTENDERS.values():
-            print(f"  {contender.name}{' (ours)' if contender.ours else ''}{_unavailable(contender, problems)}")
+            reasons = dict.fromkeys(_unavailable(contender, problem) for problem in problems)
+            reason = "" if "" in reasons else f": not here: {'; '.join(reasons)}"
+            print(f"  {contender.name}{' (ours)' if contender.ours else ''}{reason}")
     for suite in suites_of(selection):
         print(f"{suite.name}: {suite.title}")
         for dtype in selection.dtypes:
@@ -133,17 +113,13 @@ def _print_list(selection: Selection) -> None:
             print("\n".join([f"  {dtype}, {len(shapes)} shapes:", *(f"    {shape.label}" for shape in shapes)]))
 
 
-def _unavailable(contender: Contender, problems: Iterable[Problem]) -> str:
-    """Why a contender can run none of the problems; empty if it can run one."""
-    reasons: dict[str, None] = {}
-    for problem in problems:
-        try:
-            contender.make(problem)
-        except UnavailableError as error:
-            reasons[str(error)] = None
-        else:
-            return ""
-    return f": not here: {'; '.join(reasons)}"
+def _unavailable(contender: Contender, problem: Problem) -> str:
+    """Why a contender cannot run; empty if it can."""
+    try:
+        contender.make(problem)
+    except UnavailableError as error:
+        return str(error)
+    return ""
 
 
 def _run(selection: Selection, out: Path | None) -> int:
@@ -152,9 +128,7 @@ def _run(selection: Selection, out: Path | None) -> int:
     try:
         if selection.device == "cpu":  # as each of several processes has, and steadier
             torch.set_num_threads(1)
-        results = _measure_layers(selection)
-        if "resnet50" in selection.families:
-            _measure_steps(selection, results)
+        results = _measure(selection)
     finally:
         torch.set_num_threads(threads)
     judged = judge(ROWS, results)
@@ -163,10 +137,14 @@ def _run(selection: Selection, out: Path | None) -> int:
     if out is not None:
         write_files(out, selection, results, judged, growth)
         print(f"all files are in {out}")
-    return _conclude(selection, judged, time.monotonic() - start)
+    print("\n".join(["", *table(judged)]))  # last, where it is seen
+    if set(selection.families) != set(DEFAULT_FAMILIES):
+        print(f"measured on {', '.join(selection.families)} alone: the limits are for the default shapes")
+    print(f"{time.monotonic() - start:.0f} s")
+    return 1 if selection.check and any(found.word == "falls short" for found in judged) else 0
 
 
-def _measure_layers(selection: Selection) -> BenchResults:
+def _measure(selection: Selection) -> BenchResults:
     device = torch.device(selection.device)
     results = BenchResults(selection.device)
     with world_of_one(device):
@@ -176,25 +154,13 @@ def _measure_layers(selection: Selection) -> BenchResults:
         results.measurements.append(large_mean_errors(selection))
         for suite in suites_of(selection):
             results.measurements += run_suite(suite, selection)
-    return results
-
-
-def _measure_steps(selection: Selection, results: BenchResults) -> None:
-    """Whole training steps, which are ResNets'. With --check only the emulation, which is a row."""
-    found = []
-    if not selection.check:
-        found.append(run_steps(torch.device(selection.device), selection.rounds))
-    if selection.device == "cpu":
-        found.append(measure_emulation(selection.rounds))
-    for measurements, checks in found:
+    steps = []
+    if "resnet50" in selection.families:  # the training steps are ResNets'
+        if not selection.check:
+            steps.append(run_steps(device, selection.rounds))
+        if selection.device == "cpu":
+            steps.append(measure_emulation(selection.rounds))
+    for measurements, checks in steps:
         results.measurements += measurements
         results.step_checks |= checks
-
-
-def _conclude(selection: Selection, judged: Sequence[JudgedRow], seconds: float) -> int:
-    """Print the table last, where it is seen, and return the exit code."""
-    print("\n".join(["", *table(judged)]))
-    if set(selection.families) != set(DEFAULT_FAMILIES):
-        print(f"measured on {', '.join(selection.families)} alone: the limits are for the default shapes")
-    print(f"{seconds:.0f} s")
-    return 1 if selection.check and any(found.falls_short for found in judged) else 0
+    return results

@@ -10,25 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.bench.problem import D_MAX, EPS, R_MAX, Problem
+from syncbn.bench.problem import D_MAX, EPS, GROUPS, R_MAX, Problem
 
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias", "grad_residual")
 """What a step returns, in this order; the last one only if it has a residual."""
 
 
 def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, ...]:
-    """Output and gradients of a step in float64, computed on one process over the concatenated batch.
+    """Output and gradients of a step, in the order of :data:`NAMES`, in float64 over the concatenated batch.
 
-    It uses torch's own ``batch_norm`` and autograd, and shares no code with the layers.
+    Computed on one process. It uses torch's own ``batch_norm`` and autograd, and shares no code with the layers.
 
     Args:
-        kind: what the step computes: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part),
-            ``"ghost"``, ``"renorm"``, ``"relu"`` or ``"add_relu"``.
+        kind: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part), ``"ghost"``,
+            ``"renorm"``, ``"relu"`` or ``"add_relu"``.
         parts: the problems of all processes that share statistics, by rank.
         rank: whose part of the results is returned; its weight and bias gradients are sums over its own samples.
-
-    Returns:
-        Tensors in the order of :data:`NAMES`.
     """
     if kind == "local":
         parts, rank = [parts[rank]], 0
@@ -37,7 +34,7 @@ def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, .
         torch.stack([getattr(part, name) for part in parts]).double().requires_grad_()
         for name in ("x", "weight", "bias", "residual")
     )
-    normalized = _normalize(x, parts[0].groups if kind == "ghost" else 1)
+    normalized = _normalize(x, GROUPS if kind == "ghost" else 1)
     if kind == "renorm":
         r, d = _corrections(x, parts[0])
         normalized = normalized * r + d
@@ -96,14 +93,10 @@ def tolerances(dtype: torch.dtype, count: int) -> dict[str, float]:
 
     - float32: a normalized value is a few roundings (2^-24 each) of terms of about five standard deviations. 64 machine
       epsilons (2^-17) leave room for them; a cancelled variance costs a hundred times as much.
-    - Gradients of weight and bias are sums of ``count`` terms of either sign, of size sqrt(count). Added one after the
-      other, as torch's own channels_last kernels do, the roundings amount to about sqrt(count) epsilons of the sum.
+    - Gradients of weight and bias are sums of ``count`` terms of either sign, as many as a channel has elements. Added
+      one after the other, as torch's own channels_last kernels do, the roundings amount to sqrt(count) epsilons or so.
     - bfloat16, float16: output and input gradient are computed in float32 and rounded once, by half an epsilon. Two
       epsilons leave room for one stored intermediate (the gradient behind an activation).
-
-    Args:
-        dtype: of x.
-        count: elements per channel on one process.
     """
     narrow = dtype.itemsize < 4
     limit = (2 if narrow else 64) * torch.finfo(dtype).eps
@@ -118,14 +111,10 @@ def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, flo
     """
     if len(found) != len(expected):
         raise ValueError(f"a step returned {len(found)} tensors, expected {', '.join(NAMES[: len(expected)])}")
-    return {name: _error(a, b) for name, a, b in zip(NAMES, found, expected, strict=False)}
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        return math.inf
-    if not expected.numel():
-        return 0.0
-    scale = float(expected.abs().max())
-    error = float((found.detach().double() - expected).abs().max()) / (scale or 1.0)
-    return error if math.isfinite(error) else math.inf
+    result = {}
+    for name, tensor, right in zip(NAMES, found, expected, strict=False):
+        error = math.inf
+        if tensor.shape == right.shape:
+            error = float((tensor.detach().double() - right).abs().max()) / (float(right.abs().max()) or 1.0)
+        result[name] = error if math.isfinite(error) else math.inf
+    return result

@@ -1,8 +1,9 @@
-"""What a step costs besides time: memory, collectives, kernel launches, host synchronizations."""
+"""What a step costs besides time, and the machine's copy bandwidth, which gives the least time that a step can take."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import warnings
@@ -15,7 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from syncbn.bench.timing import Call
+from syncbn.bench.problem import Shape
+from syncbn.bench.timing import Call, Spread, interleaved, spread
+
+PASSES = 8
+"""Forward reads x for the statistics, reads it again and writes y. Backward reads x and dy for the sums, reads both
+again and writes dx."""
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # several times any cache
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,9 @@ def measure_costs(
 ) -> Costs:
     """All costs of a step that has run before. What cannot be measured never is an error.
 
-    Args:
-        step: forward and backward.
-        known: the tensors that do not count as saved.
-        device: of the step.
-        channels_and_groups: C times the number of groups that have statistics of their own.
-        compiled: the step is compiled, so that a dispatch mode does not see its operations.
-        profiled: count the GPU's kernels too; the profiler takes a good part of a second.
+    The ``known`` tensors do not count as saved. ``channels_and_groups`` is C times the number of groups with statistics
+    of their own. The operations of a ``compiled`` step cannot be counted. Counting the GPU's kernels, which is done if
+    ``profiled``, takes a good part of a second.
     """
     instruments: dict[str, Callable[[], dict[str, Any]]] = {
         "saved": lambda: saved(step, known, channels_and_groups),
@@ -61,7 +64,7 @@ def measure_costs(
     if compiled:
         missing.append("operations, collectives: compiled code does not dispatch operations one by one")
     else:
-        instruments["operations"] = lambda: dispatched(step)
+        instruments["operations"] = lambda: operations(step)
     if device.type == "cuda":
         instruments["host synchronizations"] = lambda: {"host_synchronizations": host_synchronizations(step)}
         if profiled:
@@ -77,7 +80,7 @@ def measure_costs(
     return Costs(**found, missing="; ".join(missing))
 
 
-def dispatched(step: Call) -> dict[str, Any]:
+def operations(step: Call) -> dict[str, Any]:
     with OperationCounter() as counter:
         step()
     return {name: getattr(counter, name) for name in ("operations", "collectives", "wire_bytes")}
@@ -121,7 +124,6 @@ def saved(step: Call, known: Iterable[Tensor], channels_and_groups: int) -> dict
 
 
 def peak_bytes(step: Call, device: torch.device) -> int:
-    """Most memory that is allocated at once during a step, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -134,11 +136,8 @@ def peak_bytes(step: Call, device: torch.device) -> int:
         step()
     profiler: Any = profile.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return int(most)
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((int(event.nbytes()) for event in events), initial=0))
 
 
 @contextlib.contextmanager
@@ -175,6 +174,24 @@ def kernels(step: Call) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     events: Any = profile.events()
-    on_device = [event for event in events if event.device_type.name == "CUDA"]
-    seconds = sum(event.time_range.elapsed_us() for event in on_device) / 1e6
-    return {"kernels": len(on_device), "kernel_seconds": seconds}
+    times = [event.time_range.elapsed_us() for event in events if event.device_type.name == "CUDA"]
+    return {"kernels": len(times), "kernel_seconds": sum(times) / 1e6}
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    bytes_per_second: Spread  # bytes read plus bytes written of ``out.copy_(x)``
+    tensor_bytes: int
+
+    def seconds(self, shape: Shape, dtype: torch.dtype) -> float:
+        """The memory limit of a step: its least time if all data is in main memory. Cached data can be faster."""
+        return PASSES * shape.elements * dtype.itemsize / self.bytes_per_second.median
+
+
+def measure_bandwidth(device: torch.device, *, rounds: int = 9, tensor_bytes: int | None = None) -> Bandwidth:
+    """Time a copy between two tensors, each of ``tensor_bytes`` (default: :data:`COPY_BYTES`)."""
+    size = tensor_bytes or COPY_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, rounds=rounds, device=device)["copy"]
+    return Bandwidth(spread(2 * size / seconds for seconds in timing.samples), size)

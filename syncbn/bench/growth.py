@@ -15,24 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-RESNET50_CHANNELS: tuple[int, ...] = (
-    *(64, 64, 64, 256, 256),
-    *(64, 64, 256) * 2,
-    *(128, 128, 512, 512),
-    *(128, 128, 512) * 3,
-    *(256, 256, 1024, 1024),
-    *(256, 256, 1024) * 5,
-    *(512, 512, 2048, 2048),
-    *(512, 512, 2048) * 2,
-)
-"""Channels of the 53 BatchNorm layers of torchvision's ``resnet50`` in forward order: the stem; in each block two
-narrow layers and a wide one; in the first block of a stage also that of the shortcut."""
+from syncbn.bench.problem import resnet50_layers
 
+RESNET50_CHANNELS = tuple(channels for channels, _ in resnet50_layers())
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 RANKS_PER_NODE = 8
 SYNC_GROUP_SIZE = 8
-SMALL_BYTES = 4096
-"""Up to this size an all-reduce's time hardly depends on its size."""
+SMALL_BYTES = 4096  # up to this size an all-reduce's time hardly depends on its size
 
 
 class Link(NamedTuple):

@@ -9,21 +9,21 @@ import json
 import math
 import os
 import platform
+import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import syncbn
-from syncbn.bench.bandwidth import Bandwidth
 from syncbn.bench.correctness import NAMES, tolerances
-from syncbn.bench.costs import Costs
+from syncbn.bench.costs import Bandwidth, Costs
 from syncbn.bench.growth import LINKS, GrowthRow
+from syncbn.bench.problem import DTYPES
 from syncbn.bench.rows import BenchResults, JudgedRow
-from syncbn.bench.shapes import DTYPES
 from syncbn.bench.steps import STEP_SUITES
 from syncbn.bench.suites import LARGE_MEAN, SUITES, Measurement, Selection, Suite
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios
@@ -63,11 +63,10 @@ def _suite_lines(suite: Suite, dtype: str, found: Sequence[Measurement], bandwid
         elif reasons := {m.unavailable[name] for m in found if name in m.unavailable}:
             yield from _wrapped(f"{name}: not measured: {'; '.join(sorted(reasons))}", 2)
     if bandwidth is not None and suite.baseline == "nn.BatchNorm":
-        timed = [m for m in found if suite.baseline in m.timings]
-        ratios = [_memory_limit(m, bandwidth) / m.timings[suite.baseline].median for m in timed]
-        if ratios:
-            limit = geometric_mean_of_ratios(Spread(value, value, value) for value in ratios)
-            yield f"  {'memory limit':<33} {limit.median:.3g} from the copy bandwidth; cached data can be faster"
+        times = [(m, m.timings[suite.baseline].median) for m in found if suite.baseline in m.timings]
+        if times:
+            limit = statistics.geometric_mean(m.memory_limit(bandwidth) / seconds for m, seconds in times)
+            yield f"  {'memory limit':<33} {limit:.3g} from the copy bandwidth; cached data can be faster"
 
 
 def _contender_lines(name: str, baseline: str, timed: Sequence[Measurement], shapes: int) -> Iterable[str]:
@@ -128,17 +127,8 @@ def _large_mean_lines(measurement: Measurement) -> Iterable[str]:
         yield f"  {name:<33}{numbers}{' OFF' if name in measurement.wrong else ''}"
 
 
-def _memory_limit(measurement: Measurement, bandwidth: Bandwidth) -> float:
-    """The least seconds of a step."""
-    return bandwidth.seconds(measurement.shape, DTYPES[measurement.dtype])
-
-
 def write_files(
-    out: Path,
-    selection: Selection,
-    results: BenchResults,
-    judged: Sequence[JudgedRow],
-    growth: Sequence[GrowthRow],
+    out: Path, selection: Selection, results: BenchResults, judged: Sequence[JudgedRow], growth: Sequence[GrowthRow]
 ) -> None:
     """Write bench.json with everything, bench.csv with a row per time, and growth.csv."""
     content = {
@@ -154,7 +144,7 @@ def write_files(
         "growth": {"links": LINKS, "rows": growth},
     }
     (out / "bench.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
-    _write_csv(out / "bench.csv", csv_rows(results))
+    _write_csv(out / "bench.csv", list(csv_rows(results)))
     _write_csv(out / "growth.csv", [row._asdict() for row in growth])
 
 
@@ -163,7 +153,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         value = value._asdict()
     elif is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = vars(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -197,15 +187,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
+def csv_rows(results: BenchResults) -> Iterator[dict[str, Any]]:
     """A row for each shape, dtype and contender."""
     baselines = {suite.name: suite.baseline for suite in ALL_SUITES}
-    rows = []
+    unknown = Spread(math.nan, math.nan, math.nan)
     for m in results.measurements:
         baseline = baselines.get(m.suite, "")
-        limit = _memory_limit(m, results.bandwidth) if results.bandwidth is not None and m.costs else None
+        limit = m.memory_limit(results.bandwidth) if results.bandwidth is not None and m.costs else None
         for name, timing in m.timings.items():
-            row = {
+            yield {
                 "suite": m.suite,
                 "family": m.shape.family,
                 "size": "x".join(map(str, m.shape.size)),
@@ -214,21 +204,13 @@ def csv_rows(results: BenchResults) -> list[dict[str, Any]]:
                 "dtype": m.dtype,
                 "contender": name,
                 "baseline": baseline,
-                "ratio": m.ratio(name, baseline) if baseline in m.timings else Spread(math.nan, math.nan, math.nan),
-                "seconds": timing.spread,
+                **_columns("ratio", m.ratio(name, baseline) if baseline in m.timings else unknown),
+                **_columns("seconds", timing.spread),
                 "of_copy_bandwidth": limit and limit / timing.median,
                 "largest_error": max(m.errors[name].values()) if m.errors else None,
+                **vars(m.costs.get(name, Costs())),
             }
-            rows.append(_columns(row | asdict(m.costs.get(name, Costs()))))
-    return rows
 
 
-def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` with three columns for each Spread: ``name``, ``name_low`` and ``name_high``."""
-    columns: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, Spread):
-            columns |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
-        else:
-            columns[name] = value
-    return columns
+def _columns(name: str, spread: Spread) -> dict[str, float]:
+    return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}

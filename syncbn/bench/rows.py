@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from syncbn.bench.bandwidth import Bandwidth
+from syncbn.bench.costs import Bandwidth
 from syncbn.bench.peers import CONTENDERS
-from syncbn.bench.shapes import DTYPES
 from syncbn.bench.suites import Measurement
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios, spread
 
-RowValue = tuple[Spread, str]
-"""What a row measures, and what a reader should know about it."""
+RowValue = tuple[Spread, str]  # what a row measures, and what a reader should know about it
 
 
 class NotMeasuredError(Exception):
-    """This run or this machine cannot measure a row; the message says why."""
+    """This run or this machine cannot measure a row."""
 
 
 @dataclass
@@ -28,8 +26,7 @@ class BenchResults:
     device: str
     measurements: list[Measurement] = field(default_factory=list)
     bandwidth: Bandwidth | None = None
-    step_checks: dict[str, float] = field(default_factory=dict)
-    """Largest relative differences between training steps that must be equal, in float64."""
+    step_checks: dict[str, float] = field(default_factory=dict)  # differences of training steps that must be equal
 
 
 @dataclass(frozen=True)
@@ -51,18 +48,12 @@ class JudgedRow(NamedTuple):
     note: str  # what a reader should know about the value, or why there is none
 
     @property
-    def falls_short(self) -> bool:
-        """Whether the limit is missed. NaN misses it."""
-        if self.value is None:
-            return False
-        median, limit = self.value.median, self.row.limit
-        return not (median >= limit if self.row.at_least else median <= limit)
-
-    @property
     def word(self) -> str:
         if self.value is None:
             return "not measured"
-        return "falls short" if self.falls_short else "ok"
+        median, limit = self.value.median, self.row.limit
+        reached = median >= limit if self.row.at_least else median <= limit  # NaN does not reach it
+        return "ok" if reached else "falls short"
 
 
 def judge(rows: Sequence[Row], results: BenchResults) -> list[JudgedRow]:
@@ -96,21 +87,19 @@ def _measured(
     """The measurements of a suite in which all of ``names`` were timed; there are some in each dtype."""
     of_suite = [m for m in results.measurements if m.suite == suite and family in (None, m.shape.family)]
     found = [m for m in of_suite if m.dtype in dtypes and all(name in m.timings for name in names)]
-    if not found:
-        reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable}
-        none = f"no shape of '{suite}' was timed in {', '.join(dtypes)}; see --shapes"
-        raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     missing = [dtype for dtype in dtypes if dtype not in {m.dtype for m in found}]
     if missing:
-        raise NotMeasuredError(f"needs --dtype {','.join(dtypes)}; {', '.join(missing)} was not measured")
+        reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable and not found}
+        none = f"no shape of '{suite}' was timed in {', '.join(missing)}; see --shapes and --dtype"
+        raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     return found
 
 
 def _over_shapes(found: Sequence[Measurement], ratios: Sequence[Spread], worst: Callable[..., Any]) -> RowValue:
     """The geometric mean of a ratio over shapes, and the ``worst`` one: ``max`` or ``min``."""
     ratio, measurement = worst(zip(ratios, found, strict=True), key=lambda pair: pair[0].median)
-    detail = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
-    return geometric_mean_of_ratios(ratios), detail
+    note = f"{len(found)} shapes, worst {ratio.median:.2f} ({measurement.shape.label})"
+    return geometric_mean_of_ratios(ratios), note
 
 
 def quotient(
@@ -120,8 +109,7 @@ def quotient(
 
     def measure(results: BenchResults) -> RowValue:
         found = _measured(results, suite, (numerator, denominator), dtypes, family)
-        ratios = [measurement.ratio(numerator, denominator) for measurement in found]
-        return _over_shapes(found, ratios, max)
+        return _over_shapes(found, [measurement.ratio(numerator, denominator) for measurement in found], max)
 
     return measure
 
@@ -148,7 +136,7 @@ def bandwidth(results: BenchResults) -> RowValue:
         raise NotMeasuredError("the copy bandwidth was not measured")
     ratios = []
     for measurement in found:
-        limit = results.bandwidth.seconds(measurement.shape, DTYPES[measurement.dtype])
+        limit = measurement.memory_limit(results.bandwidth)
         ratios.append(spread(limit / seconds for seconds in measurement.timings["SyncBatchNorm"].samples))
     return _over_shapes(found, ratios, min)
 
@@ -156,6 +144,7 @@ def bandwidth(results: BenchResults) -> RowValue:
 _BOTH = ("float32", "bfloat16")
 _SYNC, _LOCAL, _RENORM, _TORCH = "SyncBatchNorm", "nn.BatchNorm", "BatchRenorm", "torch's SyncBatchNorm function"
 _GHOST, _ONE_GROUP, _LOOP = "GhostBatchNorm", "GhostBatchNorm of 1 group", "loop over chunks"
+_ALONE_ON_CUDA = quotient("alone", _SYNC, _TORCH, _BOTH, "resnet50")
 _EMULATION = quotient("emulation", "emulated", "real")
 _FUSED, _OPS = "SyncBatchNorm + add + ReLU", "nn.BatchNorm, add, ReLU"
 
@@ -168,12 +157,7 @@ ROWS = (
     Row("CPU: BatchRenorm / nn.BatchNorm", 1.1, quotient("alone", _RENORM, _LOCAL), "cpu"),
     Row("saved for backward beyond the input, numbers per channel and group", 8, saved),
     Row("CPU: 8 emulated GPUs in one process / the step on 4 real processes", 0.5, _EMULATION, "cpu"),
-    Row(
-        "CUDA: SyncBatchNorm alone in its group / torch's SyncBatchNorm function",
-        0.7,
-        quotient("alone", _SYNC, _TORCH, _BOTH, "resnet50"),
-        "cuda",
-    ),
+    Row("CUDA: SyncBatchNorm alone in its group / torch's SyncBatchNorm function", 0.7, _ALONE_ON_CUDA, "cuda"),
     Row("CUDA: achieved bandwidth over 100 MB / copy bandwidth", 0.85, bandwidth, "cuda", at_least=True),
     Row("CUDA: fused BN+add+ReLU / torch's three ops", 0.6, quotient("fused", _FUSED, _OPS, _BOTH), "cuda"),
     Row("CUDA: 32 ghost groups / 1 group", 1.15, quotient("ghost", _GHOST, _ONE_GROUP, _BOTH), "cuda"),

@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.bench.processes import interleaved_together, progress, run_processes
-from syncbn.bench.shapes import Shape
-from syncbn.bench.suites import Measurement, Suite
-from syncbn.bench.timing import Timing, interleaved
+from syncbn.bench.problem import Shape
+from syncbn.bench.suites import Measurement, Suite, WrongError
+from syncbn.bench.timing import Timing, interleaved, progress, run_processes
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm
@@ -33,17 +32,14 @@ TrainingStep = Callable[[], Tensor]
 Options = Mapping[str, Any] | None
 """Arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm."""
 
-LEARNING_RATE = 1e-3
-"""Small enough that the loss of a batch of two images falls from the first steps on, which is checked."""
-TOLERANCE = 1e-9
-"""Largest relative difference in float64 between equal steps: rounding errors of twenty layers."""
+CLASSES = {"resnet20": 10, "resnet50": 1000}
+LEARNING_RATE = 1e-3  # so small that the loss of a batch of two images falls from the first step on, which is checked
+TOLERANCE = 1e-9  # of the relative difference between equal steps in float64: rounding errors of twenty layers
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a step works on."""
-
     model: Literal["resnet20", "resnet50"]
     batch: int  # images per process
     image_size: int  # side of the square images in pixels
@@ -51,16 +47,13 @@ class StepConfig:
     channels_last: bool = False
 
     @property
-    def classes(self) -> int:
-        return 10 if self.model == "resnet20" else 1000
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def shape(self) -> Shape:
+        """Of the images on one process."""
+        return Shape(self.model, (self.batch, 3, self.image_size, self.image_size), channels_last=self.channels_last)
 
 
 def variants(config: StepConfig) -> dict[str, Options]:
-    """The normalizations to time: torch's BatchNorm and this package's layers.
+    """The normalizations to time.
 
     BatchRenorm is in its warm-up, in which r and d are computed and then clipped to 1 and 0. A step costs the same as
     later on, and its loss is that of local BatchNorm.
@@ -74,21 +67,18 @@ def variants(config: StepConfig) -> dict[str, Options]:
 
 
 def build(config: StepConfig, options: Options, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model in training mode; its weights do not depend on the normalization.
-
-    Raises:
-        ImportError: the model is torchvision's, which is not installed.
-    """
+    """The model in training mode, with the same weights for all ``options``; ImportError without torchvision."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if config.model == "resnet20":
-            model = cifar_resnet(20, 3, config.classes, 16, nn.BatchNorm2d)
+            model = cifar_resnet(20, 3, CLASSES[config.model], 16, nn.BatchNorm2d)
             initialize(model)
         else:
-            model = import_torchvision("models").resnet50(weights=None, num_classes=config.classes)
+            model = import_torchvision("models").resnet50(weights=None, num_classes=CLASSES[config.model])
     if options is not None:
         convert(model, **options)
-    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=config.memory_format)  # type: ignore[call-overload]
+    memory_format = config.shape.memory_format
+    moved: nn.Module = model.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
     return moved
 
 
@@ -101,14 +91,21 @@ def make_batch(
     """
     total = config.batch * processes
     generator = torch.Generator().manual_seed(total)
-    x = torch.randn(total, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64)
-    y = torch.randint(config.classes, (total,), generator=generator)
+    x = torch.randn(total, *config.shape.size[1:], generator=generator, dtype=torch.float64)
+    y = torch.randint(CLASSES[config.model], (total,), generator=generator)
     part = slice(rank * config.batch, (rank + 1) * config.batch)
-    return x[part].to(device, dtype).contiguous(memory_format=config.memory_format), y[part].to(device)
+    return x[part].to(device, dtype).contiguous(memory_format=config.shape.memory_format), y[part].to(device)
 
 
-def wrap(model: nn.Module) -> DistributedDataParallel:
-    """The model under DistributedDataParallel, which leaves buffers to the layers, as in training."""
+def world() -> tuple[int, int]:
+    """Rank and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """On several processes under DistributedDataParallel, which leaves buffers to the layers, as in training."""
+    if not dist.is_initialized():
+        return model
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
@@ -118,13 +115,11 @@ def wrap(model: nn.Module) -> DistributedDataParallel:
 def backward(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tensor:
     """Forward, loss and backward; returns this process's part of the global batch's mean loss, ()."""
     loss = F.cross_entropy(model(x), y, reduction="sum") / (len(y) * processes)
-    # BatchRenorm needs the averages over the ranks in its next forward; other layers have nothing to average here.
-    shared = RunningStatistics(model, BatchRenorm) if processes > 1 else None
-    if shared is not None:
+    shared = RunningStatistics(model, BatchRenorm)  # whose next forward needs the averages over the ranks
+    if processes > 1:
         shared.start()
     (loss * processes).backward()  # DistributedDataParallel averages the gradients over the processes
-    if shared is not None:
-        shared.finish()
+    shared.finish()
     return loss.detach()
 
 
@@ -141,70 +136,55 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, processes: int = 1) -> Tra
     return step
 
 
-def check_alone(config: StepConfig) -> dict[str, float]:
-    """Compare steps that must be equal, on one process in float64; RuntimeError if they differ.
+def check(config: StepConfig) -> dict[str, float]:
+    """Compare steps that must be equal, in float64: those of all processes with those of one with the whole batch.
 
-    Returns:
-        For each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
+    Returns for each pair the largest relative difference of loss and gradients, at most :data:`TOLERANCE`.
     """
-    x, y = make_batch(config, CPU, torch.float64)
-    local = build(config, None, CPU, torch.float64)
-    loss = backward(local, x, y)
-    chunked = build(config, None, CPU, torch.float64)
-    groups = len(y) // config.ghost_batch_size
-    losses = [backward(chunked, a, b) for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)]
-    for parameter in chunked.parameters():
-        assert parameter.grad is not None
-        parameter.grad /= groups
-    whole_batch = {"kind": "ghost", "ghost_batch_size": config.batch}
-    options = variants(config)
-    found = {}
-    for what, here, truth, expected in (
-        ("sync alone = local", options["sync"], local, loss),
-        ("one ghost group = local", whole_batch, local, loss),
-        ("renorm in its warm-up = local", options["renorm"], local, loss),
-        ("ghost groups = local on each chunk", options["ghost"], chunked, torch.stack(losses).mean()),
-    ):
-        model = build(config, here, CPU, torch.float64)
-        found[what] = _difference(model, backward(model, x, y), truth, expected)
-    return checked(found)
-
-
-def check_together(config: StepConfig) -> dict[str, float]:
-    """As :func:`check_alone`, on all processes of a world, against one process with the whole batch."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    rank, processes = world()
     x, y = make_batch(config, CPU, torch.float64, rank, processes)
     all_x, all_y = make_batch(replace(config, batch=config.batch * processes), CPU, torch.float64)
-    found = {}
-    for what, here, there in (
-        ("sync = local on the whole batch", {"kind": "sync"}, None),
+    options = variants(config)
+    pairs: list[tuple[str, Options, Options]] = [
+        ("sync = local on the whole batch", options["sync"], None),
         ("local = a ghost group for each process", None, {"kind": "ghost", "ghost_batch_size": config.batch}),
-    ):
-        model = wrap(build(config, here, CPU, torch.float64))
+    ]
+    if processes == 1:
+        pairs.append(("renorm in its warm-up = local", options["renorm"], None))
+    found = {}
+    for what, here, there in pairs:
+        model, truth = wrap(build(config, here, CPU, torch.float64)), build(config, there, CPU, torch.float64)
         loss = backward(model, x, y, processes)
-        dist.all_reduce(loss)
-        truth = build(config, there, CPU, torch.float64)
-        expected = backward(truth, all_x, all_y)
-        found[f"{processes} processes: {what}"] = _difference(model.module, loss, truth, expected)
+        if processes > 1:
+            dist.all_reduce(loss)
+        found[f"{what}, world size {processes}"] = _difference(model, loss, truth, backward(truth, all_x, all_y))
+    if processes == 1:
+        model, truth = build(config, options["ghost"], CPU, torch.float64), build(config, None, CPU, torch.float64)
+        chunks = zip(x.split(config.ghost_batch_size), y.split(config.ghost_batch_size), strict=True)
+        expected = torch.stack([backward(truth, *chunk) for chunk in chunks])
+        for gradient in _gradients(truth):
+            gradient /= len(expected)
+        found["ghost groups = local on each chunk"] = _difference(model, backward(model, x, y), truth, expected.mean())
     return checked(found)
 
 
 def checked(differences: dict[str, float]) -> dict[str, float]:
-    """Return ``differences``, or raise RuntimeError if one exceeds :data:`TOLERANCE`."""
+    """``differences``, or WrongError if one exceeds :data:`TOLERANCE`."""
     for what, difference in differences.items():
         if not difference <= TOLERANCE:
-            raise RuntimeError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
+            raise WrongError(f"{what}: the steps differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
     return differences
 
 
 def _difference(model: nn.Module, loss: Tensor, truth: nn.Module, expected: Tensor) -> float:
     """The largest difference of the losses and of the gradients, relative to the largest gradient of each parameter."""
-    largest = abs(float(loss / expected) - 1)
-    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
-        assert p.grad is not None
-        assert q.grad is not None
-        largest = max(largest, float((p.grad - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)))
-    return largest
+    pairs = zip(_gradients(model), _gradients(truth), strict=True)
+    largest = [(found - true).abs().max() / true.abs().max().clamp(min=1e-6) for found, true in pairs]
+    return float(torch.stack([(loss / expected - 1).abs(), *largest]).max())  # unlike Python's max, NaN if one is
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 CONFIGS = {
@@ -228,8 +208,7 @@ REAL_PROCESSES = 4
 EMULATED = StepConfig("resnet20", 2, 32, 2)
 """Per logical GPU. Emulation is for batches this small, at which layer overhead and collectives take most of the time.
 With more images convolutions dominate, and four processes have more cores for them than one."""
-ARMS = ("local", "groups", "sync")
-"""Statistics of each logical GPU, of groups of 4, of all 8."""
+ARMS = ("local", "groups", "sync")  # statistics of each logical GPU, of groups of 4, of all 8
 
 WORLDS = (1, 2, 4)
 _VARIANTS = tuple(variants(EMULATED))
@@ -248,15 +227,9 @@ STEP_SUITES = (
 def run_steps(
     device: torch.device, rounds: int, worlds: Sequence[int] = WORLDS, configs: Sequence[StepConfig] | None = None
 ) -> tuple[list[Measurement], dict[str, float]]:
-    """Check and time the steps on one process and, on the CPU, on several.
+    """Check and time the steps on one process and, on the CPU, on several; the timings, and the checks' differences.
 
-    ResNet-50 on the CPU has half as many rounds, at least three: its step takes a second.
-
-    Returns:
-        The timings, and the largest relative difference between steps that must be equal.
-
-    Raises:
-        RuntimeError: two steps that must be equal are not, or a loss has not fallen.
+    WrongError if steps differ that must be equal, or if a loss has not fallen.
     """
     measurements: list[Measurement] = []
     checks: dict[str, float] = {}
@@ -265,50 +238,37 @@ def run_steps(
         try:
             build(config, None, device, torch.float32)
         except ImportError as error:
-            measurements.append(_measurement("step on 1", config, {}))
-            measurements[-1].unavailable = dict.fromkeys(variants(config), str(error))
+            unavailable = dict.fromkeys(variants(config), str(error))
+            measurements.append(Measurement("step on 1", config.shape, "float32", unavailable=unavailable))
             continue
-        slow = config.model == "resnet50" and device.type == "cpu"
+        slow = config.model == "resnet50" and device.type == "cpu"  # a step takes a second
         jobs.append((config, max(3, rounds // 2) if slow else rounds, device))
-    for world in worlds if device.type == "cpu" else (1,):
-        progress(f"training steps on {world} processes")
-        differences, timings = steps_job(jobs) if world == 1 else run_processes(steps_job, world, jobs)[0]
+    for processes in worlds if device.type == "cpu" else (1,):
+        progress(f"training steps on {processes} processes")
+        differences, timings = steps_job(jobs) if processes == 1 else run_processes(steps_job, processes, jobs)[0]
         checks |= differences
-        suite = f"step on {world}"
-        measurements += [_measurement(suite, job[0], found) for job, found in zip(jobs, timings, strict=True)]
+        for (config, _, _), found in zip(jobs, timings, strict=True):
+            measurements.append(Measurement(f"step on {processes}", config.shape, "float32", found))
     return measurements, checks
-
-
-def _measurement(suite: str, config: StepConfig, timings: dict[str, Timing], arm: str = "") -> Measurement:
-    size = (config.batch, 3, config.image_size, config.image_size)
-    return Measurement(suite, Shape(config.model + arm, size, 1, config.channels_last), "float32", timings)
 
 
 def steps_job(
     jobs: Iterable[tuple[StepConfig, int, torch.device]], small: StepConfig = CHECKED
 ) -> tuple[dict[str, float], list[dict[str, Timing]]]:
-    """Check steps on ``small``, and time jobs with their rounds and devices, alone or on each process of a world.
-
-    Returns:
-        The checks' differences, and the timings of each job.
-    """
-    differences = check_together(small) if dist.is_initialized() else check_alone(small)
-    return differences, [_time_steps(*job) for job in jobs]
+    """Check steps on ``small``, and time each job with its rounds and device, alone or on each process of a world."""
+    return check(small), [_time_steps(*job) for job in jobs]
 
 
 def _time_steps(config: StepConfig, rounds: int, device: torch.device) -> dict[str, Timing]:
-    together = dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    rank, processes = world()
     x, y = make_batch(config, device, torch.float32, rank, processes)
     steps = {}
     for name, options in variants(config).items():
         model = build(config, options, device, torch.float32)
-        steps[name] = make_step(wrap(model) if together else model, x, y, processes)
+        steps[name] = make_step(wrap(model), x, y, processes)
     first = {name: _total(step) for name, step in steps.items()}
-    if together:
-        timings = interleaved_together(steps, rounds=rounds, warmup=1)
-    else:
-        timings = interleaved(steps, rounds=rounds, device=device)
+    several = processes > 1
+    timings = interleaved(steps, rounds=rounds, device=device, warmup=1 if several else 2, together=several)
     _check_losses(first, {name: _total(step) for name, step in steps.items()})
     return timings
 
@@ -325,23 +285,22 @@ def _check_losses(first: Mapping[str, float], last: Mapping[str, float]) -> None
     """Repeated training on one batch must lower its loss."""
     for name, loss in last.items():
         if not (math.isfinite(loss) and loss < first[name]):
-            raise RuntimeError(f"{name}: the loss went from {first[name]:.4g} to {loss:.4g}, expected a lower one")
+            raise WrongError(f"{name}: the loss went from {first[name]:.4g} to {loss:.4g}, expected a lower one")
 
 
-def measure_emulation(rounds: int, config: StepConfig = EMULATED) -> tuple[list[Measurement], dict[str, float]]:
+def measure_emulation(rounds: int) -> tuple[list[Measurement], dict[str, float]]:
     """Time a step of 8 logical GPUs on one process against the same step on 4 processes that host two each.
 
     Both sides have one thread per process, the same global batch, weights and statistics, and they take turns: while
     the one process works, the others wait in a barrier. In the arm ``local`` both sides have ghost groups, and the 4
     processes exchange only gradients. In ``groups`` one process has 2 ghost groups, and the 4 processes share
-    statistics in pairs. In ``sync`` all share them.
-
-    Returns:
-        A measurement for each arm, and the largest relative differences in float64; RuntimeError if they are too large.
+    statistics in pairs. In ``sync`` all share them. Returns as :func:`run_steps` does.
     """
     progress(f"training step of {LOGICAL_GPUS} logical GPUs on one process and on {REAL_PROCESSES}")
-    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, config, ARMS)[0]
-    return [_measurement("emulation", config, timings[arm], f" {arm}") for arm in ARMS], checked(differences)
+    timings, differences = run_processes(emulation_job, REAL_PROCESSES, rounds, EMULATED, ARMS)[0]
+    shapes = {arm: replace(EMULATED.shape, family=f"{EMULATED.model} {arm}") for arm in ARMS}
+    found = [Measurement("emulation", shapes[arm], "float32", timings[arm]) for arm in ARMS]
+    return found, checked(differences)
 
 
 def emulation_job(
@@ -353,13 +312,14 @@ def emulation_job(
         differences[f"emulated {arm} = real {arm}"] = _losses_differ(*_sides(arm, config, torch.float64))
         emulated, real = _sides(arm, config, torch.float32)
         # One call per sample: processes that idle would otherwise ask for many.
-        timings[arm] = interleaved_together({"emulated": emulated, "real": real}, rounds=rounds, min_sample=0.0)
+        sides = {"emulated": emulated, "real": real}
+        timings[arm] = interleaved(sides, rounds=rounds, device=CPU, min_sample=0.0, together=True)
     return timings, differences
 
 
 def _sides(arm: str, config: StepConfig, dtype: torch.dtype) -> tuple[TrainingStep, TrainingStep]:
     """The step of rank 0 with all images, during which the others have nothing to do, and the step of all ranks."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    rank, processes = world()
     hosted = LOGICAL_GPUS // processes
     shared = {"local": 1, "groups": LOGICAL_GPUS // 2, "sync": LOGICAL_GPUS}[arm]
     one: dict[str, Any] = {"kind": "ghost", "ghost_batch_size": shared * config.batch}
@@ -374,8 +334,5 @@ def _sides(arm: str, config: StepConfig, dtype: torch.dtype) -> tuple[TrainingSt
 
 def _losses_differ(one: TrainingStep, other: TrainingStep) -> float:
     """The largest relative difference of the losses of three steps, of which two depend on updates of the weights."""
-    differences = []
-    for _ in range(3):
-        expected = _total(one)
-        differences.append(abs(_total(other) / expected - 1))
-    return max(differences)
+    losses = torch.tensor([(_total(one), _total(other)) for _ in range(3)], dtype=torch.float64)
+    return float((losses[:, 1] / losses[:, 0] - 1).abs().max())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,24 +13,18 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
-from syncbn.bench.costs import Costs, measure_costs
+from syncbn.bench.costs import Bandwidth, Costs, measure_costs
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
-from syncbn.bench.problem import Problem, make_problem
-from syncbn.bench.processes import interleaved_together, progress, run_processes
-from syncbn.bench.shapes import DTYPES, FAMILIES, Shape, ends_block, layer_shapes
-from syncbn.bench.timing import Spread, Timing, interleaved, ratio
+from syncbn.bench.problem import DTYPES, FAMILIES, GROUPS, Problem, Shape, ends_block, layer_shapes, make_problem
+from syncbn.bench.timing import Spread, Timing, interleaved, progress, ratio, run_processes
 
-GROUPS = 32
 COMPILED_BATCH = 8
-PROFILED_CHANNELS = 256
-"""Layers with this many channels have their GPU kernels counted. Every family has some, and the profiler is slow."""
-LARGE_MEAN = 1e3
-"""The mean at which the errors of all contenders are shown; the standard deviation is 1."""
-WORLD_TIMEOUT_SECONDS = 1800.0
+PROFILED_CHANNELS = 256  # of layers whose GPU kernels are counted; every family has some, and the profiler is slow
+LARGE_MEAN = 1e3  # at which the errors of all contenders are shown; the standard deviation is 1
 
 
-class WrongError(Exception):
-    """A layer of ours is further from the reference than its tolerance."""
+class WrongError(RuntimeError):
+    """A result of ours is further from the reference than its tolerance."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,6 @@ class Suite:
         families = [family for family in selection.families if family in self.families]
         found = layer_shapes(families, self.batches, self.cpu_elements if selection.device == "cpu" else None)
         return [shape for shape in found if self.keep(shape, dtype)]
-
-    def contenders(self, selection: Selection) -> list[Contender]:
-        return [CONTENDERS[name] for name in (self.needed if selection.check else self.needed + self.more)]
 
 
 SUITES = (
@@ -168,36 +159,38 @@ class Measurement:
     def ratio(self, numerator: str, denominator: str) -> Spread:
         return ratio(self.timings[numerator], self.timings[denominator])
 
+    def memory_limit(self, bandwidth: Bandwidth) -> float:
+        """The least seconds of a step."""
+        return bandwidth.seconds(self.shape, DTYPES[self.dtype])
+
 
 def run_suite(suite: Suite, selection: Selection) -> list[Measurement]:
     """Check, time and measure a suite's contenders on all its shapes; WrongError if a layer of ours is wrong."""
     if suite.world_size == 1:
-        return _run(suite, selection, None)
-    answers = run_processes(_run_in_world, suite.world_size, suite.name, selection, timeout=WORLD_TIMEOUT_SECONDS)
-    answer: list[Measurement] | str = answers[0]
-    if isinstance(answer, str):
-        raise WrongError(answer)
+        answer = _measure_all(suite.name, selection)
+    else:
+        answer = run_processes(_measure_all, suite.world_size, suite.name, selection, timeout=1800.0)[0]
+    if isinstance(answer, WrongError):
+        raise answer
     return answer
 
 
-def _run_in_world(name: str, selection: Selection) -> list[Measurement] | str:
-    """The measurements, or the text of a WrongError, which all ranks raise together."""
+def _measure_all(name: str, selection: Selection) -> list[Measurement] | WrongError:
+    """The measurements of a suite, or the error, which all ranks of the suite's world return together."""
     suite = next(suite for suite in SUITES if suite.name == name)
-    # Peers call deprecated functions of torch, as the code that they stand for does.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"syncbn\.bench")
-    try:
-        return _run(suite, selection, dist.group.WORLD)
-    except WrongError as error:
-        return str(error)
-
-
-def _run(suite: Suite, selection: Selection, group: dist.ProcessGroup | None) -> list[Measurement]:
+    group = dist.group.WORLD if suite.world_size > 1 else None
     result = []
-    for dtype in selection.dtypes:
-        shapes = suite.shapes(selection, DTYPES[dtype])
-        for index, shape in enumerate(shapes, 1):
-            progress(f"{suite.name} {dtype} {index}/{len(shapes)}: {shape.label}")
-            result.append(measure(suite, selection, shape, dtype, group))
+    with warnings.catch_warnings():
+        # Peers call deprecated functions of torch, as the code that they stand for does.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"syncbn\.bench")
+        for dtype in selection.dtypes:
+            shapes = suite.shapes(selection, DTYPES[dtype])
+            for index, shape in enumerate(shapes, 1):
+                progress(f"{suite.name} {dtype} {index}/{len(shapes)}: {shape.label}")
+                try:
+                    result.append(measure(suite, selection, shape, dtype, group))
+                except WrongError as error:
+                    return error
     return result
 
 
@@ -207,51 +200,46 @@ def measure(
     """Check the contenders on one shape, then time them in turns, then measure their costs."""
     device = torch.device(selection.device)
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-    parts = [make_problem(shape, DTYPES[dtype], device, groups=GROUPS, rank=r, group=group) for r in range(ranks)]
+    parts = [make_problem(shape, DTYPES[dtype], device, rank=r, group=group) for r in range(ranks)]
     found = Measurement(suite.name, shape, dtype)
-    contenders = suite.contenders(selection)
+    contenders = [CONTENDERS[name] for name in (suite.needed if selection.check else suite.needed + suite.more)]
     if shape.channels_last or (shape.family == "resnet50" and shape.size[0] != COMPILED_BATCH):
         skipped = [c for c in contenders if c.compiled and c.name not in suite.needed]
         reason = f"each compilation takes seconds; done only for contiguous inputs, ResNet-50's at N={COMPILED_BATCH}"
         found.unavailable = {contender.name: reason for contender in skipped}
         contenders = [contender for contender in contenders if contender not in skipped]
     steps = _checked_steps(contenders, parts, rank, found)
-    _require_right(found, group)
-    steps = {name: step for name, step in steps.items() if name in found.errors}
-    if group is None:
-        found.timings = interleaved(steps, rounds=selection.rounds, device=device)
-    else:
-        found.timings = interleaved_together(steps, rounds=selection.rounds)
-    for contender in contenders:
-        if contender.name in steps:
-            step, groups = steps[contender.name], GROUPS if contender.kind == "ghost" else 1
-            found.costs[contender.name] = measure_costs(
-                step,
-                (*step.known, *step.buffers),
-                device=device,
-                channels_and_groups=shape.size[1] * groups,
-                compiled=contender.compiled,
-                profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
-            )
+    found.timings = interleaved(steps, rounds=selection.rounds, device=device, together=group is not None)
+    for name, step in steps.items():
+        groups = GROUPS if CONTENDERS[name].kind == "ghost" else 1
+        found.costs[name] = measure_costs(
+            step,
+            (*step.known, *step.buffers),
+            device=device,
+            channels_and_groups=shape.size[1] * groups,
+            compiled=CONTENDERS[name].compiled,
+            profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
+        )
     return found
 
 
 def large_mean_errors(selection: Selection) -> Measurement:
     """Every contender's errors at a mean of :data:`LARGE_MEAN` and a standard deviation of 1, in float32; no times."""
     found = Measurement("large mean", Shape("large mean", (GROUPS, 64, 14, 14)), "float32")
-    device = torch.device(selection.device)
-    problem = make_problem(found.shape, torch.float32, device, groups=GROUPS, mean=LARGE_MEAN, std=1.0)
+    problem = make_problem(found.shape, torch.float32, torch.device(selection.device), mean=LARGE_MEAN, std=1.0)
     contenders = [contender for contender in CONTENDERS.values() if contender.ours or not selection.check]
     _checked_steps(contenders, [problem], 0, found)
-    _require_right(found, None)
     return found
 
 
 def _checked_steps(
-    contenders: Iterable[Contender], parts: Sequence[Problem], rank: int, found: Measurement
+    contenders: Sequence[Contender], parts: Sequence[Problem], rank: int, found: Measurement
 ) -> dict[str, LayerStep]:
-    """The contenders' steps, each run once. Their errors, or why they are unavailable, are added to ``found``."""
-    contenders = list(contenders)
+    """The steps of the contenders that can run, each run once; WrongError if a layer of ours is wrong.
+
+    The errors, or why a contender is unavailable, are added to ``found``. Errors are the maximum over the processes, so
+    that all time the same contenders and raise together.
+    """
     if any("relu" in contender.kind for contender in contenders):
         avoid_kinks(parts)
     expected = references(parts, rank)
@@ -267,15 +255,7 @@ def _checked_steps(
             if contender.ours:
                 raise
             found.unavailable[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return steps
-
-
-def _require_right(found: Measurement, group: dist.ProcessGroup | None) -> None:
-    """Raise WrongError if a layer of ours is wrong.
-
-    Errors become their maximum over the processes, so that all time the same contenders and raise together.
-    """
-    if group is not None:
+    if (group := parts[rank].group) is not None:
         everyone: list[Any] = [None] * group.size()
         dist.all_gather_object(everyone, (found.errors, found.unavailable), group=group)
         for _, unavailable in everyone:
@@ -287,17 +267,16 @@ def _require_right(found: Measurement, group: dist.ProcessGroup | None) -> None:
     for name in found.wrong:
         if CONTENDERS[name].ours:
             raise WrongError(f"{name} on {found.shape.label}, {found.dtype}: {'; '.join(found.excess(name))}")
+    return {name: step for name, step in steps.items() if name in found.errors}
 
 
 @contextlib.contextmanager
 def world_of_one(device: torch.device) -> Iterator[None]:
     """On CUDA, a process group of this process alone, which torch's SyncBatchNorm function needs."""
-    if device.type != "cuda" or dist.is_initialized() or not dist.is_available():
-        yield
-        return
-    backend = "nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if device.type == "cuda":
+        dist.init_process_group("nccl" if dist.is_nccl_available() else "gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if device.type == "cuda":
+            dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Times of several contenders, measured in turns, and their ratios.
+"""Times of several contenders, measured in turns on one process or on several, and their ratios.
 
 A machine's speed drifts with its clock, its temperature and its other users. Contenders that take turns see the same
 drift, so the ratio of two times *within a round* is steadier than either time.
@@ -6,22 +6,28 @@ drift, so the ratio of two times *within a round* is steadier than either time.
 
 from __future__ import annotations
 
+import datetime
 import gc
 import math
+import pickle
 import random
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
 
 MIN_SAMPLE_SECONDS = 1e-3
 """Shorter calls are repeated to make a sample: clocks and CUDA events are accurate to about a microsecond."""
-
 MAX_CALLS = 1000
 
 
@@ -48,7 +54,6 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Seconds per call."""
         return statistics.median(self.samples)
 
 
@@ -75,7 +80,7 @@ def geometric_mean_of_ratios(ratios: Iterable[Spread]) -> Spread:
 
     The quartiles are what they would be if all ratios erred in the same direction: an upper bound of the spread.
     """
-    return Spread(*(math.exp(statistics.fmean(map(math.log, values))) for values in zip(*ratios, strict=True)))
+    return Spread(*(statistics.geometric_mean(values) for values in zip(*ratios, strict=True)))
 
 
 def interleaved(
@@ -85,9 +90,8 @@ def interleaved(
     device: torch.device,
     warmup: int = 2,
     min_sample: float = MIN_SAMPLE_SECONDS,
-    before: Call | None = None,
-    agree: Callable[[int], int] | None = None,
-    clock: Clock | None = None,
+    together: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each contender once per round. The order is drawn anew for each round, and is the same in all processes.
 
@@ -98,19 +102,17 @@ def interleaved(
     not cleared between calls.
 
     Args:
-        contenders: functions without arguments, by name.
-        rounds: samples of each.
+        rounds: samples of each contender.
         device: where the work is done.
         warmup: untimed calls of each; the last one determines how many calls make a sample.
         min_sample: least seconds of a sample; shorter calls are repeated.
-        before: called before each sample, untimed, such as a barrier between processes.
-        agree: maps the wanted number of calls per sample to the one to use, such as the maximum over all processes.
-        clock: returns seconds; the default is the device's own clock.
+        together: all processes of the world call this at once. There is a barrier before each sample, all make the same
+            number of calls, and a sample is the time of the slowest process, because a training step ends with it.
+        clock: returns seconds; not used on CUDA.
     """
     if rounds < 1 or warmup < 1:
         raise ValueError(f"rounds and warmup must be at least 1, got {rounds} and {warmup}")
-    measure = _stopwatch(device, clock)
-    before = before or (lambda: None)
+    barrier, largest = (dist.barrier, _largest) if together else (lambda: None, lambda values: values)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     calls: dict[str, int] = {}
     collecting = gc.isenabled()
@@ -119,36 +121,26 @@ def interleaved(
         for name, call in contenders.items():
             for _ in range(warmup - 1):
                 call()
-            before()
-            wanted = min(MAX_CALLS, max(1, math.ceil(min_sample / max(measure(call, 1), 1e-9))))
-            calls[name] = wanted if agree is None else agree(wanted)
+            barrier()
+            seconds = max(_seconds_per_call(call, 1, device, clock), 1e-9)
+            calls[name] = int(largest([min(MAX_CALLS, max(1, math.ceil(min_sample / seconds)))])[0])
         order = random.Random(0)
         for _ in range(rounds):
             for name in order.sample(list(contenders), len(contenders)):
-                before()
-                samples[name].append(measure(contenders[name], calls[name]))
+                barrier()
+                samples[name].append(_seconds_per_call(contenders[name], calls[name], device, clock))
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
+    return {name: Timing(tuple(largest(samples[name])), calls[name]) for name in contenders}
 
 
-def _stopwatch(device: torch.device, clock: Clock | None) -> Callable[[Call, int], float]:
-    """A function that makes some calls and returns the seconds per call."""
-    if clock is None and device.type == "cuda":
-        return _time_by_events
-    read = clock or time.perf_counter
-
-    def measure(call: Call, calls: int) -> float:
-        start = read()
+def _seconds_per_call(call: Call, calls: int, device: torch.device, clock: Clock) -> float:
+    if device.type != "cuda":
+        began = clock()
         for _ in range(calls):
             call()
-        return (read() - start) / calls
-
-    return measure
-
-
-def _time_by_events(call: Call, calls: int) -> float:
+        return (clock() - began) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -157,3 +149,55 @@ def _time_by_events(call: Call, calls: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / calls / 1e3
+
+
+def _largest(values: Sequence[float]) -> list[float]:
+    """Each value's maximum over the processes."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+class ProcessError(RuntimeError):
+    """A process failed, with its traceback, or did not finish in time."""
+
+
+def progress(text: str) -> None:
+    """Write a line to stderr, on one process only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
+    """Run ``function(*args)`` in a gloo world of new processes with one thread each; returns the answers by rank.
+
+    The function is sent by name, so it must be one of a module. ProcessError if a process raises, ends, or does not
+    finish within ``timeout`` seconds, the start included; no process is left then.
+    """
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        context = spawn(_work, (world_size, folder, timeout, function, args), world_size, join=False, daemon=True)
+        try:
+            # After one process has failed, the others have 5 s to end by themselves.
+            while not context.join(max(0.0, deadline - time.monotonic()), 5.0):
+                if time.monotonic() >= deadline:
+                    late = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                    raise ProcessError(f"ranks {late} of {world_size} gave no answer within {timeout:g} s")
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            raise ProcessError(f"rank {error.error_index}: {error.msg.strip()}") from None
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(Path(folder, f"answer-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _work(
+    rank: int, world_size: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", limit, world_size, rank)
+    dist.barrier()  # a process that ended before another has connected to it would break that one
+    Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(function(*args)))
+    dist.destroy_process_group()

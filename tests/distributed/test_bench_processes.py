@@ -12,10 +12,9 @@ import torch.distributed as dist
 from syncbn.bench import suites
 from syncbn.bench.correctness import errors, references, tolerances
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
-from syncbn.bench.problem import make_problem
-from syncbn.bench.processes import ProcessError, interleaved_together, run_processes
-from syncbn.bench.shapes import Shape
+from syncbn.bench.problem import Shape, make_problem
 from syncbn.bench.suites import SUITES, Selection, WrongError
+from syncbn.bench.timing import ProcessError, interleaved, run_processes
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -30,7 +29,8 @@ def answer(factor):
 
 def uneven():
     rank = dist.get_rank()
-    return interleaved_together({"slow": lambda: time.sleep(0.02 * (rank + 1)), "fast": lambda: None}, rounds=3)
+    contenders = {"slow": lambda: time.sleep(0.02 * (rank + 1)), "fast": lambda: None}
+    return interleaved(contenders, rounds=3, device=torch.device("cpu"), together=True)
 
 
 def raises(rank):

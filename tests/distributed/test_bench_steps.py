@@ -18,8 +18,7 @@ from syncbn.bench.steps import (
     StepConfig,
     backward,
     build,
-    check_alone,
-    check_together,
+    check,
     make_batch,
 )
 
@@ -27,13 +26,13 @@ TINY = StepConfig("resnet20", 4, 8, 2)
 
 
 def test_variants_are_equal_where_they_should_be() -> None:
-    found = check_alone(TINY)
+    found = check(TINY)
     assert len(found) == 4
     assert max(found.values()) < TOLERANCE
 
 
 def test_variants_are_equal_on_processes(pools: Callable[[int], Pool]) -> None:
-    for rank, found in enumerate(pools(2).run(check_together, TINY)):
+    for rank, found in enumerate(pools(2).run(check, TINY)):
         assert len(found) == 2, rank
         assert max(found.values()) < TOLERANCE
 

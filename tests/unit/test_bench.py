@@ -10,14 +10,12 @@ import torch
 from torch import nn
 
 from syncbn.bench import command, rows, suites
-from syncbn.bench.bandwidth import Bandwidth, measure_bandwidth
 from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
-from syncbn.bench.costs import OperationCounter, measure_costs
+from syncbn.bench.costs import Bandwidth, OperationCounter, measure_bandwidth, measure_costs
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
-from syncbn.bench.problem import make_problem
+from syncbn.bench.problem import DEFAULT_FAMILIES, DTYPES, Shape, layer_shapes, make_problem, resnet50
 from syncbn.bench.report import ALL_SUITES
 from syncbn.bench.rows import ROWS, BenchResults, NotMeasuredError, Row, judge
-from syncbn.bench.shapes import DEFAULT_FAMILIES, DTYPES, Shape, layer_shapes, resnet50
 from syncbn.bench.suites import GROUPS, SUITES, Measurement, Selection, WrongError
 from syncbn.bench.timing import Spread, Timing, geometric_mean_of_ratios, interleaved, ratio, spread
 from syncbn.cli import main

@@ -119,8 +119,7 @@ def test_the_bench_needs_torch_alone():
 
 def test_bench_is_listed_with_the_commands(capsys):
     pytest.importorskip("jsonargparse", reason="the other commands' parser")
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
+    assert main(["--help"]) == 0
     assert "bench" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
         main(["bench", "--help"])
