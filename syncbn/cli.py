@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import syncbn
-from syncbn.train.checks import ConfigError, LocalError
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import config_to_yaml, load_config
+from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_yaml, load_config
 from syncbn.train.launch import LaunchError
 
 _SILENT_SECONDS = 10.0

@@ -12,15 +12,13 @@ import torch
 from syncbn.layers import SampleGroups
 from syncbn.population import LayerDivergence, Population
 from syncbn.train.checkpoint import load_weights
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import load_config
+from syncbn.train.config import ConfigError, RunConfig, load_config, require
 from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import epoch_order
 from syncbn.train.evaluate import evaluate, evaluate_statistics
+from syncbn.train.launch import open_session
 from syncbn.train.logical_gpus import Partition, Placement
 from syncbn.train.schedule import batches_of
-from syncbn.train.session import open_session
 from syncbn.train.state import Run, prepare
 
 FEW = 16.0

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-
-_PACKAGES = ("syncbn", "torch", "torchvision", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class RunResult:
     peak_memory_bytes: int | None = None
     """Peak memory of rank 0: allocated on a GPU, resident on a CPU; None if unknown."""
     train_images: int | None = None
-    """Number of images in the training set; None in a result that was written before this was recorded."""
+    """Number of training images; None in a result from before this was recorded."""
     test_images: int | None = None
-    """Number of images in the test set; None in a result that was written before this was recorded."""
+    """Number of test images; None in a result from before this was recorded."""
     processes: int
     """Number of processes."""
     environment: dict[str, str]
@@ -91,18 +91,28 @@ def jsonable(value: Any) -> Any:
     return [jsonable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under, which becomes ``path``: readers, also after a kill, see the whole or the old file."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers, also after a kill, see the whole text or the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text file so that readers see the whole text or the old file."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """What may influence the numbers: versions, device, threads, git commit of the code."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     found = {"python": platform.python_version(), "device": name, "threads": str(torch.get_num_threads())}
-    for package in _PACKAGES:
+    for package in ("syncbn", "torch", "torchvision", "accelerate"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

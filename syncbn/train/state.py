@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from syncbn.layers import BatchRenorm, SmallBatchNorm
 from syncbn.population import RunningStatistics
 from syncbn.train.checkpoint import load_checkpoint
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import save_config
+from syncbn.train.config import RunConfig, save_config
 from syncbn.train.data.datasets import Data, Key, load_data
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.metrics import MetricsLog, ProgressBar
+from syncbn.train.metrics import MetricsLog, progress_bar
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
 from syncbn.train.optim import make_optimizer, make_scheduler
@@ -63,23 +62,17 @@ class Run:
     shared: RunningStatistics
     """Running statistics that training forwards read, and that are therefore averaged after each of them."""
     metrics: MetricsLog
-    bar: ProgressBar
+    bar: Any
+    """rich's progress bar, or None."""
     progress: Progress
-    norms: list[SmallBatchNorm]
-    """The model's layers that share statistics over samples."""
-    windowed: list[MovingAverageBatchNorm]
-    """The model's layers that average statistics over past batches."""
     pending: list[Tensor] = field(default_factory=list)
     """Losses that have not been fetched yet."""
 
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.config.precision == "fp64" else torch.float32
+    def __post_init__(self) -> None:
+        self.device: torch.device = self.accelerator.device
+        self.dtype = _dtype(self.config)
+        self.norms = [m for m in self.model.modules() if isinstance(m, SmallBatchNorm)]
+        self.windowed = [m for m in self.model.modules() if isinstance(m, MovingAverageBatchNorm)]
 
     @property
     def gradient_scale(self) -> float | Tensor:
@@ -94,18 +87,12 @@ class Run:
         for layer in self.norms:
             layer.sample_groups = groups
         for windowed in self.windowed:
-            windowed.sample_groups = groups
-            windowed.gradient_scale = self.gradient_scale
+            windowed.sample_groups, windowed.gradient_scale = groups, self.gradient_scale
 
     def local(self, batch: list[Key]) -> list[Key]:
         """This process's share of a global batch."""
         positions = self.partition.local_range(len(batch))
         return batch[positions.start : positions.stop]
-
-
-def steps_of(config: RunConfig) -> int:
-    """Optimizer steps of a run. Reads the data set."""
-    return Schedule(config, load_data(config.data, config.seed).train.labels).total_steps
 
 
 def prepare(
@@ -121,7 +108,7 @@ def prepare(
             "the model has dropout, which each process draws for itself: this run depends on the number of processes",
             stacklevel=2,
         )
-    model.to(accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    model.to(accelerator.device, _dtype(config))
     optimizer = make_optimizer(config, model)
     scheduler = make_scheduler(config, optimizer, schedule.total_steps)
     state = load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
@@ -147,11 +134,13 @@ def prepare(
         scheduler=scheduler,
         shared=RunningStatistics(model, BatchRenorm),
         metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
-        bar=ProgressBar(schedule.total_steps, progress and first),
+        bar=progress_bar(schedule.total_steps) if progress and first else None,
         progress=done,
-        norms=[m for m in model.modules() if isinstance(m, SmallBatchNorm)],
-        windowed=[m for m in model.modules() if isinstance(m, MovingAverageBatchNorm)],
     )
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.float64 if config.precision == "fp64" else torch.float32
 
 
 def _make_model(config: RunConfig, partition: Partition, data: Data) -> nn.Module:

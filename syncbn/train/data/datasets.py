@@ -18,11 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from syncbn.compat import import_torchvision
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config import DataConfig
+from syncbn.train.config import ConfigError, DataConfig, require
 from syncbn.train.data.augment import Augmentation
-from syncbn.train.data.cache import cache_folder, cached, turn
-from syncbn.train.data.files import Decoder, read_image_folder
+from syncbn.train.data.files import Decoder, cache_folder, cached, read_image_folder, turn
 from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
 
 Key = tuple[int, int]

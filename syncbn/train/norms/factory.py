@@ -35,9 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.train.checks import ConfigError, require
+from syncbn.train.config import ConfigError, NormConfig, require
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.norms.config import NormConfig
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 
 _KINDS: dict[str, type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]] = {

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.compat import import_torchvision
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config import ModelConfig
+from syncbn.train.config import ConfigError, ModelConfig, require
 
 Norm = Callable[[int], nn.Module]
 """From a number of channels to the layer that normalizes them; ``nn.Identity`` for none."""
