@@ -53,8 +53,8 @@ def _averaged(window: Tensor, values: Tensor, slot: Tensor, kept: Tensor, moving
 class NormalizeByMovingAverages(torch.autograd.Function):
     r"""``y = z * scale + shift`` with ``z = x * invroot``; its gradient uses a moving average as well.
 
-    ``x`` is (N, C, *). ``invroot``, ``scale`` = weight * r and ``shift`` = bias are (G, C) float64; autograd carries the
-    gradients of scale and shift on to weight and bias, with r constant.
+    ``x`` is (N, C, *). ``invroot``, ``scale`` = weight * r and ``shift`` = bias are (G, C) float64; autograd carries
+    the gradients of scale and shift on to weight and bias, with r constant.
 
     Backward, with g = scale * dy: ``average`` turns sum(g * z), (G, C), into psi, the moving average of its mean;
 
