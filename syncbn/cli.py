@@ -14,10 +14,6 @@ import syncbn
 from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_yaml, load_config
 from syncbn.train.launch import LaunchError
 
-_SILENT_SECONDS = 10.0
-"""How long a process waits while another one reports their common mistake. A launcher ends all processes as soon as one
-has ended."""
-
 
 class UsageError(ValueError):
     """Options that a command's parser does not accept."""
@@ -114,7 +110,7 @@ def _fail(message: str, everywhere: bool = False) -> int:
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
     else:
-        time.sleep(_SILENT_SECONDS)
+        time.sleep(10)  # a launcher ends all processes as soon as one has ended
     return 2
 
 
@@ -155,17 +151,11 @@ def _integers(key: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _study(command: str) -> Callable[..., int]:
+def _study(function: Callable[[Any], Callable[..., int]]) -> Callable[..., int]:
     def call(**options: Any) -> int:
-        from syncbn.study.commands import plan_study, print_status, report_study, run_study
+        from syncbn.study import commands
 
-        functions: dict[str, Callable[..., int]] = {
-            "plan": plan_study,
-            "run": run_study,
-            "status": print_status,
-            "report": report_study,
-        }
-        return functions[command](**options)
+        return function(commands)(**options)
 
     return call
 
@@ -210,7 +200,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study plan": Command(
-        _study("plan"),
+        _study(lambda commands: commands.plan_study),
         "List the runs of a study, and estimate from its finished runs how long the rest takes.",
         {
             "--config": _STUDY,
@@ -219,7 +209,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study run": Command(
-        _study("run"),
+        _study(lambda commands: commands.run_study),
         "Do the missing runs of a study and write its report; under a launcher, all processes train each run together.",
         {
             "--config": _STUDY,
@@ -239,12 +229,12 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study status": Command(
-        _study("status"),
+        _study(lambda commands: commands.print_status),
         "Tell which runs of a study are missing, running, done, diverged or failed, also while it runs.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),
     "study report": Command(
-        _study("report"),
+        _study(lambda commands: commands.report_study),
         "Write a study's report from the runs that are done.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median_high as median
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def advice(found: Diagnosis) -> list[str]:
         )
     own = {layer.layer: layer.effective for layer in found.layers.get(size, [])}
     pairs = [(own.get(layer.layer), layer.effective) for layer in found.shuffled]
-    ratio = median([shuffled / trained for trained, shuffled in pairs if trained and shuffled] or [0.0])
+    ratio = median_high([shuffled / trained for trained, shuffled in pairs if trained and shuffled] or [0.0])
     if ratio >= 2:
         words.append(
             f"Order: a shuffled batch of {size} would have {ratio:.0f} times as many effective samples in the median "

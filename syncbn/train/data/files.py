@@ -28,11 +28,9 @@ from syncbn.train.result import replacing
 HELD_BYTES = 2 * 2**30
 """Most bytes of uint8 training and test images that are held: 699,050 images of 32 pixels a side, 14,266 of 224."""
 DECODING = 1
-"""Version of `_decode_file`; raise it when its result changes, so that old copies in the cache are not used."""
+"""Version of `_decode_file`; raise it when its result changes, so that old copies are not used."""
 _CHUNK = 64  # images a thread decodes at a time
-# Pillow decodes without the interpreter's lock, but the other work per file holds it. Below this average size, such as
-# CIFAR's JPEGs, several threads are slower than one.
-_SMALL_FILE = 8192  # bytes
+_SMALL_FILE = 8192  # bytes; below this average, threads are slower than one, as only the decoding runs in parallel
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,8 @@ def _decode_all(paths: Sequence[str], cut: Cut, threads: int) -> Tensor:
     images = torch.empty(len(paths), 3, cut.size, cut.size, dtype=torch.uint8)
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(paths))):
-            images[i] = _decode_file(paths[i], cut)
+        for i, path in enumerate(paths[start : start + _CHUNK], start):
+            images[i] = _decode_file(path, cut)
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(fill, range(0, len(paths), _CHUNK)):
@@ -172,13 +170,12 @@ def cache_folder() -> Path:
 def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool = False) -> tuple[Tensor, Tensor]:
     """The images and labels that ``read`` returns, from a binary copy in the cache folder if there is one.
 
-    A copy that cannot be read or written is not an error; the set is then read from its source.
-
-    Args:
-        name: name of the copy; it has to change with what ``read`` returns.
-        read: makes uint8 [n, C, H, W] and int64 [n], on the CPU.
-        alone: let one process read and the others wait for its copy, for a ``read`` that uses the whole machine.
+    A copy that cannot be read or written is not an error; the set is then read from its source. The copy's ``name`` has
+    to change with what ``read`` returns. ``alone`` lets one process read and the others wait for its copy, for a
+    ``read`` that uses the whole machine.
     """
+    import numpy as np
+
     try:
         path = cache_folder() / f"{name}.npz"
     except RuntimeError:  # a user without a home
@@ -191,7 +188,9 @@ def cached(name: str, read: Callable[[], tuple[Tensor, Tensor]], *, alone: bool 
         if stored is None:
             stored = read()
             with suppress(OSError):
-                _write_copy(path, *stored)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as unfinished, unfinished.open("wb") as file:
+                    np.savez(file, images=stored[0].numpy(), labels=stored[1].numpy())
     return stored
 
 
@@ -222,11 +221,3 @@ def _read_copy(path: Path) -> tuple[Tensor, Tensor] | None:
         return None
     whole = images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.ndim == 4
     return (images, labels) if whole and len(images) == len(labels) else None
-
-
-def _write_copy(path: Path, images: Tensor, labels: Tensor) -> None:
-    import numpy as np
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, images=images.numpy(), labels=labels.numpy())
