@@ -16,8 +16,8 @@ from torch import nn
 from syncbn.train.config import RunConfig, config_to_dict, flatten, require
 from syncbn.train.result import replacing, write_atomically
 
+# When a run is resumed, as they do not change what is computed.
 _MAY_CHANGE = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
-"""Keys that may change when a run is resumed, as they do not change what is computed."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -16,8 +16,6 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from syncbn.train.result import jsonable
 
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-DataName = Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"]
 # fmt: off
 NormName = Literal[
     "none", "batch", "sync", "ghost", "renorm", "frozen", "mabn", "group", "layer", "instance", "rms", "weight",
@@ -102,7 +100,7 @@ def _described(hint: Any) -> str:
 class DataConfig:
     """Data set, order of the images and augmentation."""
 
-    name: DataName = "mnist5k"
+    name: Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"] = "mnist5k"
     """Data set. `mnist5k` and `digits` come with a package; `cifar10`, `cifar100`, `fashion_mnist` are downloaded."""
     root: str | None = None
     """Folder of an `imagefolder` (with `train/CLASS/*` and `test/CLASS/*`), or the folder for downloads."""
@@ -127,8 +125,8 @@ class DataConfig:
     """Loader processes for image folders. Sets that fit in memory do not use them."""
 
     def __post_init__(self) -> None:
-        smallest = {"class_skew": 1, "image_size": 4, "synthetic_samples": 4, "synthetic_classes": 2}
-        check_values(self, "data.", train_samples=1, workers=0, **smallest)
+        synthetic = {"synthetic_samples": 4, "synthetic_classes": 2}
+        check_values(self, "data.", class_skew=1, image_size=4, train_samples=1, workers=0, **synthetic)
         files = self.name == "imagefolder"
         augments = f"none, crop or crop_flip with data.name {self.name}; it needs an imagefolder's files"
         check_rules(
@@ -289,7 +287,7 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         check_values(self, "budget.", epochs=1, steps=1, eval_every=1, eval_batch_size=1, checkpoint_every=0)
         other = f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null"
-        check_rules(self, "budget.", ("steps", (self.epochs is None) != (self.steps is None), other))
+        require((self.epochs is None) != (self.steps is None), "budget.steps", self.steps, other)
 
 
 @dataclass(kw_only=True)
@@ -300,15 +298,15 @@ class EvaluationConfig:
     """Evaluate with the statistics of the test batches, which are cut and ordered as in training. `renorm` skips this,
     as it pulls batch statistics towards the running ones."""
     population_samples: list[int] = field(default_factory=lambda: [1024])
-    """Evaluate with population statistics recomputed over this many training images, once per number and estimator. A
-    number is rounded up to whole global batches and capped at what the training set has. An empty list skips this."""
+    """Evaluate with population statistics over this many training images, once per number and estimator. A number is
+    rounded up to whole global batches and capped at what the training set has. An empty list skips this."""
 
     def __post_init__(self) -> None:
         check_values(self, "evaluation.")
-        samples = self.population_samples
-        rising = all(n >= 1 for n in samples) and samples == sorted(set(samples))
+        numbers = self.population_samples
+        rising = all(n >= 1 for n in numbers) and numbers == sorted(set(numbers))
         expected = "increasing positive integers, or an empty list"
-        check_rules(self, "evaluation.", ("population_samples", rising, expected))
+        require(rising, "evaluation.population_samples", numbers, expected)
 
 
 @dataclass(kw_only=True)
@@ -336,7 +334,7 @@ class RunConfig:
     """Consecutive logical GPUs that share statistics, for a synchronized norm; null is all of them."""
     accumulation_steps: int = 1
     """Forward passes per optimizer step; their gradients are added up."""
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """`fp32`, mixed `bf16` or `fp16`, or `fp64` throughout."""
     seed: int = 0
     """Seed of the initial weights, the data order and the augmentation."""
@@ -381,10 +379,7 @@ class RunConfig:
 
     @property
     def normalization_batch_size(self) -> int | None:
-        """Samples that share one mean and variance; None for a norm without batch statistics.
-
-        This is b = ``per_gpu_batch_size`` (or g = ``ghost_batch_size``), times the k GPUs of a synchronized group.
-        """
+        """Samples that share one mean and variance; None for a norm without batch statistics."""
         if not self.norm.uses_batch:
             return None
         samples = self.norm.ghost_batch_size or self.per_gpu_batch_size
@@ -438,8 +433,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """Build a configuration from nested dictionaries; missing keys have their defaults. Raises ConfigError."""
     _check_keys(values, RunConfig)
-    made: RunConfig = _built(values, RunConfig)
-    return made
+    return cast(RunConfig, _built(values, RunConfig))
 
 
 def _check_keys(values: Any, kind: type, prefix: str = "") -> None:
@@ -472,8 +466,7 @@ def _built(values: Any, hint: Any) -> Any:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values. :func:`config_from_dict` reads them back."""
-    plain: dict[str, Any] = jsonable(asdict(config))
-    return plain
+    return cast(dict[str, Any], jsonable(asdict(config)))
 
 
 def save_config(config: RunConfig, path: Path) -> None:

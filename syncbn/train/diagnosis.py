@@ -33,8 +33,7 @@ class Diagnosis:
     """Measurements on a trained model."""
 
     config: RunConfig
-    samples: int
-    """Training images that the divergences are measured on."""
+    samples: int  # training images that the divergences are measured on
     evaluations: list[dict[str, Any]]
     """Test errors with running, batch and population statistics, as in :attr:`RunResult.evaluations`."""
     layers: dict[int, list[LayerDivergence]]
@@ -126,11 +125,8 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
     population = Population(run.model)
     with population.observing(), torch.no_grad():
         for x, _ in batch_loader(train, batches_of([(epoch, i) for i in order], together), 0):
-            groups = SampleGroups(
-                index=torch.arange(len(x), device=run.device).div(size, rounding_mode="floor"),
-                number=len(x) // size,
-                smallest=size,
-            )
+            index = torch.arange(len(x), device=run.device) // size
+            groups = SampleGroups(index=index, number=len(x) // size, smallest=size)
             for layer in run.norms:
                 layer.sample_groups = groups
             run.model(x.to(run.device, run.dtype))

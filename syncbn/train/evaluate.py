@@ -1,8 +1,7 @@
-"""Evaluations of a model on the test set, on all processes, with the statistics of its choice.
+"""Evaluations of a model on the test set, on all processes, with running, batch and population statistics.
 
-A trained model is evaluated with running, batch and population statistics. Comparing them separates what small batches
-did to the training from what they did to the statistics that inference uses (Wu and Johnson 2021, arXiv 2105.07576,
-sections 3 and 5).
+Comparing these separates what small batches did to the training from what they did to the statistics that inference
+uses (Wu and Johnson 2021, arXiv 2105.07576, sections 3 and 5).
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from syncbn.train.data.datasets import Images, Key, batch_loader
 from syncbn.train.data.order import epoch_order
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run
-
-Entry = dict[str, Any]
 
 
 def evaluate(run: Run) -> tuple[float, float, int]:
@@ -50,9 +47,9 @@ def _count_errors(run: Run, loaded: Iterable[tuple[Tensor, Tensor]]) -> tuple[fl
     """As :func:`evaluate`, in the model's present mode, over this process's part of each batch.
 
     In training mode the layers may communicate, so the model also gets empty parts. A last, smaller batch may then
-    leave a logical GPU with one value per channel, which has no variance. Only the processes that share statistics with
-    this GPU see the error. As the others still have collectives to come, all processes continue to the end; the
-    figures are then NaN and the count 0 on all of them.
+    leave a logical GPU with one value per channel, which has no variance. Only the processes that share its statistics
+    see the error, and the others have collectives to come. So all continue to the end; the figures are then NaN and the
+    count 0 on all of them.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # wrong, loss, count
     training = any(module.training for module in run.model.modules())
@@ -76,15 +73,18 @@ def _count_errors(run: Run, loaded: Iterable[tuple[Tensor, Tensor]]) -> tuple[fl
     return (math.nan, math.nan, 0) if math.isnan(count) else (all_wrong / count, all_loss / count, int(count))
 
 
-# ---- with other statistics than the running ones
-
-
-def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[LayerDivergence]]:
+def evaluate_statistics(run: Run, final: dict[str, Any]) -> tuple[list[dict[str, Any]], list[LayerDivergence]]:
     """The entries of :attr:`RunResult.evaluations`, and the divergence of each layer over the largest population.
 
     ``final`` is the last evaluation of the run, with running statistics that are the same on all processes.
     """
-    found = [_entry("running", final["test_error"], final["test_loss"])]
+    found: list[dict[str, Any]] = []
+
+    def add(statistics: str, error: Any, loss: Any, estimator: str | None = None, samples: int | None = None) -> None:
+        kind = {"statistics": statistics, "estimator": estimator, "samples": samples}
+        found.append({**kind, "test_error": error, "test_loss": loss})
+
+    add("running", final["test_error"], final["test_loss"])
     if not run.norms:
         return found, []
     # BatchRenorm pulls batch statistics to the running ones: evaluating with them would repeat the first entry.
@@ -94,7 +94,7 @@ def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[Layer
         with batch_statistics(run.model):
             error, loss, count = _count_errors(run, _loaded(run, run.data.test, [(0, i) for i in order]))
         # None if a last, smaller batch cannot be normalized.
-        found.append(_entry("batch", *((error, loss) if count else (None, None))))
+        add("batch", error if count else None, loss if count else None)
     layers: list[LayerDivergence] = []
     population = Population(run.model)
     for samples in _gather(run, population):
@@ -102,15 +102,8 @@ def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[Layer
         for estimator in ("mean", "total"):
             with population.used(estimator):
                 error, loss, _ = evaluate(run)
-            found.append(_entry("population", error, loss, estimator, samples))
+            add("population", error, loss, estimator, samples)
     return found, layers
-
-
-def _entry(
-    statistics: str, error: float | None, loss: float | None, estimator: str | None = None, samples: int | None = None
-) -> Entry:
-    values = {"statistics": statistics, "estimator": estimator, "samples": samples}
-    return values | {"test_error": error, "test_loss": loss}
 
 
 def _gather(run: Run, population: Population) -> Iterator[int]:

@@ -20,7 +20,7 @@ from syncbn.train.logical_gpus import Placement
 
 
 class LaunchError(RuntimeError):
-    """The processes failed. The message ends with their last output, or is the user's mistake that they reported."""
+    """The processes failed. The message ends with their last output, or is the ``mistake`` that they reported."""
 
     def __init__(self, message: str, mistake: bool = False) -> None:
         super().__init__(message)
@@ -79,8 +79,8 @@ def _tail(log: Path, lines: int = 15) -> str:
 def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = ()) -> Iterator[Any]:
     """An :class:`accelerate.Accelerator` for ``config``; under torchrun or accelerate launch it joins the processes.
 
-    One process can run several configurations, one after another: the random state and accelerate's global state are
-    restored at the end, and a process group that was created here is destroyed.
+    The random state and accelerate's global state are restored at the end, and a process group that was created here is
+    destroyed, so one process can run several configurations.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState

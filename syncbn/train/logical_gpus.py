@@ -32,10 +32,8 @@ class Partition:
 
     gpus: int
     per_gpu_batch_size: int
-    sync_group_size: int
-    """Logical GPUs that share statistics; 1 for a local layer."""
-    ghost_batch_size: int
-    """Samples of one GPU that share statistics."""
+    sync_group_size: int  # logical GPUs that share statistics; 1 for a local layer
+    ghost_batch_size: int  # samples of one GPU that share statistics
     placement: Placement
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncbn.population import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
-from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_dict, flatten
+from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_dict, flatten, require
 from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import derive_seed
 from syncbn.train.evaluate import evaluate, evaluate_statistics
@@ -66,8 +66,7 @@ def train(
     """
     partition = Partition.of(config, placement())
     first = partition.placement.rank == 0
-    if trackers and out is None:
-        raise ConfigError("out", None, "a folder, as trackers write to one")
+    require(out is not None or not trackers, "out", None, "a folder, as trackers write to one")
     with locked(out) if out is not None and first else nullcontext():
         if out is not None and (done := _finished(config, out, resume)) is not None:
             return done
@@ -91,12 +90,11 @@ def train(
 def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
     """The result of a finished run in ``out``; None if there is none, or if it is damaged."""
     path = out / "result.json"
+    unfinished = (out / "checkpoint").exists() and not path.exists()
+    require(resume or not unfinished, "out", str(out), "an empty folder, or --resume to continue the run in it")
+    require(resume or not path.exists(), "out", str(out), "an empty folder, or --resume; it holds a finished run")
     if not path.exists():
-        if not resume and (out / "checkpoint").exists():
-            raise ConfigError("out", str(out), "an empty folder, or --resume to continue the run in it")
         return None
-    if not resume:
-        raise ConfigError("out", str(out), "an empty folder, or --resume; it holds a finished run")
     try:
         result = RunResult.from_json(path)
     except (ValueError, TypeError):
@@ -155,12 +153,10 @@ def _train_epoch(run: Run) -> None:
 
 def _freeze_when_due(run: Run) -> None:
     """`frozen`: from its step on, the layers use their running statistics, which are the same on all processes."""
-    norm = run.config.norm
-    if norm.name != "frozen" or run.progress.step < int(norm.freeze_at * run.schedule.total_steps):
-        return
-    if any(layer.training for layer in run.norms):
+    norm, training = run.config.norm, [layer for layer in run.norms if layer.training]
+    if norm.name == "frozen" and training and run.progress.step >= int(norm.freeze_at * run.schedule.total_steps):
         reconcile(run.model)
-        for layer in run.norms:
+        for layer in training:
             layer.eval()
 
 
@@ -233,13 +229,9 @@ def _evaluate(run: Run) -> None:
 
 def _checkpoint(run: Run, out: Path) -> None:
     if run.partition.placement.rank == 0:
-        scaler = run.accelerator.scaler
-        state = {
-            "optimizer": run.optimizer.state_dict(),
-            "scheduler": run.scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "progress": vars(run.progress),
-        }
+        state = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
+        state["scaler"] = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
+        state["progress"] = vars(run.progress)
         save_checkpoint(out / "checkpoint", run.progress.step, run.model, state, run.config)
     run.accelerator.wait_for_everyone()
 

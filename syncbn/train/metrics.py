@@ -1,4 +1,4 @@
-"""Records of a run while it trains: a JSONL file, a progress bar, memory use. Rank 0 writes them."""
+"""Records of a run while it trains, which rank 0 writes: a JSONL file, a progress bar, memory use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from syncbn.train.result import jsonable, write_atomically
 
 
 class MetricsLog:
-    """Appends one JSON object per line to ``path``; None writes nothing.
-
-    A resumed run keeps the records up to ``resume_step``, as the later steps are repeated.
-    """
+    """Appends one JSON object per line to ``path``, if any. A resumed run keeps the records up to ``resume_step``."""
 
     def __init__(self, path: Path | None, resume_step: int = 0) -> None:
         self._path = path

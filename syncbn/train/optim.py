@@ -22,7 +22,7 @@ def peak_lr(config: RunConfig) -> float:
 
 
 def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
-    """Factor on the peak learning rate of optimizer step ``step`` (from 0) of ``total``."""
+    """Factor on the peak learning rate at optimizer step ``step`` (from 0) of ``total``."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
@@ -61,10 +61,3 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     if c.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=c.betas)
     return torch.optim.SGD(groups, lr=lr, momentum=c.momentum, nesterov=c.nesterov)
-
-
-def make_scheduler(
-    config: RunConfig, optimizer: torch.optim.Optimizer, total: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule over ``total`` optimizer steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))

@@ -18,10 +18,8 @@ from syncbn.train.result import RunResult
 
 TOLERANCE = 1e-10
 """Largest accepted difference in float64: sums in another order round differently, and this grows over the steps."""
-_BUFFERS = (
-    *("running_mean", "running_var", "num_batches_tracked"),
-    *("window_second_moment", "window_gradient", "running_second_moment"),  # MovingAverageBatchNorm
-)
+_MOVING_AVERAGE = ("window_second_moment", "window_gradient", "running_second_moment")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *_MOVING_AVERAGE)
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,10 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def run_parity(
     config: RunConfig, processes: Sequence[int], steps: int, say: Callable[[str], None], timeout: float = 1800
 ) -> bool:
-    """Train a configuration under each number of processes, and report how the others differ from the first.
+    """Train a configuration for some optimizer steps, in fp64 on the CPU, under at least two numbers of processes.
 
-    Args:
-        config: the run; it is trained in fp64, on the CPU.
-        processes: numbers of processes, at least two of them.
-        steps: optimizer steps.
-        say: called with each line of the report.
-        timeout: seconds that one training may take.
-
-    Returns:
-        Whether all differences are within :data:`TOLERANCE`.
+    ``say`` is called with each line of the report, which compares the others with the first. One training may take
+    ``timeout`` seconds. Returns whether all differences are within :data:`TOLERANCE`.
 
     Raises:
         ConfigError: a number of processes does not divide the logical GPUs.

@@ -23,8 +23,7 @@ from syncbn.train.data.augment import Augmentation
 from syncbn.train.data.files import Decoder, cache_folder, cached, read_image_folder, turn
 from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
 
-Key = tuple[int, int]
-"""(epoch, index): a sample of the set in one epoch."""
+Key = tuple[int, int]  # (epoch, index): a sample of the set in one epoch
 
 # Mean and standard deviation of each channel, as fractions of white: constants, so that subsets and seeds see the same
 # inputs. mnist5k has those of MNIST, image folders those of ImageNet.
@@ -43,12 +42,10 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images before augmentation and normalization, and labels."""
+    """Images before augmentation and normalization, and labels, on the CPU."""
 
-    pixels: Tensor | Decoder
-    """uint8 [n, C, H, W], or a function from epochs and indices to that; on the CPU."""
-    labels: Tensor
-    """int64 [n], on the CPU."""
+    pixels: Tensor | Decoder  # uint8 [n, C, H, W], or a function from epochs and indices to that
+    labels: Tensor  # int64 [n]
 
     def subset(self, indices: Tensor) -> Labelled:
         """The samples at ``indices`` (int64 [m]), renumbered from 0."""
@@ -74,8 +71,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         self._pixels = source.pixels.to(device) if isinstance(source.pixels, Tensor) else source.pixels
         self.device = device if self.held else _CPU  # of the images and labels that are fetched
         self._labels_there = source.labels.to(self.device)
-        self._mean = torch.tensor(mean).mul(255).view(-1, 1, 1).to(self.device)
-        self._std = torch.tensor(std).mul(255).view(-1, 1, 1).to(self.device)
+        self._mean, self._std = (torch.tensor(x).mul(255).view(-1, 1, 1).to(self.device) for x in (mean, std))
         self._augmentation = augmentation
 
     @property
@@ -87,11 +83,8 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, C, H, W] and labels int64 [n] of n keys (n may be 0), on ``device``.
-
-        On a CUDA device the host does not wait for the work.
-        """
-        # The host would wait for a copy from memory that is not pinned.
+        """Images float32 [n, C, H, W] and labels int64 [n] of n keys (n may be 0), on ``device``."""
+        # The host would wait for a copy to the GPU from memory that is not pinned.
         numbers = torch.tensor([*chain.from_iterable(keys)], dtype=torch.int64, pin_memory=self.device.type == "cuda")
         epochs, indices = numbers.to(self.device, non_blocking=True).view(-1, 2).unbind(1)
         pixels = _take(self._pixels, epochs, indices)
@@ -128,18 +121,15 @@ def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Dat
     augmentation = Augmentation(config.augment, seed) if config.augment in ("crop", "crop_flip") else None
     none = torch.empty(0, dtype=torch.int64)
     channels, height, width = _take(train.pixels, none, none).shape[1:]
-    return Data(
-        train=Images(train, *_STATISTICS[config.name], augmentation, device),
-        test=Images(test, *_STATISTICS[config.name], device=device),
-        num_classes=num_classes,
-        shape=(channels, height, width),
-    )
+    in_train = Images(train, *_STATISTICS[config.name], augmentation, device)
+    in_test = Images(test, *_STATISTICS[config.name], device=device)
+    return Data(in_train, in_test, num_classes, (channels, height, width))
 
 
 def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images float32 [n, C, H, W] and labels int64 [n] of each list of keys, in order, on ``images.device``.
 
-    ``workers`` processes decode batches ahead. They are not used for a set in memory.
+    ``workers`` processes decode batches ahead, unless the set is in memory.
     """
     if images.held or workers == 0:
         return map(images.__getitems__, batches)

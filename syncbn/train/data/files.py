@@ -47,8 +47,7 @@ class CentreCut:
         return functional.center_crop(functional.resize(image, [self.shorter_side]), [self.size])
 
 
-Cut = CentreCut | AreaCrop
-"""From a file's PIL image, an epoch and an index to the image that is used."""
+Cut = CentreCut | AreaCrop  # from a file's PIL image, an epoch and an index to the image that is used
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ class Decoder:
         return replace(self, paths=[self.paths[index] for index in indices.tolist()])
 
 
-Part = tuple[Tensor | Decoder, Tensor]
-"""Images, uint8 [n, 3, H, W] or a decoder, and labels, int64 [n]."""
+Part = tuple[Tensor | Decoder, Tensor]  # images, uint8 [n, 3, H, W] or a decoder, and labels, int64 [n]
 
 
 def read_image_folder(root: str, size: int, area_seed: int | None = None) -> tuple[Part, Part, int]:

@@ -38,13 +38,9 @@ from syncbn.train.config import NormConfig, require
 from syncbn.train.logical_gpus import Partition
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 
-_KINDS: dict[str, type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]] = {
-    "batch": GhostBatchNorm,
-    "sync": SyncBatchNorm,
-    "ghost": GhostBatchNorm,
-    "renorm": BatchRenorm,
-    "frozen": GhostBatchNorm,
-}
+_Kind = type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]
+_KINDS: dict[str, _Kind] = {"sync": SyncBatchNorm, "renorm": BatchRenorm}
+_KINDS |= dict.fromkeys(("batch", "ghost", "frozen"), GhostBatchNorm)
 _RELU_GAIN = (2 / (1 - 1 / math.pi)) ** 0.5
 """1 / standard deviation of relu(z) for standard normal z. With this gain the output of a convolution has unit variance
 (Brock et al. 2021, arXiv 2101.08692, section 4.2)."""

@@ -91,11 +91,7 @@ class MovingAverageBatchNorm(nn.Module):
     Evaluation uses the exponential average, averaged over all logical GPUs, after :func:`exchange_rows`. The row of a
     GPU stays as it is if the GPU has no samples in a batch, or if its statistic is not finite, forward or backward.
 
-    Args:
-        num_features: C.
-        config: ``window``, ``eps``, ``momentum``, ``affine``, ``r_max`` and ``warmup_steps``.
-        gpus: R, the logical GPUs of the run.
-        hosted: the logical GPUs of this process.
+    The run has ``gpus`` (R) logical GPUs, and this process those in ``hosted``.
     """
 
     weight: nn.Parameter | None
@@ -104,24 +100,19 @@ class MovingAverageBatchNorm(nn.Module):
     """The hosted GPU of each sample of the next batch, counted from the first one; None if all are on the first."""
     gradient_scale: float | Tensor
     """Factor on the loss before the backward pass: a number or a () tensor."""
-    window_second_moment: Tensor
-    """(R, m, C): mean of squares of each GPU's last m batches."""
-    window_gradient: Tensor
-    """(R, m, C): mean(g * z) of the same batches, for a loss that is a mean over all GPUs."""
-    running_second_moment: Tensor
-    """(R, C): exponential average; 1 for a GPU that has not seen a batch."""
-    num_batches_tracked: Tensor
-    """(R,) int64: batches that each GPU has seen."""
-    num_nonfinite_batches: Tensor
-    """() int64, not saved: statistics that this process left out because they were not finite."""
+    window_second_moment: Tensor  # (R, m, C): mean of squares of each GPU's last m batches
+    window_gradient: Tensor  # (R, m, C): mean(g * z) of the same batches, for a loss that is a mean over all GPUs
+    running_second_moment: Tensor  # (R, C): exponential average; 1 for a GPU that has not seen a batch
+    num_batches_tracked: Tensor  # (R,) int64: batches that each GPU has seen
+    num_nonfinite_batches: Tensor  # () int64, not saved: statistics left out here because they were not finite
 
     def __init__(self, num_features: int, config: NormConfig, gpus: int = 1, hosted: range = range(1)) -> None:
         super().__init__()
         assert hosted.stop <= gpus, (hosted, gpus)
         window, affine = config.window, config.affine
         self.num_features, self.window, self.hosted = num_features, window, hosted
-        self.eps, self.momentum, self.r_max = config.eps, config.momentum, config.r_max
-        self.warmup_steps = config.warmup_steps
+        self.eps, self.momentum = config.eps, config.momentum
+        self.r_max, self.warmup_steps = config.r_max, config.warmup_steps
         self.sample_groups, self.gradient_scale = None, 1.0
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
@@ -207,8 +198,7 @@ class MovingAverageBatchNorm(nn.Module):
 class Centred(nn.Module):
     """Parametrization of a convolution's weight that subtracts each filter's mean (weight centralization).
 
-    A layer that subtracts no mean needs inputs whose mean is near zero. A filter of mean zero gives such outputs where
-    its input has the same mean everywhere.
+    A layer that subtracts no mean needs inputs whose mean is near zero, and centred filters give such outputs.
     """
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -34,16 +34,9 @@ def build_model(
 ) -> nn.Module:
     """The network of a configuration, on the CPU, in float32 and training mode.
 
-    It draws one number from torch's global generator; the weights are a function of this number.
-
-    Args:
-        config: the model section of a run.
-        norm: makes a normalization layer (`convnet`, `resnet20`, `resnet56`).
-        adapt: replaces the BatchNorm of a torchvision model.
-        finish: called with the other networks, once they have their weights.
-        in_channels: channels of an image, 1 or 3 for a torchvision model.
-        num_classes: width of the output.
-        image_size: side of an image in pixels.
+    It draws one number from torch's global generator; the weights are a function of this number. This package's
+    networks are built with layers of ``norm``, and ``finish`` is called once they have their weights; in a torchvision
+    model, for images of 1 or 3 channels, ``adapt`` replaces BatchNorm.
 
     Raises:
         ConfigError: an unknown name, wrong options, or a network that does not take images of this size.
