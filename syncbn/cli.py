@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import syncbn
-from syncbn.train.checks import ConfigError, LocalError
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import config_to_yaml, load_config
+from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_yaml, load_config, require
 from syncbn.train.launch import LaunchError
-
-_SILENT_SECONDS = 10.0
-"""How long a process waits while another one reports their common mistake. A launcher ends all processes as soon as one
-has ended."""
 
 
 class UsageError(ValueError):
@@ -27,22 +21,20 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it calls with its options as keyword arguments, and what ``--help`` says."""
+    """One command: what it calls with its options as keyword arguments, and what ``--help`` says.
+
+    ``options`` has the arguments of ``add_argument`` for each option. With ``takes_run`` there is also ``--config`` and
+    an option for each key of a run, and the command is called with the ``RunConfig``.
+    """
 
     call: Callable[..., int]
     help: str
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Name of each option, and arguments of ``add_argument`` for it."""
     takes_run: bool = False
-    """Whether it also has ``--config`` and an option for each key of a run, and is called with the ``RunConfig``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Returns:
-        The exit code: 0 done, 1 a run or a check failed, 2 the user's mistake (printed in one line), 130 interrupted.
-    """
+    """Run a command; returns 0 if done, 1 if a run or check failed, 2 for a user's mistake, 130 if interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     if not name and words[-1:] == ["--version"]:
@@ -53,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:<14}{command.help}" for name, command in COMMANDS.items()))
         return 0
     try:
-        if not name:
-            expected = f"one of {', '.join(COMMANDS)}"
-            raise ConfigError("command", " ".join(words[:2]) or None, f"{expected} (see syncbn --help)")
+        expected = f"one of {', '.join(COMMANDS)} (see syncbn --help)"
+        require(bool(name), "command", " ".join(words[:2]) or None, expected)
         rest = words[len(name.split()) :]
         if name == "bench":  # reads its own options, as it has to work where only torch is installed
             return COMMANDS[name].call(rest)
@@ -116,15 +107,14 @@ def _fail(message: str, everywhere: bool = False) -> int:
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
     else:
-        time.sleep(_SILENT_SECONDS)
+        time.sleep(10)  # a launcher ends all processes as soon as one has ended
     return 2
 
 
 def _train(run: RunConfig, out: Path | None, resume: bool, trackers: list[str], progress: bool) -> int:
     from syncbn.train.loop import train
 
-    if resume and out is None:
-        raise ConfigError("resume", True, "--out with it, the folder of the run to continue")
+    require(not resume or out is not None, "resume", True, "--out with it, the folder of the run to continue")
     out = out or Path(f"runs/train-{time.strftime('%Y%m%d-%H%M%S')}")
     if resume and not any((out / name).exists() for name in ("result.json", "checkpoint/latest")):
         print(f"nothing to resume in {out}: starting", flush=True)
@@ -152,22 +142,16 @@ def _diagnose(checkpoint: Path, samples: int, sizes: str | None) -> int:
 
 def _integers(key: str, text: str) -> list[int]:
     words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
-        raise ConfigError(key, text, "positive integers separated by commas, such as 1,2,4")
+    positive = all(word.strip().isdigit() and int(word) > 0 for word in words)
+    require(positive, key, text, "positive integers separated by commas, such as 1,2,4")
     return [int(word) for word in words]
 
 
-def _study(command: str) -> Callable[..., int]:
+def _study(function: Callable[[Any], Callable[..., int]]) -> Callable[..., int]:
     def call(**options: Any) -> int:
-        from syncbn.study.commands import plan_study, print_status, report_study, run_study
+        import syncbn.study.commands as commands
 
-        functions: dict[str, Callable[..., int]] = {
-            "plan": plan_study,
-            "run": run_study,
-            "status": print_status,
-            "report": report_study,
-        }
-        return functions[command](**options)
+        return function(commands)(**options)
 
     return call
 
@@ -212,7 +196,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study plan": Command(
-        _study("plan"),
+        _study(lambda commands: commands.plan_study),
         "List the runs of a study, and estimate from its finished runs how long the rest takes.",
         {
             "--config": _STUDY,
@@ -221,7 +205,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study run": Command(
-        _study("run"),
+        _study(lambda commands: commands.run_study),
         "Do the missing runs of a study and write its report; under a launcher, all processes train each run together.",
         {
             "--config": _STUDY,
@@ -241,12 +225,12 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "study status": Command(
-        _study("status"),
+        _study(lambda commands: commands.print_status),
         "Tell which runs of a study are missing, running, done, diverged or failed, also while it runs.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),
     "study report": Command(
-        _study("report"),
+        _study(lambda commands: commands.report_study),
         "Write a study's report from the runs that are done.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
     ),

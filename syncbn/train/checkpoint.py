@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,29 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from syncbn.train.checks import ConfigError
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import config_to_dict, flatten
-from syncbn.train.result import write_atomically
+from syncbn.train.config import RunConfig, config_to_dict, flatten, require
+from syncbn.train.result import replacing, write_atomically
 
+# When a run is resumed, as they do not change what is computed.
 _MAY_CHANGE = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
-"""Keys that may change when a run is resumed, as they do not change what is computed."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write parameters and buffers as safetensors, atomically."""
     from safetensors.torch import save_model
 
-    temporary = path.with_name(f".{path.name}")
-    save_model(model, str(temporary))
-    temporary.replace(path)
+    with replacing(path) as unfinished:
+        save_model(model, str(unfinished))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load what :func:`save_weights` wrote, strictly."""
+    """Load what :func:`save_weights` wrote."""
     from safetensors.torch import load_model
 
-    load_model(model, str(path), strict=True)
+    load_model(model, str(path))
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, state: dict[str, Any], config: RunConfig) -> None:
@@ -53,11 +49,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, state: dict[str, 
 
 
 def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[str, Any] | None:
-    """Load the latest checkpoint's weights into ``model`` and return its state; None if there is no checkpoint.
-
-    Raises:
-        ConfigError: the checkpoint belongs to another configuration.
-    """
+    """Load the latest checkpoint's weights into ``model`` and return its state; None if there is no checkpoint."""
     pointer = folder / "latest"
     if not pointer.exists():
         return None
@@ -71,10 +63,9 @@ def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[s
 def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """Raise ConfigError if two configurations differ in a key that enters the training; the error names the key."""
     theirs, ours = flatten(theirs), flatten(ours)
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key) and key not in _MAY_CHANGE:
-            expected = f"{theirs.get(key)!r}, the value of the run that was started in {folder}; use another --out"
-            raise ConfigError(key, ours.get(key), expected)
+    for key in sorted((theirs.keys() | ours.keys()).difference(_MAY_CHANGE)):
+        expected = f"{theirs.get(key)!r}, the value of the run that was started in {folder}; use another --out"
+        require(theirs.get(key) == ours.get(key), key, ours.get(key), expected)
 
 
 @contextmanager
@@ -85,31 +76,21 @@ def try_lock(path: Path) -> Iterator[bool]:
     processes hold locks on two files of the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with path.open("a") as file:
+        held = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             held = False
         try:
             yield held
-        finally:
-            if held:  # a forked loader process may still hold a copy of the descriptor, so closing is not enough
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
+        finally:  # a forked loader process may still hold a copy of the file, so closing it is not enough
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Create the folder of a run if needed, and lock it.
-
-    Raises:
-        ConfigError: another process holds the lock.
-    """
-    out.mkdir(parents=True, exist_ok=True)
+    """Lock the folder of a run, which is made if needed."""
     with try_lock(out / ".lock") as held:
-        if not held:
-            raise ConfigError("out", str(out), "a folder that no other run is writing to")
+        require(held, "out", str(out), "a folder that no other run is writing to")
         yield

@@ -1,4 +1,4 @@
-"""The configuration of one run: keyword-only dataclasses with a docstring under each field.
+"""The configuration of one run: keyword-only dataclasses with a docstring under each field; reading and writing them.
 
 Each class checks its values when it is made, so mistakes are found before data is loaded or a model is built. Every
 check raises :class:`ConfigError`, which names the key, the value and what was expected.
@@ -6,44 +6,111 @@ check raises :class:`ConfigError`, which names the key, the value and what was e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from syncbn.train.checks import ConfigError, LocalError, check_rules, check_values, require
-from syncbn.train.norms.config import NormConfig
+from syncbn.train.result import jsonable
 
-__all__ = [
-    "BudgetConfig",
-    "ConfigError",
-    "DataConfig",
-    "EvaluationConfig",
-    "LocalError",
-    "ModelConfig",
-    "NormConfig",
-    "OptimizerConfig",
-    "RunConfig",
+# fmt: off
+NormName = Literal[
+    "none", "batch", "sync", "ghost", "renorm", "frozen", "mabn", "group", "layer", "instance", "rms", "weight",
+    "ws_group", "nf", "evonorm", "frn",
 ]
+# fmt: on
+BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen", "mabn")
+"""Norms that use statistics over samples in training."""
+_WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-DataName = Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"]
+
+# ---- checks
+
+
+class ConfigError(ValueError):
+    """A value of the configuration that cannot be used."""
+
+    def __init__(self, key: str, value: object, expected: str) -> None:
+        super().__init__(f"{key}: got {value!r}, expected {expected}")
+        self.key, self.value, self.expected = key, value, expected
+
+
+class LocalError(ValueError):
+    """A mistake that only one process meets, such as an image that cannot be read. That process has to report it."""
+
+
+def require(ok: bool, key: str, value: object, expected: str) -> None:
+    """Raise :class:`ConfigError` unless ``ok``."""
+    if not ok:
+        raise ConfigError(key, value, expected)
+
+
+def check_rules(config: Any, prefix: str, *rules: tuple[str, bool, str]) -> None:
+    """Raise :class:`ConfigError` for the first broken rule: a field's name, whether it is right, what was expected."""
+    for name, holds, expected in rules:
+        require(holds, prefix + name, getattr(config, name), expected)
+
+
+def check_values(config: Any, prefix: str, **least: int) -> None:
+    """Check every field of a dataclass against its type, and those named in ``least`` against a smallest value."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        require(_fits(value, hint), prefix + name, value, _described(hint))
+        if name in least and value is not None:
+            kind = "a number" if hint is float else "an integer"
+            require(value >= least[name], prefix + name, value, f"{kind} of at least {least[name]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin in (list, tuple):
+        right_length = origin is list or len(value) == len(parts) if isinstance(value, list | tuple) else False
+        return right_length and all(_fits(item, parts[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _described(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if origin in (Union, UnionType):
+        return " or ".join(_described(part) for part in parts)
+    if origin is list:
+        return f"a list, each item {_described(parts[0])}"
+    if origin is tuple:
+        return f"a list of {len(parts)}, each item {_described(parts[0])}"
+    return _WORDS.get(hint, "a mapping")
+
+
+# ---- sections
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Data set, order of the images and augmentation."""
 
-    name: DataName = "mnist5k"
+    name: Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"] = "mnist5k"
     """Data set. `mnist5k` and `digits` come with a package; `cifar10`, `cifar100`, `fashion_mnist` are downloaded."""
     root: str | None = None
     """Folder of an `imagefolder` (with `train/CLASS/*` and `test/CLASS/*`), or the folder for downloads."""
     class_skew: int = 1
     """Number of consecutive training images from one class; 1 is an i.i.d. order."""
     augment: Literal["none", "crop", "crop_flip", "resized_crop_flip"] = "none"
-    """Training augmentation. The draws depend on the seed, the epoch and the sample alone. `crop` shifts an image by up
-    to an eighth of its side; `crop_flip` also mirrors half of the images. `resized_crop_flip` is the usual augmentation
-    for ImageNet and needs an `imagefolder`: it cuts out 8 to 100 % of the original image, resizes it and mirrors half
-    of the crops. Test images are then resized to 256/224 of `image_size` on the shorter side and cropped to the
-    middle."""
+    """Training augmentation. `crop` shifts an image by up to an eighth of its side; `crop_flip` also mirrors half of
+    the images. `resized_crop_flip`, usual for ImageNet, needs an `imagefolder`: it cuts out 8 to 100 % of the original
+    image, resizes it and mirrors half of the crops; test images are resized to 256/224 of `image_size` on the shorter
+    side and cropped to the middle."""
     image_size: int = 32
     """Side in pixels of `synthetic` images, and of an `imagefolder`'s images after resizing."""
     synthetic_samples: int = 512
@@ -58,13 +125,14 @@ class DataConfig:
     """Loader processes for image folders. Sets that fit in memory do not use them."""
 
     def __post_init__(self) -> None:
-        smallest = {"class_skew": 1, "image_size": 4, "synthetic_samples": 4, "synthetic_classes": 2}
-        check_values(self, "data.", train_samples=1, workers=0, **smallest)
-        files, augments = self.name == "imagefolder", f"none, crop or crop_flip with data.name {self.name}"
+        synthetic = {"synthetic_samples": 4, "synthetic_classes": 2}
+        check_values(self, "data.", class_skew=1, image_size=4, train_samples=1, workers=0, **synthetic)
+        files = self.name == "imagefolder"
+        augments = f"none, crop or crop_flip with data.name {self.name}; it needs an imagefolder's files"
         check_rules(
             self,
             "data.",
-            ("augment", files or self.augment != "resized_crop_flip", f"{augments}; it needs an imagefolder's files"),
+            ("augment", files or self.augment != "resized_crop_flip", augments),
             ("root", not files or bool(self.root), "a folder with train/CLASS/* and test/CLASS/* for an imagefolder"),
         )
 
@@ -82,6 +150,71 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.", width=1)
+
+
+@dataclass(kw_only=True)
+class NormConfig:
+    """Normalization."""
+
+    name: NormName = "batch"
+    """Normalization. `batch` is local to a logical GPU; `sync` spans `sync_group_size` of them (by default all). The
+    sources are listed in `syncbn/train/norms/factory.py`."""
+    momentum: float | None = 0.1
+    """Weight of the new value in the running statistics; null is a cumulative average."""
+    eps: float = 1e-5
+    """Added to the variance inside the square root."""
+    affine: bool = True
+    """Learn a weight and a bias for each channel."""
+    ghost_batch_size: int | None = None
+    """`ghost`: samples of a logical GPU that share statistics; a divisor of `per_gpu_batch_size`."""
+    sync: bool = False
+    """`ghost`, `renorm`: merge the statistics over the logical GPUs of a sync group."""
+    r_max: float = 3.0
+    """`renorm`: largest scale correction, reached at `r_ramp_end`. `mabn`: the same, in force after the warm-up."""
+    d_max: float = 5.0
+    """`renorm`: largest shift correction in standard deviations, reached at `d_ramp_end`."""
+    warmup_steps: int = 5_000
+    """`renorm`: training forwards with plain batch statistics before the ramps begin. `mabn`: training forwards before
+    the windows are used, at least `window`."""
+    r_ramp_end: int = 40_000
+    """`renorm`: training forward at which `r_max` is reached."""
+    d_ramp_end: int = 25_000
+    """`renorm`: training forward at which `d_max` is reached."""
+    groups: int = 8
+    """`group`, `ws_group`, `evonorm`: groups of channels."""
+    freeze_at: float = 0.75
+    """`frozen`: fraction of the optimizer steps after which the statistics are constant."""
+    window: int = 16
+    """`mabn`: training forwards whose batch statistics are averaged, on each logical GPU."""
+    clip_factor: float = 0.02
+    """`nf`: largest norm of a unit's gradient relative to the norm of its weights (adaptive gradient clipping)."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "norm.", ghost_batch_size=1, r_max=1, d_max=0, warmup_steps=0, groups=1, window=1)
+        ghost = (self.name == "ghost") == (self.ghost_batch_size is not None)
+        may_sync, momentum, warmup = self.name in ("ghost", "renorm"), self.momentum, self.warmup_steps
+        check_rules(
+            self,
+            "norm.",
+            ("momentum", momentum is None or 0 <= momentum <= 1, "a number from 0 to 1, or null"),
+            ("eps", self.eps > 0, "a positive number"),
+            ("ghost_batch_size", ghost, "a number of samples with norm.name ghost, and null with any other"),
+            ("sync", may_sync or not self.sync, f"false with norm.name {self.name} (it is for ghost and renorm)"),
+            ("r_ramp_end", self.r_ramp_end >= warmup, f"at least norm.warmup_steps ({warmup})"),
+            ("d_ramp_end", self.d_ramp_end >= warmup, f"at least norm.warmup_steps ({warmup})"),
+            ("freeze_at", 0 <= self.freeze_at <= 1, "a number from 0 to 1"),
+            ("clip_factor", self.clip_factor > 0, "a positive number"),
+        )
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether training uses statistics over samples."""
+        return self.name in BATCH_NORMS
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether logical GPUs share statistics."""
+        return self.name == "sync" or self.sync
 
 
 @dataclass(kw_only=True)
@@ -154,7 +287,7 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         check_values(self, "budget.", epochs=1, steps=1, eval_every=1, eval_batch_size=1, checkpoint_every=0)
         other = f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null"
-        check_rules(self, "budget.", ("steps", (self.epochs is None) != (self.steps is None), other))
+        require((self.epochs is None) != (self.steps is None), "budget.steps", self.steps, other)
 
 
 @dataclass(kw_only=True)
@@ -165,22 +298,20 @@ class EvaluationConfig:
     """Evaluate with the statistics of the test batches, which are cut and ordered as in training. `renorm` skips this,
     as it pulls batch statistics towards the running ones."""
     population_samples: list[int] = field(default_factory=lambda: [1024])
-    """Evaluate with population statistics recomputed over this many training images, once per number and estimator. A
-    number is rounded up to whole global batches and capped at what the training set has. An empty list skips this."""
+    """Evaluate with population statistics over this many training images, once per number and estimator. A number is
+    rounded up to whole global batches and capped at what the training set has. An empty list skips this."""
 
     def __post_init__(self) -> None:
         check_values(self, "evaluation.")
-        samples = self.population_samples
-        rising = all(n >= 1 for n in samples) and samples == sorted(set(samples))
+        numbers = self.population_samples
+        rising = all(n >= 1 for n in numbers) and numbers == sorted(set(numbers))
         expected = "increasing positive integers, or an empty list"
-        check_rules(self, "evaluation.", ("population_samples", rising, expected))
+        require(rising, "evaluation.population_samples", numbers, expected)
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     """One training run. It names logical GPUs: the number of processes changes the speed, not the result.
-
-    Every section is a dataclass of its own. All values are checked when the configuration is made.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, or values that exclude each other.
@@ -192,7 +323,7 @@ class RunConfig:
         (64, 4)
         >>> RunConfig(gpus=0)
         Traceback (most recent call last):
-        syncbn.train.checks.ConfigError: gpus: got 0, expected an integer of at least 1
+        syncbn.train.config.ConfigError: gpus: got 0, expected an integer of at least 1
     """
 
     gpus: int = 1
@@ -203,7 +334,7 @@ class RunConfig:
     """Consecutive logical GPUs that share statistics, for a synchronized norm; null is all of them."""
     accumulation_steps: int = 1
     """Forward passes per optimizer step; their gradients are added up."""
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """`fp32`, mixed `bf16` or `fp16`, or `fp64` throughout."""
     seed: int = 0
     """Seed of the initial weights, the data order and the augmentation."""
@@ -248,10 +379,7 @@ class RunConfig:
 
     @property
     def normalization_batch_size(self) -> int | None:
-        """Samples that share one mean and variance; None for a norm without batch statistics.
-
-        This is b = ``per_gpu_batch_size`` (or g = ``ghost_batch_size``), times the k GPUs of a synchronized group.
-        """
+        """Samples that share one mean and variance; None for a norm without batch statistics."""
         if not self.norm.uses_batch:
             return None
         samples = self.norm.ghost_batch_size or self.per_gpu_batch_size
@@ -260,3 +388,112 @@ class RunConfig:
     def check_processes(self, processes: int) -> None:
         """Raise :class:`ConfigError` unless ``processes`` divides ``gpus``."""
         require(self.gpus % processes == 0, "gpus", self.gpus, f"a multiple of the number of processes ({processes})")
+
+
+# ---- reading and writing
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a run's configuration from a YAML file; keys that the file leaves out have their defaults.
+
+    Args:
+        path: the YAML file; None starts from the defaults.
+        overrides: values by dotted key, which replace those of the file.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value has a wrong type or is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from syncbn.train import load_config
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        ...     print("{gpus: 4, norm: {name: sync}}", file=file, flush=True)
+        ...     config = load_config(file.name, {"norm.momentum": 0.05})
+        >>> config.gpus, config.norm.name, config.norm.momentum
+        (4, 'sync', 0.05)
+    """
+    import yaml
+
+    try:
+        values = {} if path is None else yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError("config", str(path), f"a file that can be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"a file in YAML ({' '.join(str(error).split())})") from error
+    _check_keys(values, RunConfig)
+    for key, value in (overrides or {}).items():
+        section = values
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Build a configuration from nested dictionaries; missing keys have their defaults. Raises ConfigError."""
+    _check_keys(values, RunConfig)
+    return cast(RunConfig, _built(values, RunConfig))
+
+
+def _check_keys(values: Any, kind: type, prefix: str = "") -> None:
+    if not isinstance(values, dict):
+        raise ConfigError(prefix.removesuffix(".") or "config", values, "a mapping")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            close = difflib.get_close_matches(f"{prefix}{name}", known_keys(), n=3, cutoff=0.5)
+            raise ConfigError(f"{prefix}{name}", value, "a known key" + f", such as {', '.join(close)}" * bool(close))
+        if is_dataclass(hints[name]):
+            _check_keys(value, hints[name], f"{prefix}{name}.")
+
+
+def _built(values: Any, hint: Any) -> Any:
+    """``values`` as ``hint`` has them: sections as dataclasses, numbers of float fields as floats."""
+    if is_dataclass(hint):
+        hints, section = get_type_hints(hint), cast(Any, hint)
+        return section(**{name: _built(value, hints[name]) for name, value in values.items()})
+    if get_origin(hint) in (list, tuple) and isinstance(values, list):
+        return get_origin(hint)(_built(value, get_args(hint)[0]) for value in values)
+    if hint is float or (get_origin(hint) in (Union, UnionType) and float in get_args(hint)):
+        # YAML 1.1 reads 1e-3 as text. A bool is left for the check of types to refuse.
+        try:
+            return float(values) if isinstance(values, int | str) and not isinstance(values, bool) else values
+        except ValueError:
+            return values
+    return values
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested dictionaries of plain values. :func:`config_from_dict` reads them back."""
+    return cast(dict[str, Any], jsonable(asdict(config)))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write all fields of the configuration as YAML."""
+    path.write_text(config_to_yaml(config))
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """All fields of the configuration as YAML, in their order."""
+    import yaml
+
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
+    """All keys of the configuration, dotted."""
+    keys: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if is_dataclass(hint):
+            keys += known_keys(cast(type, hint), f"{prefix}{name}.")
+    return keys
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

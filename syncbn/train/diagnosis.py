@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -12,20 +13,17 @@ import torch
 from syncbn.layers import SampleGroups
 from syncbn.population import LayerDivergence, Population
 from syncbn.train.checkpoint import load_weights
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import load_config
+from syncbn.train.config import ConfigError, RunConfig, load_config, require
 from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import epoch_order
 from syncbn.train.evaluate import evaluate, evaluate_statistics
+from syncbn.train.launch import open_session
 from syncbn.train.logical_gpus import Partition, Placement
 from syncbn.train.schedule import batches_of
-from syncbn.train.session import open_session
 from syncbn.train.state import Run, prepare
 
 FEW = 16.0
-"""Effective samples below which a layer is reported: its batch mean is then off by a quarter of a standard deviation or
-more. A rule of thumb."""
+"""Effective samples below which a layer is reported. A batch mean is then off by a quarter of a standard deviation."""
 MATTERS = 0.005
 """Smallest difference of test errors that is reported."""
 
@@ -35,8 +33,7 @@ class Diagnosis:
     """Measurements on a trained model."""
 
     config: RunConfig
-    samples: int
-    """Training images that the divergences are measured on."""
+    samples: int  # training images that the divergences are measured on
     evaluations: list[dict[str, Any]]
     """Test errors with running, batch and population statistics, as in :attr:`RunResult.evaluations`."""
     layers: dict[int, list[LayerDivergence]]
@@ -98,9 +95,8 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
         evaluations, _ = evaluate_statistics(run, {"test_error": error, "test_loss": loss})
         skew = config.data.class_skew
         layers = {}
-        for s in sorted({*(sizes or _powers(config.global_batch_size)), size}):
-            if s > samples:
-                continue
+        powers = [2**k for k in range(config.global_batch_size.bit_length())]
+        for s in sorted(s for s in {*(sizes or powers), size} if s <= samples):
             try:
                 layers[s] = _divergences(run, s, samples, skew)
             except ValueError as error:  # one value per channel has no variance, as in a network that ends in 1x1 maps
@@ -121,12 +117,7 @@ def _find(folder: Path) -> tuple[RunConfig, Path]:
     return load_config(folder / "config.yaml"), weights
 
 
-def _powers(most: int) -> list[int]:
-    return [2**k for k in range(most.bit_length())]
-
-
 def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDivergence]:
-    """Each layer's divergence with normalization batches of ``size`` consecutive training images."""
     train, c, epoch = run.data.train, run.config, run.schedule.epochs
     order = epoch_order(train.labels, skew, c.seed, epoch).tolist()[: samples // size * size]
     # Whole normalization batches, about a global batch at a time.
@@ -134,11 +125,8 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
     population = Population(run.model)
     with population.observing(), torch.no_grad():
         for x, _ in batch_loader(train, batches_of([(epoch, i) for i in order], together), 0):
-            groups = SampleGroups(
-                index=torch.arange(len(x), device=run.device).div(size, rounding_mode="floor"),
-                number=len(x) // size,
-                smallest=size,
-            )
+            index = torch.arange(len(x), device=run.device) // size
+            groups = SampleGroups(index=index, number=len(x) // size, smallest=size)
             for layer in run.norms:
                 layer.sample_groups = groups
             run.model(x.to(run.device, run.dtype))
@@ -150,63 +138,45 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
 
 def advice(found: Diagnosis) -> list[str]:
     """What the measurements mean, one sentence each, the most important first."""
-    words = [_of_estimation(found), _of_mismatch(found), _of_order(found), _of_noise(found)]
-    return [word for word in words if word] or ["Nothing here suggests that small batches harmed this model."]
-
-
-def _of_estimation(found: Diagnosis) -> str:
-    running, population = found.errors["running"], min(found.errors["mean"], found.errors["total"])
-    if running - population <= MATTERS:
-        return ""
-    return (
-        f"Estimation: with population statistics the error is {_percent(population)} and not {_percent(running)}. "
-        "Recompute them after training (syncbn.update_population_statistics)."
-    )
-
-
-def _of_mismatch(found: Diagnosis) -> str:
-    batch, best = found.errors["batch"], min(found.errors[kind] for kind in ("running", "mean", "total"))
-    if batch is None or best - batch <= MATTERS:
-        return ""
-    return (
-        f"Mismatch: with the statistics of its own batches of {found.trained_at} the error is {_percent(batch)}, with "
-        f"fixed ones at least {_percent(best)}. The model uses information about which samples share a batch, and "
-        "inference does not have it. Train with larger normalization batches, BatchRenorm or GroupNorm."
-    )
-
-
-def _of_order(found: Diagnosis) -> str:
-    own = {layer.layer: layer.effective for layer in found.layers.get(found.trained_at, [])}
+    size, errors, words = found.trained_at, found.errors, []
+    population = min(errors["mean"], errors["total"])
+    if errors["running"] - population > MATTERS:
+        words.append(
+            f"Estimation: with population statistics the error is {_percent(population)} and not "
+            f"{_percent(errors['running'])}. Recompute them after training (syncbn.update_population_statistics)."
+        )
+    batch, best = errors["batch"], min(errors["running"], population)
+    if batch is not None and best - batch > MATTERS:
+        words.append(
+            f"Mismatch: with the statistics of its own batches of {size} the error is {_percent(batch)}, with fixed "
+            f"ones at least {_percent(best)}. The model uses information about which samples share a batch, and "
+            "inference does not have it. Train with larger normalization batches, BatchRenorm or GroupNorm."
+        )
+    own = {layer.layer: layer.effective for layer in found.layers.get(size, [])}
     pairs = [(own.get(layer.layer), layer.effective) for layer in found.shuffled]
-    ratios = sorted(shuffled / trained for trained, shuffled in pairs if trained and shuffled)
-    if not ratios or ratios[len(ratios) // 2] < 2:
-        return ""
-    return (
-        f"Order: a shuffled batch of {found.trained_at} would have {ratios[len(ratios) // 2]:.0f} times as many "
-        "effective samples in the median layer, because the samples of a batch are alike. Shuffle the images, "
-        "synchronize over GPUs that see other samples, or use BatchRenorm or GroupNorm."
-    )
-
-
-def _of_noise(found: Diagnosis) -> str:
-    suffering = {size: [x.layer for x in layers if _suffers(x)] for size, layers in found.layers.items()}
-    own = suffering.get(found.trained_at, [])
-    if not own:
-        return ""
-    named = ", ".join(own[:3]) + (", ..." if len(own) > 3 else "")
-    words = (
-        f"Noise: at {found.trained_at} samples, as trained, {len(own)} of {len(found.shuffled)} layers "
-        f"have fewer than {FEW:.0f} effective samples ({named})."
-    )
-    enough = next((size for size, layers in suffering.items() if size > found.trained_at and not layers), None)
-    if enough is None:
-        return f"{words} No size tried is enough for all layers: use BatchRenorm, or train anew with GroupNorm."
-    factor = -(-enough // found.trained_at)
-    return f"{words} {enough} are enough: synchronize over {factor} GPUs (SyncBatchNorm), or use BatchRenorm."
-
-
-def _suffers(layer: LayerDivergence) -> bool:
-    return layer.effective is not None and layer.effective < FEW
+    ratio = median_high([shuffled / trained for trained, shuffled in pairs if trained and shuffled] or [0.0])
+    if ratio >= 2:
+        words.append(
+            f"Order: a shuffled batch of {size} would have {ratio:.0f} times as many effective samples in the median "
+            "layer, because the samples of a batch are alike. Shuffle the images, synchronize over GPUs that see other "
+            "samples, or use BatchRenorm or GroupNorm."
+        )
+    suffering = {
+        tried: [x.layer for x in layers if x.effective is not None and x.effective < FEW]
+        for tried, layers in found.layers.items()
+    }
+    if few := suffering.get(size):
+        named = ", ".join(few[:3]) + (", ..." if len(few) > 3 else "")
+        enough = next((tried for tried, layers in suffering.items() if tried > size and not layers), None)
+        remedy = "No size tried is enough for all layers: use BatchRenorm, or train anew with GroupNorm."
+        if enough is not None:
+            gpus = -(-enough // size)
+            remedy = f"{enough} are enough: synchronize over {gpus} GPUs (SyncBatchNorm), or use BatchRenorm."
+        words.append(
+            f"Noise: at {size} samples, as trained, {len(few)} of {len(found.shuffled)} layers have fewer than "
+            f"{FEW:.0f} effective samples ({named}). {remedy}"
+        )
+    return words or ["Nothing here suggests that small batches harmed this model."]
 
 
 def print_diagnosis(found: Diagnosis) -> None:
@@ -214,30 +184,28 @@ def print_diagnosis(found: Diagnosis) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
     c = found.config
     console.print(
         f"{c.model.name}, norm {c.norm.name}, trained with {found.trained_at} samples per mean; "
-        f"measured on {found.samples} training images",
-        highlight=False,
+        f"measured on {found.samples} training images"
     )
     for entry in found.evaluations:
-        kind = f"population statistics ({entry['estimator']}, {entry['samples']} images)" if entry["estimator"] else ""
-        kind = kind or f"{entry['statistics']} statistics"
+        detail = f" ({entry['estimator']}, {entry['samples']} images)" if entry["estimator"] else ""
+        kind = f"{entry['statistics']} statistics{detail}"
         error = "cannot be computed" if entry["test_error"] is None else _percent(entry["test_error"])
-        console.print(f"  test error with {kind}: {error}", highlight=False)
+        console.print(f"  test error with {kind}: {error}")
     table = Table(title="KL of batch from population statistics (effective samples), by normalization batch size")
     table.add_column("layer")
-    for size in found.layers:
-        table.add_column(f"{size}{'*' if size == found.trained_at else ''}", justify="right")
-    table.add_column("running", justify="right")
+    for heading in (*(f"{size}{'*' * (size == found.trained_at)}" for size in found.layers), "running"):
+        table.add_column(heading, justify="right")
     for row in zip(*found.layers.values(), strict=True):
         cells = [f"{_number(x.kl)} ({_number(x.effective)})" for x in row]
         table.add_row(row[0].layer, *cells, _number(row[-1].running_kl))
     console.print(table)
-    console.print("* as trained; running: KL of the running from the population statistics", highlight=False)
+    console.print("* as trained; running: KL of the running from the population statistics")
     for sentence in advice(found):
-        console.print(f"- {sentence}", highlight=False, markup=False)
+        console.print(f"- {sentence}", markup=False)
 
 
 def _percent(error: float) -> str:

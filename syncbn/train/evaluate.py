@@ -1,8 +1,7 @@
-"""Evaluations of a model on the test set, on all processes, with the statistics of its choice.
+"""Evaluations of a model on the test set, on all processes, with running, batch and population statistics.
 
-A trained model is evaluated with running, batch and population statistics. Comparing them separates what small batches
-did to the training from what they did to the statistics that inference uses (Wu and Johnson 2021, arXiv 2105.07576,
-sections 3 and 5).
+Comparing these separates what small batches did to the training from what they did to the statistics that inference
+uses (Wu and Johnson 2021, arXiv 2105.07576, sections 3 and 5).
 """
 
 from __future__ import annotations
@@ -19,25 +18,23 @@ from torch import Tensor
 from syncbn.population import LayerDivergence, Population, batch_statistics
 from syncbn.train.data.datasets import Images, Key, batch_loader
 from syncbn.train.data.order import epoch_order
-from syncbn.train.logical_gpus import Placement
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run
 
-Entry = dict[str, Any]
-
 
 def evaluate(run: Run) -> tuple[float, float, int]:
-    """Evaluate the model in evaluation mode; every test image is counted once, on one process.
-
-    Returns:
-        Error (fraction wrong), mean cross entropy and number of images, over all processes.
-    """
+    """Error (fraction wrong), mean cross entropy and number of test images, in evaluation mode, over all processes."""
     test, size, workers = run.data.test, run.config.budget.eval_batch_size, run.config.data.workers
+    rank, processes = run.partition.placement.rank, run.partition.placement.processes
+    # This process's part of each batch: no padding, no image twice. A part may be empty.
+    parts = []
+    for start in range(0, len(test), size):
+        n = min(size, len(test) - start)
+        parts.append([(0, start + i) for i in range(rank * n // processes, (rank + 1) * n // processes)])
     was_training = {module: module.training for module in run.model.modules()}
     run.model.eval()
     try:
-        loaded = batch_loader(test, _shares(len(test), size, run.partition.placement), workers)
-        error, loss, count = _count_errors(run, loaded)
+        error, loss, count = _count_errors(run, batch_loader(test, parts, workers))
     finally:
         for module, mode in was_training.items():
             module.training = mode
@@ -45,23 +42,14 @@ def evaluate(run: Run) -> tuple[float, float, int]:
     return error, loss, count
 
 
-def _shares(samples: int, batch_size: int, placement: Placement) -> Iterator[list[Key]]:
-    """This process's part of each evaluation batch: no padding, no image twice; a part may be empty."""
-    rank, processes = placement.rank, placement.processes
-    for start in range(0, samples, batch_size):
-        n = min(batch_size, samples - start)
-        first, last = start + rank * n // processes, start + (rank + 1) * n // processes
-        yield [(0, i) for i in range(first, last)]
-
-
 @torch.no_grad()
 def _count_errors(run: Run, loaded: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
     """As :func:`evaluate`, in the model's present mode, over this process's part of each batch.
 
     In training mode the layers may communicate, so the model also gets empty parts. A last, smaller batch may then
-    leave a logical GPU with one value per channel, which has no variance. Only the processes that share statistics with
-    this GPU see the error. As the others still have collectives to come, all processes continue to the end; the
-    figures are then NaN and the count 0 on all of them.
+    leave a logical GPU with one value per channel, which has no variance. Only the processes that share its statistics
+    see the error, and the others have collectives to come. So all continue to the end; the figures are then NaN and the
+    count 0 on all of them.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # wrong, loss, count
     training = any(module.training for module in run.model.modules())
@@ -85,25 +73,28 @@ def _count_errors(run: Run, loaded: Iterable[tuple[Tensor, Tensor]]) -> tuple[fl
     return (math.nan, math.nan, 0) if math.isnan(count) else (all_wrong / count, all_loss / count, int(count))
 
 
-# ---- with other statistics than the running ones
+def evaluate_statistics(run: Run, final: dict[str, Any]) -> tuple[list[dict[str, Any]], list[LayerDivergence]]:
+    """The entries of :attr:`RunResult.evaluations`, and the divergence of each layer over the largest population.
 
-
-def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[LayerDivergence]]:
-    """Evaluate a trained model with each kind of statistics.
-
-    Args:
-        run: a finished run, whose running statistics are the same on all processes.
-        final: its last evaluation, with running statistics.
-
-    Returns:
-        The entries of :attr:`RunResult.evaluations`, and the divergence of each layer over the largest population.
+    ``final`` is the last evaluation of the run, with running statistics that are the same on all processes.
     """
-    found = [_entry("running", final["test_error"], final["test_loss"])]
+    found: list[dict[str, Any]] = []
+
+    def add(statistics: str, error: Any, loss: Any, estimator: str | None = None, samples: int | None = None) -> None:
+        kind = {"statistics": statistics, "estimator": estimator, "samples": samples}
+        found.append({**kind, "test_error": error, "test_loss": loss})
+
+    add("running", final["test_error"], final["test_loss"])
     if not run.norms:
         return found, []
     # BatchRenorm pulls batch statistics to the running ones: evaluating with them would repeat the first entry.
     if run.config.evaluation.batch and run.config.norm.name != "renorm":
-        found.append(_entry("batch", *_with_batch_statistics(run)))
+        # Ordered and cut as in training: under class skew, the statistics are then like those of the training.
+        order = epoch_order(run.data.test.labels, run.config.data.class_skew, run.config.seed, 0).tolist()
+        with batch_statistics(run.model):
+            error, loss, count = _count_errors(run, _loaded(run, run.data.test, [(0, i) for i in order]))
+        # None if a last, smaller batch cannot be normalized.
+        add("batch", error if count else None, loss if count else None)
     layers: list[LayerDivergence] = []
     population = Population(run.model)
     for samples in _gather(run, population):
@@ -111,35 +102,14 @@ def evaluate_statistics(run: Run, final: Entry) -> tuple[list[Entry], list[Layer
         for estimator in ("mean", "total"):
             with population.used(estimator):
                 error, loss, _ = evaluate(run)
-            found.append(_entry("population", error, loss, estimator, samples))
+            add("population", error, loss, estimator, samples)
     return found, layers
-
-
-def _entry(
-    statistics: str, error: float | None, loss: float | None, estimator: str | None = None, samples: int | None = None
-) -> Entry:
-    values = {"statistics": statistics, "estimator": estimator, "samples": samples}
-    return values | {"test_error": error, "test_loss": loss}
-
-
-def _with_batch_statistics(run: Run) -> tuple[float | None, float | None]:
-    """Error and loss with the test batches' own statistics; None if a last, smaller batch cannot be normalized.
-
-    The test images are ordered and cut into batches as in training. Under class skew their statistics are then like
-    those that the model was trained with.
-    """
-    test, c = run.data.test, run.config
-    order = epoch_order(test.labels, c.data.class_skew, c.seed, 0).tolist()
-    with batch_statistics(run.model):
-        error, loss, count = _count_errors(run, _loaded(run, test, [(0, i) for i in order]))
-    return (error, loss) if count else (None, None)
 
 
 def _gather(run: Run, population: Population) -> Iterator[int]:
     """Gather population statistics over the numbers of samples in the configuration; yields each number when reached.
 
-    The images are those of the epoch after the last one, augmented and in whole global batches, so that the
-    normalization batches are as in training. Numbers are rounded up to whole batches.
+    The images are those of the epoch after the last one, in whole global batches, normalized as in training.
     """
     train, c = run.data.train, run.config
     size = min(c.global_batch_size, len(train))
@@ -148,9 +118,8 @@ def _gather(run: Run, population: Population) -> Iterator[int]:
     order = epoch_order(train.labels, c.data.class_skew, c.seed, run.schedule.epochs).tolist()
     done = 0
     for end in ends:
-        keys = [(run.schedule.epochs, i) for i in order[done:end]]
         with population.observing(), torch.no_grad():
-            for x, _ in _loaded(run, train, keys):
+            for x, _ in _loaded(run, train, [(run.schedule.epochs, i) for i in order[done:end]]):
                 run.model(x.to(run.device, run.dtype))
         done = end
         yield end
@@ -159,7 +128,7 @@ def _gather(run: Run, population: Population) -> Iterator[int]:
 def _loaded(run: Run, images: Images, keys: list[Key]) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of each global batch. The layers are told the batch's groups before it is yielded."""
     batches = batches_of(keys, run.config.global_batch_size)
-    local = [run.local(batch) for batch in batches]
-    for batch, loaded in zip(batches, batch_loader(images, local, run.config.data.workers), strict=True):
+    parts = batch_loader(images, [run.local(batch) for batch in batches], run.config.data.workers)
+    for batch, loaded in zip(batches, parts, strict=True):
         run.tell_groups(len(batch))
         yield loaded

@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine."""
+"""The processes of a run: starting them on this machine, and joining them through accelerate."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from syncbn.train.config import RunConfig, require
+from syncbn.train.logical_gpus import Placement
 
 
 class LaunchError(RuntimeError):
-    """The processes failed. The message ends with their last output, or is the user's mistake that they reported."""
+    """The processes failed. The message ends with their last output, or is the ``mistake`` that they reported."""
 
     def __init__(self, message: str, mistake: bool = False) -> None:
         super().__init__(message)
@@ -28,9 +36,8 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
         LaunchError: they failed, or did not end within ``timeout`` seconds.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {"OMP_NUM_THREADS": "1", **{k: v for k, v in os.environ.items() if k not in outer}}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -54,17 +61,74 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the launcher and its children, which form a process group."""
+    """End the launcher and its children, which form a process group."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
         except ProcessLookupError:
             return
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextmanager
+def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = ()) -> Iterator[Any]:
+    """An :class:`accelerate.Accelerator` for ``config``; under torchrun or accelerate launch it joins the processes.
+
+    The random state and accelerate's global state are restored at the end, and a process group that was created here is
+    destroyed, so one process can run several configurations.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import LoggerType
+
+    known = [str(tracker.value) for tracker in LoggerType]
+    for name in trackers:
+        require(name in known, "trackers", name, f"one of {', '.join(known)}")
+    cpu = _use_cpu(config)
+    had_world = dist.is_initialized()
+    rng_devices = [] if cpu else [int(os.environ.get("LOCAL_RANK", "0"))]
+    # Accelerate has one state per process, which refuses a second precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+            dynamo_backend="no",
+            log_with=list(trackers) or None,
+            project_dir=None if out is None else str(out),
+            # The layers average their own buffers; broadcasting those of rank 0 would undo that.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        # The loop accumulates gradients itself. Accelerate would divide them, as an environment variable may ask for.
+        accelerator.gradient_accumulation_steps = 1
+        with torch.random.fork_rng(devices=rng_devices):
+            yield accelerator
+            for tracker in accelerator.trackers:  # end_training() would also destroy a process group that is not ours
+                tracker.finish()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if not had_world and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _use_cpu(config: RunConfig) -> bool:
+    cuda = torch.cuda.is_available()
+    too_many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    if config.device == "cuda":
+        require(cuda, "device", "cuda", "cpu or auto, as torch finds no CUDA device")
+        expected = f"cpu, or at most {torch.cuda.device_count()} processes on this machine, as each needs its own GPU"
+        require(not too_many, "device", "cuda", f"{expected} (a process can host several logical GPUs)")
+    cpu = config.device == "cpu" or too_many or not cuda
+    expected = "bf16, fp32 or fp64 on a CPU (fp16 needs CUDA's loss scaling)"
+    require(not cpu or config.precision != "fp16", "precision", "fp16", expected)
+    return cpu
+
+
+def placement() -> Placement:
+    """Rank and number of processes, as the launcher set them."""
+    return Placement(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))

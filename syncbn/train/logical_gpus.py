@@ -32,15 +32,13 @@ class Partition:
 
     gpus: int
     per_gpu_batch_size: int
-    sync_group_size: int
-    """Logical GPUs that share statistics; 1 for a local layer."""
-    ghost_batch_size: int
-    """Samples of one GPU that share statistics."""
+    sync_group_size: int  # logical GPUs that share statistics; 1 for a local layer
+    ghost_batch_size: int  # samples of one GPU that share statistics
     placement: Placement
 
     @classmethod
     def of(cls, config: RunConfig, placement: Placement) -> Partition:
-        """The partition for a configuration. Raises ConfigError if the processes do not divide the GPUs."""
+        """The partition for a configuration; the processes have to divide the GPUs."""
         config.check_processes(placement.processes)
         return cls(
             gpus=config.gpus,
@@ -91,11 +89,7 @@ class Partition:
         return gpu // self.sync_group_size * self.rows_per_sync_group + within // self.ghost_batch_size
 
     def groups(self, samples: int, device: torch.device) -> SampleGroups:
-        """How this process's layers group their samples of a global batch of ``samples`` (at least 1).
-
-        The running statistics are the mean over all filled rows of all processes. Each process adds up its rows and
-        divides by the average number of rows per process. The mean over the processes is then the mean over the rows.
-        """
+        """How this process's layers group their samples of a global batch of ``samples`` (at least 1)."""
         return _groups(self, samples, device)
 
 
@@ -109,6 +103,8 @@ def _groups(partition: Partition, samples: int, device: torch.device) -> SampleG
     return SampleGroups(
         index=local.to(device) if len(rows) > 1 else None,
         number=len(rows),
+        # Running statistics are the mean over all filled rows of all processes: each process adds up its rows and
+        # divides by the average number of rows per process, and the processes' mean is taken.
         divisor=len(filled) * len(partition.ranks) / partition.placement.processes,
         smallest=int(filled.min()),
     )

@@ -17,19 +17,16 @@ from torch import Tensor
 
 from syncbn.population import reconcile
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
-from syncbn.train.checks import ConfigError, LocalError
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import config_to_dict, flatten
+from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_dict, flatten, require
 from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import derive_seed
 from syncbn.train.evaluate import evaluate, evaluate_statistics
+from syncbn.train.launch import open_session, placement
 from syncbn.train.logical_gpus import Partition
 from syncbn.train.metrics import peak_memory, reset_peak_memory
 from syncbn.train.norms.factory import clip_gradients
 from syncbn.train.norms.moving_average import exchange_rows
 from syncbn.train.result import RunResult, environment
-from syncbn.train.schedule import OptimizerStep
-from syncbn.train.session import open_session, placement
 from syncbn.train.state import FLUSH_STEPS, Run, prepare
 
 
@@ -69,8 +66,7 @@ def train(
     """
     partition = Partition.of(config, placement())
     first = partition.placement.rank == 0
-    if trackers and out is None:
-        raise ConfigError("out", None, "a folder, as trackers write to one")
+    require(out is not None or not trackers, "out", None, "a folder, as trackers write to one")
     with locked(out) if out is not None and first else nullcontext():
         if out is not None and (done := _finished(config, out, resume)) is not None:
             return done
@@ -81,7 +77,7 @@ def train(
                 values = flatten(config_to_dict(config))
                 shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
                 accelerator.init_trackers("trackers", config=shown)
-            with run.bar:
+            with run.bar or nullcontext():
                 _train_epochs(run, out)
             result = _result(run)
             if out is not None and first:
@@ -94,12 +90,11 @@ def train(
 def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
     """The result of a finished run in ``out``; None if there is none, or if it is damaged."""
     path = out / "result.json"
+    unfinished = (out / "checkpoint").exists() and not path.exists()
+    require(resume or not unfinished, "out", str(out), "an empty folder, or --resume to continue the run in it")
+    require(resume or not path.exists(), "out", str(out), "an empty folder, or --resume; it holds a finished run")
     if not path.exists():
-        if not resume and (out / "checkpoint").exists():
-            raise ConfigError("out", str(out), "an empty folder, or --resume to continue the run in it")
         return None
-    if not resume:
-        raise ConfigError("out", str(out), "an empty folder, or --resume; it holds a finished run")
     try:
         result = RunResult.from_json(path)
     except (ValueError, TypeError):
@@ -126,8 +121,8 @@ def _train_epochs(run: Run, out: Path | None) -> None:
 
 def _train_epoch(run: Run) -> None:
     steps = list(run.schedule.steps(run.progress.epoch))
-    batches = [batch for step in steps for batch in step.batches]
-    images = batch_loader(run.data.train, [run.local(batch) for batch in batches], run.config.data.workers)
+    local = [run.local(batch) for step in steps for batch in step]
+    images = batch_loader(run.data.train, local, run.config.data.workers)
     run.wrapped.train()
     started = time.perf_counter()
     for step in steps:
@@ -135,10 +130,11 @@ def _train_epoch(run: Run) -> None:
         torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.partition.placement.rank))
         _freeze_when_due(run)
         loss = torch.zeros((), dtype=torch.float64, device=run.device)
-        for number, batch in enumerate(step.batches, start=1):
+        samples = sum(map(len, step))
+        for batch in step:
             run.tell_groups(len(batch))
             x, y = _fetch(images)
-            loss += _forward_backward(run, x, y, step, last=number == len(step.batches))
+            loss += _forward_backward(run, x, y, samples, last=batch is step[-1])
         if run.config.norm.name == "nf":
             run.accelerator.unscale_gradients()
             clip_gradients(run.model, run.config.norm)
@@ -146,7 +142,7 @@ def _train_epoch(run: Run) -> None:
         run.optimizer.zero_grad()
         run.scheduler.step()
         run.progress.step += 1
-        run.progress.samples += step.samples
+        run.progress.samples += samples
         run.pending.append(loss)
         if len(run.pending) == FLUSH_STEPS or step is steps[-1]:
             _flush(run)
@@ -157,17 +153,15 @@ def _train_epoch(run: Run) -> None:
 
 def _freeze_when_due(run: Run) -> None:
     """`frozen`: from its step on, the layers use their running statistics, which are the same on all processes."""
-    norm = run.config.norm
-    if norm.name != "frozen" or run.progress.step < int(norm.freeze_at * run.schedule.total_steps):
-        return
-    if any(layer.training for layer in run.norms):
+    norm, training = run.config.norm, [layer for layer in run.norms if layer.training]
+    if norm.name == "frozen" and training and run.progress.step >= int(norm.freeze_at * run.schedule.total_steps):
         reconcile(run.model)
-        for layer in run.norms:
+        for layer in training:
             layer.eval()
 
 
-def _forward_backward(run: Run, x: Tensor, y: Tensor, step: OptimizerStep, last: bool) -> Tensor:
-    """Add the gradients of a batch; returns this process's share of the step's mean loss."""
+def _forward_backward(run: Run, x: Tensor, y: Tensor, samples: int, last: bool) -> Tensor:
+    """Add the gradients of a batch; returns this process's share of the mean loss over the step's ``samples``."""
     x, y = x.to(run.device, run.dtype, non_blocking=True), y.to(run.device, non_blocking=True)
     processes = run.partition.placement.processes
     # Processes exchange gradients once per optimizer step, with its last batch.
@@ -176,12 +170,11 @@ def _forward_backward(run: Run, x: Tensor, y: Tensor, step: OptimizerStep, last:
             logits = run.wrapped(x)
         except ValueError as error:
             # For example a last batch that gives one logical GPU a single 1x1 map, which has no variance.
-            expected = f"expected batches that every layer can normalize: {error}"
-            message = f"per_gpu_batch_size: got {run.config.per_gpu_batch_size}, {expected}"
-            raise LocalError(message) from error
+            got = f"per_gpu_batch_size: got {run.config.per_gpu_batch_size}"
+            raise LocalError(f"{got}, expected batches that every layer can normalize: {error}") from error
         # Summed over this process, divided by the samples of all: any split of the samples gives the same loss.
         total = F.cross_entropy(logits, y, reduction="sum", label_smoothing=run.config.optimizer.label_smoothing)
-        loss = total / step.samples
+        loss = total / samples
         overlap = run.config.norm.name == "renorm" and len(run.partition.ranks) < processes
         if overlap:
             run.shared.start()
@@ -195,11 +188,9 @@ def _forward_backward(run: Run, x: Tensor, y: Tensor, step: OptimizerStep, last:
 def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     try:
         return next(images)
-    except ConfigError as error:
-        raise LocalError(str(error)) from error
-    except RuntimeError as error:
-        # The DataLoader passes on a loader process's error as text that ends with the message.
-        found = re.search(r"ConfigError: (.+)", str(error))
+    except (ConfigError, RuntimeError) as error:
+        # The DataLoader passes on a loader process's error as a RuntimeError whose text ends with the message.
+        found = re.search(r"ConfigError: (.+)", f"{type(error).__name__}: {error}")
         if found is None:
             raise
         raise LocalError(found[1]) from error
@@ -212,43 +203,35 @@ def _flush(run: Run) -> None:
     if run.partition.placement.processes > 1:
         dist.all_reduce(losses)
     values: list[float] = losses.tolist()
-    first_step = run.progress.step - len(values)
-    run.progress.losses += values
-    lr = run.scheduler.get_last_lr()[0]
+    done, lr = run.progress, run.scheduler.get_last_lr()[0]
+    done.losses += values
     records = [
-        {"kind": "step", "step": first_step + i, "epoch": run.progress.epoch, "train_loss": value}
-        for i, value in enumerate(values, start=1)
+        {"kind": "step", "step": step, "epoch": done.epoch, "train_loss": value}
+        for step, value in enumerate(values, start=done.step - len(values) + 1)
     ]
     records[-1]["lr"] = lr
     run.metrics.write(records)
-    run.accelerator.log({"train_loss": values[-1], "lr": lr}, step=run.progress.step)
-    run.bar.update(run.progress.step, f"epoch {run.progress.epoch + 1}/{run.schedule.epochs}  loss {values[-1]:.3f}")
+    run.accelerator.log({"train_loss": values[-1], "lr": lr}, step=done.step)
+    if run.bar is not None:
+        description = f"epoch {done.epoch + 1}/{run.schedule.epochs}  loss {values[-1]:.3f}"
+        run.bar.update(run.bar.task_ids[0], completed=done.step, description=description)
 
 
 def _evaluate(run: Run) -> None:
     error, loss, count = evaluate(run)
-    recent = run.progress.losses[-run.schedule.steps_per_epoch :]
-    entry = {
-        "epoch": run.progress.epoch,
-        "step": run.progress.step,
-        "train_loss": sum(recent) / len(recent),
-        "test_error": error,
-        "test_loss": loss,
-    }
-    run.progress.history.append(entry)
+    done, found = run.progress, {"test_error": error, "test_loss": loss}
+    recent = done.losses[-run.schedule.steps_per_epoch :]
+    entry = {"epoch": done.epoch, "step": done.step, "train_loss": sum(recent) / len(recent), **found}
+    done.history.append(entry)
     run.metrics.write([{"kind": "eval", **entry, "test_images": count}])
-    run.accelerator.log({"test_error": error, "test_loss": loss}, step=run.progress.step)
+    run.accelerator.log(found, step=done.step)
 
 
 def _checkpoint(run: Run, out: Path) -> None:
     if run.partition.placement.rank == 0:
-        scaler = run.accelerator.scaler
-        state = {
-            "optimizer": run.optimizer.state_dict(),
-            "scheduler": run.scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "progress": vars(run.progress),
-        }
+        state = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
+        state["scaler"] = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
+        state["progress"] = vars(run.progress)
         save_checkpoint(out / "checkpoint", run.progress.step, run.model, state, run.config)
     run.accelerator.wait_for_everyone()
 

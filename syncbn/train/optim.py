@@ -22,7 +22,7 @@ def peak_lr(config: RunConfig) -> float:
 
 
 def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
-    """Factor on the peak learning rate of optimizer step ``step`` (from 0) of ``total``."""
+    """Factor on the peak learning rate at optimizer step ``step`` (from 0) of ``total``."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
@@ -52,22 +52,12 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     These are normalization parameters and biases, and also the lengths of weight normalization and the gains of scaled
     weight standardization, which have shape (C, 1, 1, 1).
     """
-    c = config.optimizer
+    c, lr = config.optimizer, peak_lr(config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    flat_decay = c.weight_decay if c.decay_norm_and_bias else 0.0
-    groups = [
-        {"params": [p for p in parameters if p.numel() != len(p)], "weight_decay": c.weight_decay},
-        {"params": [p for p in parameters if p.numel() == len(p)], "weight_decay": flat_decay},
-    ]
-    groups = [g for g in groups if g["params"]]
-    lr = peak_lr(config)
+    flat = [p for p in parameters if p.numel() == len(p)]
+    others = [p for p in parameters if p.numel() != len(p)]
+    decays = ((others, c.weight_decay), (flat, c.weight_decay if c.decay_norm_and_bias else 0.0))
+    groups = [{"params": found, "weight_decay": decay} for found, decay in decays if found]
     if c.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=c.betas)
     return torch.optim.SGD(groups, lr=lr, momentum=c.momentum, nesterov=c.nesterov)
-
-
-def make_scheduler(
-    config: RunConfig, optimizer: torch.optim.Optimizer, total: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule over ``total`` optimizer steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))

@@ -12,18 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from syncbn.train.checks import require
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import save_config
+from syncbn.train.config import RunConfig, require, save_config
 from syncbn.train.launch import launch
 from syncbn.train.result import RunResult
 
 TOLERANCE = 1e-10
 """Largest accepted difference in float64: sums in another order round differently, and this grows over the steps."""
-_BUFFERS = (
-    *("running_mean", "running_var", "num_batches_tracked"),
-    *("window_second_moment", "window_gradient", "running_second_moment"),  # MovingAverageBatchNorm
-)
+_MOVING_AVERAGE = ("window_second_moment", "window_gradient", "running_second_moment")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *_MOVING_AVERAGE)
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,9 @@ class Trained:
 
     @classmethod
     def read(cls, folder: Path) -> Trained:
-        """Read the folder of a finished run."""
         from safetensors.torch import load_file
 
-        result = RunResult.from_json(folder / "result.json")
-        return cls(result.losses, load_file(folder / "model.safetensors"))
+        return cls(RunResult.from_json(folder / "result.json").losses, load_file(folder / "model.safetensors"))
 
 
 @dataclass(frozen=True)
@@ -85,17 +79,10 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def run_parity(
     config: RunConfig, processes: Sequence[int], steps: int, say: Callable[[str], None], timeout: float = 1800
 ) -> bool:
-    """Train a configuration under each number of processes, and report how the others differ from the first.
+    """Train a configuration for some optimizer steps, in fp64 on the CPU, under at least two numbers of processes.
 
-    Args:
-        config: the run; it is trained in fp64, on the CPU.
-        processes: numbers of processes, at least two of them.
-        steps: optimizer steps.
-        say: called with each line of the report.
-        timeout: seconds that one training may take.
-
-    Returns:
-        Whether all differences are within :data:`TOLERANCE`.
+    ``say`` is called with each line of the report, which compares the others with the first. One training may take
+    ``timeout`` seconds. Returns whether all differences are within :data:`TOLERANCE`.
 
     Raises:
         ConfigError: a number of processes does not divide the logical GPUs.
@@ -113,9 +100,14 @@ def run_parity(
     say(f"{config.norm.name}: {config.gpus} logical GPUs, {len(first.losses)} steps in fp64, by {reference}")
     same = True
     for index, number in enumerate(processes[1:], start=1):
-        difference = compare_runs(first, _train(folder, index, number, timeout))
-        _report(difference, number, reference, say)
-        same &= difference.largest <= TOLERANCE
+        d = compare_runs(first, _train(folder, index, number, timeout))
+        verdict = "same" if d.largest <= TOLERANCE else "DIFFERENT"
+        figures = f"losses {d.losses:.1e}, weights {d.weights:.1e}, buffers {d.buffers:.1e}"
+        say(f"  {number} processes against {reference}: {figures}: {verdict} (tolerance {TOLERANCE:.0e})")
+        for name, distance in d.by_tensor.items():
+            if distance > TOLERANCE:
+                say(f"    {name}: {distance:.1e}")
+        same &= verdict == "same"
     shutil.rmtree(folder)  # kept after an error, whose message names the logs in it
     return same
 
@@ -125,14 +117,3 @@ def _train(folder: Path, index: int, processes: int, timeout: float) -> Trained:
     words = ["train", "--config", str(folder / "config.yaml"), "--out", str(out), "--device", "cpu"]
     launch(processes, words, folder / f"{index}.log", timeout)
     return Trained.read(out)
-
-
-def _report(difference: Difference, processes: int, reference: str, say: Callable[[str], None]) -> None:
-    verdict = "same" if difference.largest <= TOLERANCE else "DIFFERENT"
-    say(
-        f"  {processes} processes against {reference}: losses {difference.losses:.1e}, "
-        f"weights {difference.weights:.1e}, buffers {difference.buffers:.1e}: {verdict} (tolerance {TOLERANCE:.0e})"
-    )
-    for name, distance in difference.by_tensor.items():
-        if distance > TOLERANCE:
-            say(f"    {name}: {distance:.1e}")

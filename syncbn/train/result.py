@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-
-_PACKAGES = ("syncbn", "torch", "torchvision", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class RunResult:
     peak_memory_bytes: int | None = None
     """Peak memory of rank 0: allocated on a GPU, resident on a CPU; None if unknown."""
     train_images: int | None = None
-    """Number of images in the training set; None in a result that was written before this was recorded."""
+    """Number of training images; None in a result from before this was recorded."""
     test_images: int | None = None
-    """Number of images in the test set; None in a result that was written before this was recorded."""
+    """Number of test images; None in a result from before this was recorded."""
     processes: int
     """Number of processes."""
     environment: dict[str, str]
@@ -91,39 +91,38 @@ def jsonable(value: Any) -> Any:
     return [jsonable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under, which becomes ``path``: readers, also after a kill, see the whole or the old file."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers, also after a kill, see the whole text or the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text file so that readers see the whole text or the old file."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """What may influence the numbers: versions, device, threads, git commit of the code."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     found = {"python": platform.python_version(), "device": name, "threads": str(torch.get_num_threads())}
-    for package in _PACKAGES:
+    for package in ("syncbn", "torch", "torchvision", "accelerate"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    commit = _git_commit()
-    return found if commit is None else found | {"git_commit": commit}
+    with suppress(OSError, subprocess.SubprocessError):
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # the package may lie in another project's checkout
+        found["git_commit"] = _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else "")
+    return found
 
 
-def _git_commit() -> str | None:
-    """The commit of the checkout that this file belongs to, with ``-dirty`` if it was changed; None outside of one."""
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed package may lie inside the checkout of another project.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    commit = git("rev-parse", "HEAD")
-    return commit if commit is None or not git("status", "--porcelain", "-uno") else f"{commit}-dirty"
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

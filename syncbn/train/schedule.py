@@ -7,38 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from syncbn.train.checks import require
-from syncbn.train.config import RunConfig
+from syncbn.train.config import RunConfig, require
 from syncbn.train.data.datasets import Key
 from syncbn.train.data.order import epoch_order
 
 
 @dataclass(frozen=True)
-class OptimizerStep:
-    """One optimizer step: the global batches of its forward passes."""
-
-    batches: list[list[Key]]
-
-    @property
-    def samples(self) -> int:
-        return sum(map(len, self.batches))
-
-
-@dataclass(frozen=True)
 class Schedule:
-    """The steps of a run."""
+    """The steps of a run on a training set with ``labels``, int64 [n]."""
 
     config: RunConfig
-    labels: Tensor  # int64 [n], of the training set
+    labels: Tensor
 
     def __post_init__(self) -> None:
-        require(
-            self.steps_per_epoch > 0,
-            "per_gpu_batch_size",
-            self.config.per_gpu_batch_size,
-            f"an optimizer step of at most the {len(self.labels)} training images (it has "
-            f"{self.config.step_batch_size}), or data.drop_last false",
-        )
+        c, n = self.config, len(self.labels)
+        size = f"an optimizer step of at most the {n} training images (it has {c.step_batch_size})"
+        expected = f"{size}, or data.drop_last false"
+        require(self.steps_per_epoch > 0, "per_gpu_batch_size", c.per_gpu_batch_size, expected)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,14 +43,14 @@ class Schedule:
         """Epochs that are started; the last one may be incomplete if the budget is in steps."""
         return -(-self.total_steps // self.steps_per_epoch)
 
-    def steps(self, epoch: int) -> Iterator[OptimizerStep]:
-        """The steps of an epoch (counted from 0). The last batches may be smaller than a global batch."""
+    def steps(self, epoch: int) -> Iterator[list[list[Key]]]:
+        """The global batches of each optimizer step of an epoch (from 0). The last batches may be smaller."""
         c = self.config
         order = epoch_order(self.labels, c.data.class_skew, c.seed, epoch).tolist()
         count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
         for step in range(count):
             indices = order[step * c.step_batch_size : (step + 1) * c.step_batch_size]
-            yield OptimizerStep(batches_of([(epoch, i) for i in indices], c.global_batch_size))
+            yield batches_of([(epoch, i) for i in indices], c.global_batch_size)
 
 
 def batches_of(keys: list[Key], size: int) -> list[list[Key]]:

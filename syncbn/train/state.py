@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,18 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.layers import BatchRenorm, SmallBatchNorm
 from syncbn.population import RunningStatistics
 from syncbn.train.checkpoint import load_checkpoint
-from syncbn.train.config import RunConfig
-from syncbn.train.config_io import save_config
+from syncbn.train.config import RunConfig, save_config
 from syncbn.train.data.datasets import Data, Key, load_data
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.metrics import MetricsLog, ProgressBar
+from syncbn.train.metrics import MetricsLog, progress_bar
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
-from syncbn.train.optim import make_optimizer, make_scheduler
+from syncbn.train.optim import lr_factor, make_optimizer
 from syncbn.train.schedule import Schedule
 from syncbn.train.tasks.models import build_model
 
@@ -56,30 +57,20 @@ class Run:
     data: Data
     schedule: Schedule
     model: nn.Module
-    wrapped: nn.Module
-    """The model as accelerate prepared it (DDP, mixed precision)."""
+    wrapped: nn.Module  # the model as accelerate prepared it (DDP, mixed precision)
     optimizer: Any
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    shared: RunningStatistics
-    """Running statistics that training forwards read, and that are therefore averaged after each of them."""
+    scheduler: LambdaLR
+    shared: RunningStatistics  # those that training forwards read, and that are therefore averaged after each of them
     metrics: MetricsLog
-    bar: ProgressBar
+    bar: Any  # rich's progress bar, or None
     progress: Progress
-    norms: list[SmallBatchNorm]
-    """The model's layers that share statistics over samples."""
-    windowed: list[MovingAverageBatchNorm]
-    """The model's layers that average statistics over past batches."""
-    pending: list[Tensor] = field(default_factory=list)
-    """Losses that have not been fetched yet."""
+    pending: list[Tensor] = field(default_factory=list)  # losses that have not been fetched yet
 
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.config.precision == "fp64" else torch.float32
+    def __post_init__(self) -> None:
+        self.device: torch.device = self.accelerator.device
+        self.dtype = _dtype(self.config)
+        self.norms = [m for m in self.model.modules() if isinstance(m, SmallBatchNorm)]
+        self.windowed = [m for m in self.model.modules() if isinstance(m, MovingAverageBatchNorm)]
 
     @property
     def gradient_scale(self) -> float | Tensor:
@@ -94,18 +85,12 @@ class Run:
         for layer in self.norms:
             layer.sample_groups = groups
         for windowed in self.windowed:
-            windowed.sample_groups = groups
-            windowed.gradient_scale = self.gradient_scale
+            windowed.sample_groups, windowed.gradient_scale = groups, self.gradient_scale
 
     def local(self, batch: list[Key]) -> list[Key]:
         """This process's share of a global batch."""
         positions = self.partition.local_range(len(batch))
         return batch[positions.start : positions.stop]
-
-
-def steps_of(config: RunConfig) -> int:
-    """Optimizer steps of a run. Reads the data set."""
-    return Schedule(config, load_data(config.data, config.seed).train.labels).total_steps
 
 
 def prepare(
@@ -114,16 +99,27 @@ def prepare(
     """Everything a run needs, restored from the checkpoint in ``out`` if ``resume`` and there is one."""
     data = load_data(config.data, config.seed, accelerator.device)
     schedule = Schedule(config, data.train.labels)
-    model = _make_model(config, partition, data)
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model,
+        norm=norm_factory(config.norm, partition),
+        adapt=partial(adapt_model, config=config.norm, partition=partition),
+        finish=partial(adapt_convolutions, config=config.norm),
+        in_channels=data.shape[0],
+        num_classes=data.num_classes,
+        image_size=data.shape[1],
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, SmallBatchNorm):
+            module.qualified_name = name  # for error messages
     first = partition.placement.rank == 0
     if partition.placement.processes > 1 and first and _drops(model):
-        warnings.warn(
-            "the model has dropout, which each process draws for itself: this run depends on the number of processes",
-            stacklevel=2,
-        )
-    model.to(accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
+        own = "the model has dropout, which each process draws for itself"
+        warnings.warn(f"{own}: this run depends on the number of processes", stacklevel=2)
+    model.to(accelerator.device, _dtype(config))
     optimizer = make_optimizer(config, model)
-    scheduler = make_scheduler(config, optimizer, schedule.total_steps)
+    total = schedule.total_steps
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))
     state = load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
     wrapped, prepared = accelerator.prepare(model, optimizer)
     done = Progress()
@@ -147,33 +143,16 @@ def prepare(
         scheduler=scheduler,
         shared=RunningStatistics(model, BatchRenorm),
         metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
-        bar=ProgressBar(schedule.total_steps, progress and first),
+        bar=progress_bar(total) if progress and first else None,
         progress=done,
-        norms=[m for m in model.modules() if isinstance(m, SmallBatchNorm)],
-        windowed=[m for m in model.modules() if isinstance(m, MovingAverageBatchNorm)],
     )
 
 
-def _make_model(config: RunConfig, partition: Partition, data: Data) -> nn.Module:
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model,
-        norm=norm_factory(config.norm, partition),
-        adapt=partial(adapt_model, config=config.norm, partition=partition),
-        finish=partial(adapt_convolutions, config=config.norm),
-        in_channels=data.shape[0],
-        num_classes=data.num_classes,
-        image_size=data.shape[1],
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, SmallBatchNorm):
-            module.qualified_name = name  # for error messages
-    return model
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.float64 if config.precision == "fp64" else torch.float32
 
 
 def _drops(model: nn.Module) -> bool:
     """Whether a module drops at random (torch's dropouts, torchvision's StochasticDepth)."""
-    return any(
-        float(getattr(m, "p", 0.0)) > 0 and ("Dropout" in type(m).__name__ or "StochasticDepth" in type(m).__name__)
-        for m in model.modules()
-    )
+    dropping = [m for m in model.modules() if re.search("Dropout|StochasticDepth", type(m).__name__)]
+    return any(float(getattr(m, "p", 0.0)) > 0 for m in dropping)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from syncbn.cli import main
-from syncbn.train.config_io import load_config
+from syncbn.train.config import load_config
 from syncbn.train.loop import train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from syncbn.train import loop
-from syncbn.train.config_io import config_from_dict
+from syncbn.train.config import config_from_dict
 from syncbn.train.loop import train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs, parity_config
 

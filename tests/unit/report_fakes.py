@@ -15,9 +15,15 @@ from syncbn.population import effective_count
 from syncbn.study.analysis.summary import Summary, summary_of
 from syncbn.study.plan.contrasts import contrasts_from, default_contrasts
 from syncbn.study.plan.grid import Arm, Cell, Study, Sweep, cell_key
-from syncbn.train.config import BudgetConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from syncbn.train.config_io import config_to_dict
-from syncbn.train.norms.config import NormConfig
+from syncbn.train.config import (
+    BudgetConfig,
+    DataConfig,
+    ModelConfig,
+    NormConfig,
+    OptimizerConfig,
+    RunConfig,
+    config_to_dict,
+)
 from syncbn.train.result import RunResult
 
 WHOLE = 128

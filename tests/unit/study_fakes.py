@@ -8,7 +8,7 @@ import time
 from datetime import UTC, datetime
 
 from syncbn.study.plan.study_file import study_from_dict
-from syncbn.train.config_io import config_to_dict
+from syncbn.train.config import config_to_dict
 from syncbn.train.result import RunResult
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -7,8 +7,17 @@ import dataclasses
 import pytest
 
 from syncbn.cli import main
-from syncbn.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig
-from syncbn.train.config_io import config_from_dict, config_to_dict, known_keys, load_config, save_config
+from syncbn.train.config import (
+    ConfigError,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    known_keys,
+    load_config,
+    save_config,
+)
 
 
 def test_round_trip(tmp_path):

@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from syncbn.train.data import cache as data_cache
-from syncbn.train.data.cache import cached
+from syncbn.train.data import files as data_cache
+from syncbn.train.data.files import cached
 
 
 @pytest.fixture(autouse=True)

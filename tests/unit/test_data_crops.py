@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from syncbn.compat import import_torchvision
-from syncbn.train.config import ConfigError, DataConfig
-from syncbn.train.config_io import config_from_dict
+from syncbn.train.config import ConfigError, DataConfig, config_from_dict
 from syncbn.train.data import datasets as data
 from syncbn.train.data.augment import TRIES, AreaCrop, area_crop, draw_fractions
 from syncbn.train.data.datasets import batch_loader, load_data

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from syncbn.population import LayerDivergence
-from syncbn.train.config import ConfigError
-from syncbn.train.config_io import config_from_dict
+from syncbn.train.config import ConfigError, config_from_dict
 from syncbn.train.diagnosis import Diagnosis, advice, diagnose, print_diagnosis
 from syncbn.train.loop import train
 

@@ -167,7 +167,7 @@ def test_compose_nodes_run_the_multinode_script(compose: dict[str, Any]) -> None
 
 def test_compose_run_is_a_valid_configuration(compose: dict[str, Any]) -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration")
-    from syncbn.train.config_io import config_from_dict
+    from syncbn.train.config import config_from_dict
 
     config = config_from_dict(yaml.safe_load(compose["configs"]["run"]["content"]))
     environment = compose["services"]["node0"]["environment"]

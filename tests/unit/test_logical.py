@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from syncbn.train.config_io import config_from_dict
+from syncbn.train.config import config_from_dict
 from syncbn.train.logical_gpus import Partition, Placement
 
 CASES = [

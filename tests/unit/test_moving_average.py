@@ -11,8 +11,7 @@ from torch import nn
 
 from syncbn.layers import SampleGroups
 from syncbn.train import loop
-from syncbn.train.config import NormConfig, RunConfig
-from syncbn.train.config_io import config_from_dict
+from syncbn.train.config import NormConfig, RunConfig, config_from_dict
 from syncbn.train.logical_gpus import Partition, Placement
 from syncbn.train.loop import train
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre

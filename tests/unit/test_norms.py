@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.train.config import ConfigError, ModelConfig, NormConfig, OptimizerConfig, RunConfig
+from syncbn.train.config import BATCH_NORMS, ConfigError, ModelConfig, NormConfig, OptimizerConfig, RunConfig
 from syncbn.train.logical_gpus import Partition, Placement
-from syncbn.train.norms.config import BATCH_NORMS
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, clip_gradients, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
 from syncbn.train.optim import make_optimizer

@@ -14,8 +14,7 @@ import torch
 
 import syncbn.train
 from syncbn.train import loop
-from syncbn.train.config import ConfigError, LocalError
-from syncbn.train.config_io import config_from_dict, load_config
+from syncbn.train.config import ConfigError, LocalError, config_from_dict, load_config
 from syncbn.train.data import files as data_files
 from syncbn.train.loop import train
 from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
@@ -281,7 +280,7 @@ def test_sections_that_are_none(values, message):
         config_from_dict(values)
 
 
-@pytest.mark.parametrize("module", ["config", "config_io", "diagnosis", "loop", "result"])
+@pytest.mark.parametrize("module", ["config", "diagnosis", "loop", "result"])
 def test_examples_of_the_docstrings(module):
     found = doctest.testmod(importlib.import_module(f"syncbn.train.{module}"))
     assert (found.failed, found.attempted > 0) == (0, True)

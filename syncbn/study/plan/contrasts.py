@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from syncbn.train.checks import ConfigError, require
+from syncbn.train.config import ConfigError, require
 
 if TYPE_CHECKING:
     from syncbn.study.plan.grid import Cell, Point, Study, Value

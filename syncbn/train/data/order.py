@@ -22,16 +22,8 @@ def epoch_order(labels: Tensor, class_skew: int, seed: int, epoch: int) -> Tenso
 
     With ``class_skew`` k > 1 samples arrive in runs of k of one class, like the non-i.i.d. minibatches of Ioffe 2017
     (arXiv 1702.03275, section 4.3): each class is shuffled and cut into runs of k, and the runs are shuffled. The rest
-    of each class is a shorter run. Shorter runs come last, so a full run starts at a multiple of k.
-
-    Args:
-        labels: int64 [n], the class of each sample, from 0.
-        class_skew: samples per run; 1 is a uniform (i.i.d.) order.
-        seed: the run's seed.
-        epoch: epoch from 0.
-
-    Raises:
-        ValueError: ``class_skew`` below 1.
+    of each class is a shorter run. Shorter runs come last, so a full run starts at a multiple of k. Labels are int64
+    [n], classes from 0.
     """
     if class_skew < 1:
         raise ValueError(f"class_skew: got {class_skew}, expected an integer of at least 1")
@@ -67,12 +59,6 @@ def holdout_split(labels: Tensor, every: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def spread_subset(labels: Tensor, samples: int) -> Tensor:
-    """Sorted indices of ``samples`` of the set, spread evenly over it; each class keeps its share to within one.
-
-    Raises:
-        ValueError: ``samples`` above the number of labels (int64 [n]).
-    """
-    if samples > len(labels):
-        raise ValueError(f"samples: got {samples}, expected at most the {len(labels)} there are")
+    """Sorted indices of ``samples`` of the set, spread evenly over it; each class keeps its share to within one."""
     by_class = labels.argsort(stable=True)
     return by_class[torch.arange(samples) * len(labels) // max(samples, 1)].sort().values

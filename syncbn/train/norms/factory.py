@@ -28,41 +28,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.train.checks import ConfigError, require
+from syncbn.train.config import NormConfig, require
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.norms.config import NormConfig
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 
-_KINDS: dict[str, type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]] = {
-    "batch": GhostBatchNorm,
-    "sync": SyncBatchNorm,
-    "ghost": GhostBatchNorm,
-    "renorm": BatchRenorm,
-    "frozen": GhostBatchNorm,
-}
+_Kind = type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]
+_KINDS: dict[str, _Kind] = {"sync": SyncBatchNorm, "renorm": BatchRenorm}
+_KINDS |= dict.fromkeys(("batch", "ghost", "frozen"), GhostBatchNorm)
 _RELU_GAIN = (2 / (1 - 1 / math.pi)) ** 0.5
 """1 / standard deviation of relu(z) for standard normal z. With this gain the output of a convolution has unit variance
 (Brock et al. 2021, arXiv 2101.08692, section 4.2)."""
 _WITH_ACTIVATION = ("evonorm", "frn")
 """Norms that have an activation of their own and replace the one after them."""
 _NEEDS_CONVNET = "a norm without an activation of its own, or model.name convnet"
-_CONVNET_MODULES = ("layer", "relu", "pool", "average", "flatten", "linear")
-"""How the names of `convnet`'s modules begin. There, an activation follows every norm."""
 
 
 def _layer_arguments(config: NormConfig, partition: Partition) -> dict[str, Any]:
-    """Arguments for the layer class of a norm in ``_KINDS``.
-
-    Local batch normalization uses one ghost batch per logical GPU of the process. The layers are told at every step
-    which samples form each group, because a last batch may be smaller.
-    """
+    """Arguments for the layer class of a norm in ``_KINDS``. Local batch normalization is one ghost batch per GPU."""
     options: dict[str, Any] = {}
     if _KINDS[config.name] is GhostBatchNorm:
         options |= {"ghost_batch_size": partition.ghost_batch_size, "remainder": "smaller"}
@@ -77,39 +65,27 @@ def _layer_arguments(config: NormConfig, partition: Partition) -> dict[str, Any]
 def norm_factory(config: NormConfig, partition: Partition) -> Callable[[int], nn.Module]:
     """A function from a number of channels to a layer."""
     name, eps, affine = config.name, config.eps, config.affine
+    require(affine or name not in _WITH_ACTIVATION, "norm.affine", affine, f"true with norm.name {name}")
     if name in _KINDS:
-        return partial(
-            _KINDS[name], eps=eps, momentum=config.momentum, affine=affine, **_layer_arguments(config, partition)
-        )
-    if name == "mabn":
-        return partial(MovingAverageBatchNorm, config=config, gpus=partition.gpus, hosted=partition.row_range)
-    if name in ("group", "ws_group"):
-        return lambda channels: nn.GroupNorm(_groups(config, channels), channels, eps, affine)
-    if name == "layer":
-        return lambda channels: nn.GroupNorm(1, channels, eps, affine)
-    if name == "instance":
-        return lambda channels: nn.InstanceNorm2d(channels, eps, affine=affine)
-    if name in ("rms", *_WITH_ACTIVATION):
-        return _timm_norm(config)
-    return lambda channels: nn.Identity()
+        options = _layer_arguments(config, partition)
+        return partial(_KINDS[name], eps=eps, momentum=config.momentum, affine=affine, **options)
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        "mabn": partial(MovingAverageBatchNorm, config=config, gpus=partition.gpus, hosted=partition.row_range),
+        "group": lambda channels: nn.GroupNorm(_groups(config, channels), channels, eps, affine),
+        "ws_group": lambda channels: nn.GroupNorm(_groups(config, channels), channels, eps, affine),
+        "layer": lambda channels: nn.GroupNorm(1, channels, eps, affine),
+        "instance": lambda channels: nn.InstanceNorm2d(channels, eps, affine=affine),
+        "rms": lambda channels: _timm("layers").RmsNorm2d(channels, eps, affine),
+        "frn": lambda channels: _timm("layers").FilterResponseNormTlu2d(channels, eps=eps),
+        "evonorm": lambda channels: _timm("layers").EvoNorm2dS0(channels, groups=_groups(config, channels), eps=eps),
+    }
+    return makers.get(name, lambda channels: nn.Identity())
 
 
 def _groups(config: NormConfig, channels: int) -> int:
-    groups = config.groups
-    require(channels % groups == 0, "norm.groups", groups, f"a divisor of every layer's channels ({channels} in one)")
-    return groups
-
-
-def _timm_norm(config: NormConfig) -> Callable[[int], nn.Module]:
-    layers, eps = _timm("layers"), config.eps
-    if config.name in _WITH_ACTIVATION:
-        require(config.affine, "norm.affine", False, f"true with norm.name {config.name}")
-    make: dict[str, Callable[[int], nn.Module]] = {
-        "rms": lambda channels: layers.RmsNorm2d(channels, eps, config.affine),
-        "frn": lambda channels: layers.FilterResponseNormTlu2d(channels, eps=eps),
-        "evonorm": lambda channels: layers.EvoNorm2dS0(channels, groups=_groups(config, channels), eps=eps),
-    }
-    return make[config.name]
+    expected = f"a divisor of every layer's channels ({channels} in one)"
+    require(channels % config.groups == 0, "norm.groups", config.groups, expected)
+    return config.groups
 
 
 def _timm(module: str) -> Any:
@@ -133,19 +109,24 @@ def adapt_model(model: nn.Module, config: NormConfig, partition: Partition) -> n
         expected = "true with a torchvision model, whose layers have a weight and bias"
         require(config.affine, "norm.affine", False, expected)
         return convert(model, _KINDS[config.name], momentum=config.momentum, **_layer_arguments(config, partition))
-    if config.name == "nf" and not _residual_ends(model):
-        raise ConfigError("norm.name", "nf", "a ResNet, whose branches can start at zero, or another norm")
+    resnet = "a ResNet, whose branches can start at zero, or another norm"
+    require(config.name != "nf" or bool(_residual_ends(model)), "norm.name", "nf", resnet)
     make = norm_factory(config, partition)
     for parent, name, child in _children(model):
         if isinstance(child, _BatchNorm):
-            setattr(parent, name, _with_values_of(child, make(child.num_features)))
+            made = make(child.num_features)
+            # Some models start with zeros in places. A norm that has no weight or bias leaves them out.
+            made.load_state_dict(dict(child.named_parameters()), strict=False)
+            setattr(parent, name, made)
     return adapt_convolutions(model, config)
 
 
 def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
     """Make the changes that a norm needs outside its layers, to convolutions and activations. Weights are kept."""
     if config.name in _WITH_ACTIVATION:
-        plain = all(name.startswith(_CONVNET_MODULES) for name, _ in model.named_children())
+        # In `convnet` alone an activation follows every norm.
+        modules = ("layer", "relu", "pool", "average", "flatten", "linear")
+        plain = all(name.startswith(modules) for name, _ in model.named_children())
         require(plain, "norm.name", config.name, _NEEDS_CONVNET)
         for parent, name, child in _children(model):
             if isinstance(child, nn.ReLU):
@@ -171,24 +152,13 @@ def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
 
 
 def clip_gradients(model: nn.Module, config: NormConfig) -> None:
-    """Adaptive gradient clipping of the convolutions' weights, in place (Brock et al. 2021, arXiv 2102.06171, section
-    4.1; timm's).
+    """Adaptive gradient clipping of the convolutions' weights (Brock et al. 2021, arXiv 2102.06171, section 4.1; timm).
 
-    As in the paper, the last linear layer is left out. Biases and gains are left out too: the bound is relative to a
-    parameter's norm, and they start at zero.
+    As in the paper, the last linear layer is left out. Biases and gains are too: the bound is relative to a parameter's
+    norm, and they start at zero.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     _timm("utils.agc").adaptive_clip_grad(weights, clip_factor=config.clip_factor)
-
-
-def _with_values_of(replaced: _BatchNorm, made: nn.Module) -> nn.Module:
-    """``made`` with the weight and bias of the layer it replaces, as some models start with zeros in places."""
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            value, first = getattr(made, name, None), getattr(replaced, name)
-            if value is not None and first is not None:
-                value.copy_(first)
-    return made
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -197,12 +167,11 @@ def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 def _residual_ends(model: nn.Module) -> set[nn.Module]:
     """The last convolution of each residual branch (this package's blocks and torchvision's ResNets)."""
-    ends: set[nn.Module] = set()
-    for block in model.modules():
-        if type(block).__name__ in ("BasicBlock", "Bottleneck"):
-            branch = [m for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in name]
-            ends.add(branch[-1])
-    return ends
+    blocks = [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
+    return {
+        [m for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in name][-1]
+        for block in blocks
+    }
 
 
 def _standardized(conv: nn.Conv2d, kind: Any, **options: Any) -> nn.Module:

@@ -1,14 +1,8 @@
 r"""Moving average batch normalization (MABN; Yan et al. 2020, arXiv 2001.06838, section 4), on logical GPUs.
 
-It differs from batch normalization in two ways. No mean is subtracted, which leaves one statistic per direction; the
-convolutions' weights are centred instead (:class:`Centred`). And these statistics are averaged over past iterations:
-
-=========  =================================================  =====================================================
-direction  statistic of a batch, per channel                  what is used instead
-=========  =================================================  =====================================================
-forward    second moment, mean(x^2)                           its mean over the last m batches
-backward   mean(g * z), g the gradient with respect to z      its mean over the last m batches
-=========  =================================================  =====================================================
+It differs from batch normalization in two ways. No mean is subtracted; the convolutions' weights are centred instead
+(:class:`Centred`). And the statistics, mean(x^2) in the forward and mean(g * z) in the backward pass (g is the gradient
+with respect to z), are averaged over the last m batches.
 
 Details follow the paper's code (github.com/megvii-model/MABN, ``MABN.py``), with three exceptions:
 
@@ -27,7 +21,7 @@ all logical GPUs of the run. A process updates those it hosts, and :func:`exchan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,29 +32,9 @@ from torch.autograd.function import once_differentiable
 from syncbn.functional.normalize import Affine, backward_sums, grad_input, normalize
 from syncbn.functional.statistics import WIRE_DTYPE, Groups, group_sums
 from syncbn.layers import SampleGroups
-from syncbn.train.norms.config import NormConfig
+from syncbn.train.config import NormConfig
 
-
-@dataclass(frozen=True, eq=False)
-class MovingStatistics:
-    """What normalizes one forward pass, and what its backward pass needs besides; a row for each of G logical GPUs."""
-
-    invroot: Tensor
-    """(G, C) float64: 1 / sqrt(moment + eps), with the batch's mean of squares, or the mean of the window."""
-    count: Tensor
-    """(G, 1) float64: elements per channel."""
-    groups: Tensor | None
-    """(N,) int64: row of each sample; None for a single row."""
-    window: Tensor
-    """(G, m, C): past means of g * z; the backward pass writes to it."""
-    slot: Tensor
-    """(G,) int64: position of this batch in the windows."""
-    kept: Tensor
-    """(G, 1) bool: whether this batch is stored in the windows."""
-    moving: Tensor
-    """(G, 1) bool: whether the windows' means are used; if not, the batch's own values are."""
-    gradient_scale: float | Tensor
-    """Factor on the loss before the backward pass."""
+_Average = Callable[[Tensor], Tensor]
 
 
 def _fits(values: Tensor, buffer: Tensor) -> Tensor:
@@ -79,44 +53,36 @@ def _averaged(window: Tensor, values: Tensor, slot: Tensor, kept: Tensor, moving
 class NormalizeByMovingAverages(torch.autograd.Function):
     r"""``y = z * scale + shift`` with ``z = x * invroot``; its gradient uses a moving average as well.
 
-    ``x`` is (N, C, *). ``scale`` = weight * r and ``shift`` = bias are (G, C) float64; autograd carries their gradients
-    on to weight and bias, with r constant.
+    ``x`` is (N, C, *). ``invroot``, ``scale`` = weight * r and ``shift`` = bias are (G, C) float64; autograd carries
+    the gradients of scale and shift on to weight and bias, with r constant.
 
-    Backward, with g = scale * dy and sums over a group's elements:
+    Backward, with g = scale * dy: ``average`` turns sum(g * z), (G, C), into psi, the moving average of its mean;
 
-    * phi = sum(g * z) / count is stored in its window; psi is the window's mean, or phi until the window is used
-    * grad_x = invroot * (g - z * psi), the exact gradient for psi = phi
+    * grad_x = invroot * (g - z * psi), the exact gradient if psi is the mean over this batch
     * grad_scale = sum(dy * z); grad_shift = sum(dy)
 
-    dy is ``gradient_scale`` times the gradient of the loss. The window holds values of the latter, because neither the
-    number of processes (by which DDP divides) nor the loss scale of half precision may change it. A second backward
-    pass of the same forward stores the same value in the same place. Saved: x (not a copy), scale, statistics.
+    Saved: x (not a copy), invroot, scale.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, statistics: MovingStatistics) -> Tensor:
-        invroot, groups = statistics.invroot, statistics.groups
-        ctx.save_for_backward(x, scale)
-        # Each backward pass writes to the window, which autograd would refuse of a saved tensor.
-        ctx.statistics = statistics
-        affine = Affine(torch.zeros_like(invroot), invroot, scale, shift)
-        return normalize(x, affine, Groups(groups, len(statistics.count)))
+    def forward(
+        ctx: Any, x: Tensor, invroot: Tensor, scale: Tensor, shift: Tensor, groups: Groups, average: _Average
+    ) -> Tensor:
+        ctx.save_for_backward(x, invroot, scale)
+        ctx.groups, ctx.average = groups, average
+        return normalize(x, Affine(torch.zeros_like(invroot), invroot, scale, shift), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        saved: MovingStatistics = ctx.statistics
-        invroot, count, groups = saved.invroot, saved.count, saved.groups
+        x, invroot, scale = ctx.saved_tensors
         zeros = torch.zeros_like(invroot)
-        affine, samples = Affine(zeros, invroot, scale), Groups(groups, len(count))
-        _, _, sums = backward_sums(grad_output, x, affine, samples)
+        affine = Affine(zeros, invroot, scale)
+        _, _, sums = backward_sums(grad_output, x, affine, ctx.groups)
         sum_dy, sum_dy_z = sums.unbind(1)
-        phi = scale * sum_dy_z / count.clamp(min=1) / saved.gradient_scale
-        kept = saved.kept & _fits(phi, saved.window)
-        psi = _averaged(saved.window, phi, saved.slot, kept, saved.moving) * saved.gradient_scale
-        grad_x = grad_input(grad_output, x, affine, torch.stack((zeros, psi), 1), samples)
-        return grad_x, sum_dy_z, sum_dy, None
+        psi = ctx.average(scale * sum_dy_z)
+        grad_x = grad_input(grad_output, x, affine, torch.stack((zeros, psi), 1), ctx.groups)
+        return grad_x, None, sum_dy_z, sum_dy, None, None
 
 
 class MovingAverageBatchNorm(nn.Module):
@@ -125,11 +91,7 @@ class MovingAverageBatchNorm(nn.Module):
     Evaluation uses the exponential average, averaged over all logical GPUs, after :func:`exchange_rows`. The row of a
     GPU stays as it is if the GPU has no samples in a batch, or if its statistic is not finite, forward or backward.
 
-    Args:
-        num_features: C.
-        config: ``window``, ``eps``, ``momentum``, ``affine``, ``r_max`` and ``warmup_steps``.
-        gpus: R, the logical GPUs of the run.
-        hosted: the logical GPUs of this process.
+    The run has ``gpus`` (R) logical GPUs, and this process those in ``hosted``.
     """
 
     weight: nn.Parameter | None
@@ -138,27 +100,22 @@ class MovingAverageBatchNorm(nn.Module):
     """The hosted GPU of each sample of the next batch, counted from the first one; None if all are on the first."""
     gradient_scale: float | Tensor
     """Factor on the loss before the backward pass: a number or a () tensor."""
-    window_second_moment: Tensor
-    """(R, m, C): mean of squares of each GPU's last m batches."""
-    window_gradient: Tensor
-    """(R, m, C): mean(g * z) of the same batches, for a loss that is a mean over all GPUs."""
-    running_second_moment: Tensor
-    """(R, C): exponential average; 1 for a GPU that has not seen a batch."""
-    num_batches_tracked: Tensor
-    """(R,) int64: batches that each GPU has seen."""
-    num_nonfinite_batches: Tensor
-    """() int64, not saved: statistics that this process left out because they were not finite."""
+    window_second_moment: Tensor  # (R, m, C): mean of squares of each GPU's last m batches
+    window_gradient: Tensor  # (R, m, C): mean(g * z) of the same batches, for a loss that is a mean over all GPUs
+    running_second_moment: Tensor  # (R, C): exponential average; 1 for a GPU that has not seen a batch
+    num_batches_tracked: Tensor  # (R,) int64: batches that each GPU has seen
+    num_nonfinite_batches: Tensor  # () int64, not saved: statistics left out here because they were not finite
 
     def __init__(self, num_features: int, config: NormConfig, gpus: int = 1, hosted: range = range(1)) -> None:
         super().__init__()
         assert hosted.stop <= gpus, (hosted, gpus)
         window, affine = config.window, config.affine
         self.num_features, self.window, self.hosted = num_features, window, hosted
-        self.eps, self.momentum, self.r_max = config.eps, config.momentum, config.r_max
-        self.warmup_steps = config.warmup_steps
+        self.eps, self.momentum = config.eps, config.momentum
+        self.r_max, self.warmup_steps = config.r_max, config.warmup_steps
         self.sample_groups, self.gradient_scale = None, 1.0
-        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("window_second_moment", torch.zeros(gpus, window, num_features))
         self.register_buffer("window_gradient", torch.zeros(gpus, window, num_features))
         self.register_buffer("running_second_moment", torch.ones(gpus, num_features))
@@ -175,25 +132,19 @@ class MovingAverageBatchNorm(nn.Module):
         return [*windows, self.running_second_moment, self.num_batches_tracked]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` (N, C, *); the output has its shape, dtype and memory format.
-
-        Raises:
-            ValueError: the input has another number of channels.
-        """
+        """Normalize ``input`` (N, C, *); the output has its shape, dtype and memory format."""
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__}: got an input of shape {tuple(input.shape)}, expected (N, C, *) with "
-                f"{self.num_features} channels"
-            )
+            expected = f"(N, C, *) with {self.num_features} channels"
+            raise ValueError(f"{type(self).__name__}: got an input of shape {tuple(input.shape)}, expected {expected}")
         return self._normalize_by_windows(input) if self.training else self._normalize_by_running(input)
 
     def _normalize_by_windows(self, x: Tensor) -> Tensor:
-        groups = self.sample_groups or SampleGroups(index=None, number=1)
+        told = self.sample_groups or SampleGroups(index=None, number=1)
+        groups = Groups(told.index, told.number)
         rows = slice(self.hosted.start, self.hosted.start + groups.number)
         with torch.no_grad():
             tracked, running = self.num_batches_tracked[rows], self.running_second_moment[rows]
-            sums = group_sums(x, Groups(groups.index, groups.number))
-            count, _, squares = sums.split((1, self.num_features, self.num_features), 1)
+            count, _, squares = group_sums(x, groups).split((1, self.num_features, self.num_features), 1)
             own = squares / count.clamp(min=1)
             finite = _fits(own, running)
             moving = (tracked >= max(self.warmup_steps, self.window)).unsqueeze(1)
@@ -205,10 +156,19 @@ class MovingAverageBatchNorm(nn.Module):
             self._update(running, tracked, moment, kept)
             self.num_nonfinite_batches.add_((~finite).sum())
             invroot = torch.rsqrt(moment + self.eps)
+        window, loss_scale = self.window_gradient[rows], self.gradient_scale
+
+        def average(sum_gz: Tensor) -> Tensor:
+            # The window holds gradients of the loss itself, because neither the number of processes (by which DDP
+            # divides) nor the loss scale of half precision may change it. A second backward pass of the same forward
+            # stores the same value in the same place.
+            phi = sum_gz / count.clamp(min=1) / loss_scale
+            return _averaged(window, phi, slot, kept & _fits(phi, window), moving) * loss_scale
+
         scale, shift = self._scale_and_shift(r)
-        window = self.window_gradient[rows]
-        statistics = MovingStatistics(invroot, count, groups.index, window, slot, kept, moving, self.gradient_scale)
-        output: Tensor = NormalizeByMovingAverages.apply(x, scale, shift, statistics)  # type: ignore[no-untyped-call]
+        output: Tensor = NormalizeByMovingAverages.apply(  # type: ignore[no-untyped-call]
+            x, invroot, scale, shift, groups, average
+        )
         return output
 
     def _update(self, running: Tensor, tracked: Tensor, moment: Tensor, kept: Tensor) -> None:
@@ -238,8 +198,7 @@ class MovingAverageBatchNorm(nn.Module):
 class Centred(nn.Module):
     """Parametrization of a convolution's weight that subtracts each filter's mean (weight centralization).
 
-    A layer that subtracts no mean needs inputs whose mean is near zero. A filter of mean zero gives such outputs where
-    its input has the same mean everywhere.
+    A layer that subtracts no mean needs inputs whose mean is near zero, and centred filters give such outputs.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -256,7 +215,7 @@ def centre(conv: nn.Conv2d) -> None:
 def exchange_rows(model: nn.Module) -> None:
     """Copy each process's rows to all processes of the default group, with one collective for all layers.
 
-    Every process must call it, with the same model, before an evaluation, a checkpoint or the end of a run.
+    Every process must call it before an evaluation, a checkpoint or the end of a run.
     """
     layers = [m for m in model.modules() if isinstance(m, MovingAverageBatchNorm)]
     if not layers or not dist.is_initialized() or dist.get_world_size() == 1:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.compat import import_torchvision
-from syncbn.train.checks import ConfigError, require
-from syncbn.train.config import ModelConfig
+from syncbn.train.config import ConfigError, ModelConfig, require
 
 Norm = Callable[[int], nn.Module]
 """From a number of channels to the layer that normalizes them; ``nn.Identity`` for none."""
-
-_OWN = ("convnet", "resnet20", "resnet56")
 
 
 def build_model(
@@ -37,16 +34,9 @@ def build_model(
 ) -> nn.Module:
     """The network of a configuration, on the CPU, in float32 and training mode.
 
-    It draws one number from torch's global generator; the weights are a function of this number.
-
-    Args:
-        config: the model section of a run.
-        norm: makes a normalization layer (`convnet`, `resnet20`, `resnet56`).
-        adapt: replaces the BatchNorm of a torchvision model.
-        finish: called with the other networks, once they have their weights.
-        in_channels: channels of an image, 1 or 3 for a torchvision model.
-        num_classes: width of the output.
-        image_size: side of an image in pixels.
+    It draws one number from torch's global generator; the weights are a function of this number. This package's
+    networks are built with layers of ``norm``, and ``finish`` is called once they have their weights; in a torchvision
+    model, for images of 1 or 3 channels, ``adapt`` replaces BatchNorm.
 
     Raises:
         ConfigError: an unknown name, wrong options, or a network that does not take images of this size.
@@ -59,11 +49,7 @@ def build_model(
             return adapt(_torchvision_model(config, in_channels, num_classes, image_size))
         expected = f"none with model.name {config.name}, only with torchvision's"
         require(not config.options, "model.options", config.options, expected)
-        if config.name == "convnet":
-            model = convnet(in_channels, num_classes, config.width, norm)
-        else:
-            depth = int(config.name.removeprefix("resnet"))
-            model = cifar_resnet(depth, in_channels, num_classes, config.width, norm)
+        model = _OWN[config.name](in_channels, num_classes, config.width, norm)
         # Making the modules has drawn numbers, and how many depends on the normalization.
         torch.default_generator.manual_seed(seed)
         initialize(model)
@@ -158,22 +144,6 @@ def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, 
         raise ConfigError("model.name", config.name, expected + f" (close: {', '.join(close)})" * bool(close))
     if in_channels not in (1, 3):
         raise ValueError(f"in_channels: got {in_channels}, expected 1 or 3 with the torchvision model {config.name}")
-    options = _torchvision_options(config, image_size)
-    try:
-        model: nn.Module = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        if config.options:
-            expected = f"keyword arguments of torchvision's {config.name} ({_reason(error)})"
-            raise ConfigError("model.options", config.options, expected) from error
-        raise _wrong_size(config.name, image_size, error) from error
-    if in_channels == 1:
-        # A hook keeps torchvision's architecture and state_dict.
-        model.register_forward_pre_hook(_grey_to_rgb)
-    _try_image(model, config.name, in_channels, image_size)
-    return model
-
-
-def _torchvision_options(config: ModelConfig, image_size: int) -> dict[str, Any]:
     options = dict(config.options)
     for key in ("weights", "num_classes"):
         require(key not in options, "model.options", config.options, f"no {key}: a run sets it")
@@ -183,28 +153,30 @@ def _torchvision_options(config: ModelConfig, image_size: int) -> dict[str, Any]
         options.setdefault("init_weights", True)  # torchvision's default, without its warning
     if config.name.startswith("vit_"):
         options.setdefault("image_size", image_size)
-    return options
+    model: nn.Module | None = None
+    try:
+        model = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
+        if in_channels == 1:
+            model.register_forward_pre_hook(_grey_to_rgb)  # keeps torchvision's architecture and state_dict
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, in_channels, image_size, image_size))
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if model is None and config.options:
+            expected = f"keyword arguments of torchvision's {config.name} ({reason})"
+            raise ConfigError("model.options", config.options, expected) from error
+        # For example pooling that leaves nothing of a small image.
+        expected = f"a network for images of {image_size}x{image_size} ({reason})"
+        raise ConfigError("model.name", config.name, expected) from error
+    return model.train()
 
 
 def _grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (inputs[0].expand(-1, 3, -1, -1),)
 
 
-def _try_image(model: nn.Module, name: str, in_channels: int, image_size: int) -> None:
-    """Raise ConfigError for a network whose pooling leaves nothing of a small image."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, in_channels, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise _wrong_size(name, image_size, error) from error
-    finally:
-        model.train()
-
-
-def _wrong_size(name: str, image_size: int, error: Exception) -> ConfigError:
-    return ConfigError("model.name", name, f"a network for images of {image_size}x{image_size} ({_reason(error)})")
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+_OWN: dict[str, Callable[[int, int, int, Norm], nn.Module]] = {
+    "convnet": convnet,
+    "resnet20": partial(cifar_resnet, 20),
+    "resnet56": partial(cifar_resnet, 56),
+}
