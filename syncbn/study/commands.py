@@ -17,7 +17,8 @@ from typing import Any, get_args
 
 from syncbn.study.plan.grid import Cell, State, Study, study_cells, unique_cells
 from syncbn.study.plan.study_file import load_study
-from syncbn.study.report.report import print_table, write_report
+from syncbn.study.report.report import write_report
+from syncbn.study.report.tables import print_table
 from syncbn.study.run import ranks
 from syncbn.study.run.parity import check_parity
 from syncbn.study.run.progress import duration

@@ -117,26 +117,25 @@ def save(draw: Callable[[], Figure], path: Path) -> None:
 
 def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
     """Test error along the sweep, or of each arm where nothing goes across; a panel for each further place."""
-    layout = summary.layout
     settings = [setting for setting in summary.settings.values() if setting.runs]
-    panels = [panel for panel in layout.panels if any(layout.panel_of(s.point) == panel for s in settings)]
+    panels = [panel for panel in summary.panels if any(summary.panel_of(s.point) == panel for s in settings)]
     rows = 0.55 * max(len(summary.study.arms), 3) + 0.4
-    figure, every = _axes(len(panels), 1, 3.9 if layout.across is not None else rows)
+    figure, every = _axes(len(panels), 1, 3.9 if summary.across is not None else rows)
     for axes, panel in zip(every, panels, strict=True):
-        if layout.across is None:
+        if summary.across is None:
             _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs]), marks)
         else:
             _sweep(axes, summary, panel, marks)
-        error_axis(axes, [error for s in settings for error in s.errors], "x" if layout.across is None else "y")
-        axes.set_title(panel_title(layout, panel))
-    if layout.across is not None:
+        error_axis(axes, [error for s in settings for error in s.errors], "x" if summary.across is None else "y")
+        axes.set_title(panel_title(summary, panel))
+    if summary.across is not None:
         _legend(figure, {s.arm: s.label for s in settings}, marks)
     return figure
 
 
 def main_figure_name(summary: Summary) -> str:
     """Name of the main figure's files, by what its horizontal axis is."""
-    sweep, across = summary.study.sweep, summary.layout.across
+    sweep, across = summary.study.sweep, summary.across
     if across is None:
         return "error_by_arm"
     return "error_by_nbs" if sweep is not None and across == sweep.vary else f"error_by_{across.rpartition('.')[2]}"
@@ -172,9 +171,8 @@ def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
 
 def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
     """Test error of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
-    layout = summary.layout
     errors = [item.errors[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
-    if layout.across is None:
+    if summary.across is None:
         figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
         _statistics_rows(axes, items)
         error_axis(axes, errors, "x")
@@ -301,29 +299,28 @@ def _arm_rows(axes: Axes, settings: Sequence[Setting], marks: Mapping[str, Mark]
 
 def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]) -> None:
     """Lines over the sweep; arms that it does not change are a column of points each, at the right."""
-    study, layout = summary.study, summary.layout
-    traces = [(arm.name, summary.across(arm.name, panel)) for arm in study.arms]
-    traces = [(arm, along) for arm, along in traces if any(setting.runs for _, setting in along)]
-    level = [arm for arm, along in traces if same_runs(along)]
-    varied = [arm for arm, _ in traces if arm not in level]
-    right = len(layout.values) - 0.1
+    traces = {arm.name: summary.along(arm.name, panel) for arm in summary.study.arms}
+    traces = {arm: along for arm, along in traces.items() if any(setting.runs for setting in along.values())}
+    level = [arm for arm, along in traces.items() if same_runs(along)]
+    varied = [arm for arm in traces if arm not in level]
+    right = len(summary.values) - 0.1
     step = min(0.017 * (right + 2 * bool(level)), 0.8 / max(1, len(varied)))  # about a marker's width
     unit = min(0.34, 2.4 / max(1, len(level)))
-    for arm, along in traces:
-        along = along[:1] if arm in level else along
+    for arm, along in traces.items():
+        settings = list(along.values())
         if arm in level:
-            places = [right + unit * level.index(arm)]
+            places, settings = [right + unit * level.index(arm)], settings[:1]
         else:
-            places = [i + step * (varied.index(arm) - (len(varied) - 1) / 2) for i, _ in along]
-        _trace(axes, places, [setting for _, setting in along], marks[arm])
-    ticks = {float(i): value_word(value) for i, value in enumerate(layout.values)}
+            places = [i + step * (varied.index(arm) - (len(varied) - 1) / 2) for i in along]
+        _trace(axes, places, settings, marks[arm])
+    ticks = {float(i): value_word(value) for i, value in enumerate(summary.values)}
     if level:
-        axes.axvline(right - 0.5 * (right - len(layout.values) + 1), color=GRID, linewidth=1.5)
+        axes.axvline(right - 0.5 * (right - len(summary.values) + 1), color=GRID, linewidth=1.5)
         ticks[right + unit * (len(level) - 1) / 2] = "unaffected"
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(layout.values) - 0.4)
-    axes.set_xlabel(axis_word(layout.across or ""))
-    if any(setting.diverged for _, along in traces for _, setting in along):
+    axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(summary.values) - 0.4)
+    axes.set_xlabel(axis_word(summary.across or ""))
+    if any(setting.diverged for along in traces.values() for setting in along.values()):
         axes.text(0, 1.015, "diverged ×", transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom", ha="right")
 
 
@@ -357,8 +354,8 @@ def _statistics_rows(axes: Axes, items: Sequence[Evaluated]) -> None:
 
 
 def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) -> None:
-    values = summary.layout.values
-    where = {item.setting.point: values.index(dict(item.setting.point)[summary.layout.across or ""]) for item in items}
+    values = summary.values
+    where = {item.setting.point: values.index(dict(item.setting.point)[summary.across or ""]) for item in items}
     for number, (family, mark) in enumerate(FAMILY_MARKS.items()):
         found = [(where[item.setting.point], item.errors[k].mean) for item in items if (k := item.largest(family))]
         if found:
@@ -368,4 +365,4 @@ def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) 
     axes.set_xticks(range(len(values)), [value_word(value) for value in values], fontsize=9)
     axes.tick_params(axis="y", labelsize=9)
     axes.set_xlim(-0.5, len(values) - 0.5)
-    axes.set_xlabel(axis_word(summary.layout.across or ""), fontsize=9)
+    axes.set_xlabel(axis_word(summary.across or ""), fontsize=9)

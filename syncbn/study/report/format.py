@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from syncbn.study.analysis.layout import Layout
-from syncbn.study.analysis.summary import Setting
+from syncbn.study.analysis.summary import Setting, Summary
 from syncbn.study.plan.contrasts import Contrast, Place
 from syncbn.study.plan.grid import HOLD, Point, Study, Value
 
@@ -114,15 +113,15 @@ def place_words(point: Iterable[tuple[str, Value]]) -> str:
     return ", ".join(coordinate(name, value) for name, value in point)
 
 
-def panel_title(layout: Layout, panel: Point) -> str:
+def panel_title(summary: Summary, panel: Point) -> str:
     """What a panel of the main figure shows, as far as it differs from the other panels."""
-    several = [name for name, _ in panel if len({dict(other)[name] for other in layout.panels}) > 1]
+    several = [name for name, _ in panel if len({dict(other)[name] for other in summary.panels}) > 1]
     return place_words((name, value) for name, value in panel if name in several)
 
 
-def same_runs(along: Sequence[tuple[int, Setting]]) -> bool:
+def same_runs(along: Mapping[int, Setting]) -> bool:
     """Whether all settings of an arm within a panel are the same runs: the axis across does not change the arm."""
-    return len(along) > 1 and len({setting.keys for _, setting in along}) == 1
+    return len(along) > 1 and len({setting.keys for setting in along.values()}) == 1
 
 
 def contrast_words(study: Study, contrast: Contrast) -> str:
