@@ -15,8 +15,7 @@ from syncbn.study import compare, load_study
 from syncbn.study.analysis.findings import VERDICTS, findings_of
 from syncbn.study.analysis.statistics import TEST, holm
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.plan.contrasts import Contrast, Place
-from syncbn.study.plan.grid import study_cells
+from syncbn.study.plan.grid import Contrast, Place, study_cells
 
 REFERENCE = [0.67, 0.82, 0.75, 0.7, 0.78, 0.71, 0.8, 0.69]
 

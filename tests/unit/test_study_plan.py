@@ -235,7 +235,7 @@ def test_the_cell_of_the_parity_check():
         ({"sweep": {**SWEEP, "steps": 3}}, "sweep.steps: got 3"),
         (
             {"arms": {"a": {"only": {"per_gpu_batch_size": [3]}}}},
-            r"only.per_gpu_batch_size: got \[3\]",
+            r"only.per_gpu_batch_size: got 3, expected one of that axis's values",
         ),
         ({"arms": {"a": {"only": {"gpus": [3]}}}}, "only: got 'gpus', expected an axis of the study"),
         ({"contrasts": [{"arm": "nobody", "against": {"arm": "batch"}}]}, r"contrasts\[0\].arm: got 'nobody'"),

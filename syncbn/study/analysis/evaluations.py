@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from syncbn.study.analysis.statistics import Centre, centre_of
 from syncbn.study.analysis.summary import Setting, Summary
 from syncbn.study.plan.grid import Point
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

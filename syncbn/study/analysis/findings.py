@@ -20,7 +20,7 @@ from syncbn.study.analysis.statistics import (
     smallest_effect,
 )
 from syncbn.study.analysis.summary import Summary
-from syncbn.study.plan.contrasts import Contrast
+from syncbn.study.plan.grid import Contrast
 
 Verdict = Literal["better", "worse", "no difference shown", "no worse", "too few seeds", "diverged"]
 """``better``, ``worse``: the test shows a difference. ``no worse``: it shows that the difference is smaller than the

@@ -7,13 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import TYPE_CHECKING
 
 from syncbn.study.analysis.statistics import Centre, centre_of
 from syncbn.study.plan.grid import HOLD, Cell, Point, Study, Value
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -81,9 +81,7 @@ class Mark(NamedTuple):
         return _GLYPHS[self.marker]
 
 
-FAMILY_MARKS = dict(
-    zip(FAMILIES, (Mark(INK, "o"), Mark(_COLOURS[0], "s"), Mark(_COLOURS[1], "^"), Mark(_COLOURS[2], "D")), strict=True)
-)
+FAMILY_MARKS = dict(zip(FAMILIES, map(Mark, (INK, *_COLOURS[:3]), "os^D"), strict=True))
 """How each kind of statistics is drawn."""
 _VERDICT_COLOURS = {"better": _COLOURS[2], "no worse": _COLOURS[2], "worse": _COLOURS[0]}
 
@@ -98,21 +96,17 @@ def arm_marks(study: Study) -> dict[str, Mark]:
     return marks | {arm.name: Mark(INK, "o") for arm in study.arms if arm.reference}
 
 
-def svg_of(draw: Callable[[], Figure], path: Path) -> str:
-    """Draw a figure, write it to ``path`` as SVG, and return the element for a page."""
-    save(draw, path)
-    text = path.read_text(encoding="utf-8")
-    return text[text.index("<svg") :]
-
-
-def save(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw a figure and write it to ``path``, whole or not at all, in the format of its suffix."""
+def save(path: Path, draw: Callable[..., Figure], *what: Any) -> str:
+    """Draw a figure and write it to ``path``, whole or not at all; returns the element for a page if it is SVG."""
     draft = path.with_name(f".{os.getpid()}.{path.name}")
+    svg = path.suffix == ".svg"
     # Of the ids that an SVG refers to: no two figures of a page share one, and a figure drawn again has the same.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if path.suffix == ".svg" else None
-        draw().savefig(draft, dpi=160, metadata=metadata)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if svg else None
+        draw(*what).savefig(draft, dpi=160, metadata=metadata)
     draft.replace(path)
+    text = path.read_text(encoding="utf-8") if svg else ""
+    return text[text.index("<svg") :] if svg else ""
 
 
 def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
@@ -197,11 +191,11 @@ def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Fig
         for axes, curve_of in ((top, loss_curve), (bottom, error_curve)):
             colour, marker = marks[setting.arm]
             for run in setting.runs if thin else ():
-                axes.plot(*_xy(curve_of(run)), color=colour, linewidth=0.7, alpha=0.4)
+                axes.plot(*zip(*curve_of(run), strict=True), color=colour, linewidth=0.7, alpha=0.4)
             mean = mean_curve([curve_of(run) for run in setting.runs if run.status != "diverged"])
             # A run that was tested only once is one point, which a line without a marker does not show.
             marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
-            axes.plot(*_xy(mean), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
+            axes.plot(*zip(*mean, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
     losses, errors = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
     losses = [loss for loss in losses if math.isfinite(loss)]
     if losses and 0 < 20 * min(losses) < max(losses):
@@ -236,11 +230,7 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
-def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in curve], [y for _, y in curve]
-
-
-def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:
+def error_axis(axes: Axes, errors: Sequence[float], which: Literal["x", "y"]) -> None:
     """Scale, limits and ticks of an axis of errors in percent: logarithmic if they span more than a factor of 4."""
     found = [error for error in errors if not math.isnan(error)]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
@@ -249,17 +239,16 @@ def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:
     limits = (low / 1.25, min(high * 1.25, 1.02)) if logarithmic else (low - margin, high + margin)
     bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
     ticks = [base * 10.0**power for power in range(-6, 1) for base in bases]
+    label = "test error" + (" (log scale)" if logarithmic else "")
+    axes.set(**{f"{which}scale": "log" if logarithmic else "linear", f"{which}lim": limits, f"{which}label": label})
     line = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log" if logarithmic else "linear")
-    (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
     if logarithmic:
         line.set_major_locator(FixedLocator([tick for tick in ticks if limits[0] <= tick <= limits[1]]))
     else:
         line.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     line.set_minor_locator(NullLocator())
     line.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axes.grid(axis="x" if which == "x" else "y")
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)("test error" + (" (log scale)" if logarithmic else ""))
+    axes.grid(axis=which)
 
 
 def _axes(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:

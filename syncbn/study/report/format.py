@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from syncbn.study.analysis.summary import Setting, Summary
-from syncbn.study.plan.contrasts import Contrast, Place
-from syncbn.study.plan.grid import HOLD, Point, Study, Value
+from syncbn.study.plan.grid import HOLD, Contrast, Place, Point, Study, Value
 
 SPACE = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"

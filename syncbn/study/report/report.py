@@ -6,7 +6,6 @@ import importlib.resources
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,8 @@ from syncbn.study.analysis.findings import Finding, findings_of
 from syncbn.study.analysis.statistics import SPREAD_FLOOR, TEST
 from syncbn.study.analysis.summary import Summary, summary_of
 from syncbn.study.plan.grid import Arm, Cell, Study
-from syncbn.study.report.figures import (
-    arm_marks,
-    curves_figure,
-    forest_figure,
-    main_figure,
-    main_figure_name,
-    save,
-    statistics_figure,
-    svg_of,
-)
+from syncbn.study.report import figures, tables
 from syncbn.study.report.format import axis_word, joined, place_words, value_word
-from syncbn.study.report.tables import (
-    LEVELS,
-    contrasts_table,
-    cost_table,
-    effective_table,
-    heat_maps,
-    means_tables,
-    settings_table,
-    statistics_table,
-    write_csv,
-)
 from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
 
@@ -74,24 +53,24 @@ def write_report(
     parity = out / "parity.json"
     summary = summary_of(study, cells, results)
     findings = findings_of(summary)
-    write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
+    tables.write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         study=study,
-        marks=arm_marks(study),
+        marks=figures.arm_marks(study),
         verdict=verdict(summary, findings),
         test=TEST,
         spread_floor=SPREAD_FLOOR,
         figures=_figures(summary, findings, out),
-        contrasts=contrasts_table(summary, findings),
-        means=means_tables(summary),
-        settings=settings_table(summary),
-        statistics=statistics_table(summary),
-        maps=heat_maps(summary),
-        levels=[f"{level:g}" for level in LEVELS],
-        effective=effective_table(summary),
-        costs=cost_table(summary.at(study.comparison_point())),
+        contrasts=tables.contrasts_table(summary, findings),
+        means=tables.means_tables(summary),
+        settings=tables.settings_table(summary),
+        statistics=tables.statistics_table(summary),
+        maps=tables.heat_maps(summary),
+        levels=[f"{level:g}" for level in tables.LEVELS],
+        effective=tables.effective_table(summary),
+        costs=tables.cost_table(summary.at(study.comparison_point())),
         shown=place_words(study.comparison_point()),
         across=axis_word(summary.across) if summary.across else "",
         images=_images(results),
@@ -109,25 +88,22 @@ def write_report(
 
 def _figures(summary: Summary, findings: Sequence[Finding], out: Path) -> dict[str, str]:
     """The figures as SVG elements, by name; empty text for a figure without anything in it."""
-    study, marks = summary.study, arm_marks(summary.study)
+    study, marks = summary.study, figures.arm_marks(summary.study)
     found = dict.fromkeys(("main", "contrasts", "statistics", "curves"), "")
     if not any(setting.runs for setting in summary.settings.values()):
         return found
-    name = main_figure_name(summary)
-    found["main"] = svg_of(partial(main_figure, summary, marks), out / f"{name}.svg")
-    save(partial(main_figure, summary, marks), out / f"{name}.png")
-    rows = contrasts_table(summary, findings).rows
-    known = [(f, row[0]) for f, row in zip(findings, rows, strict=True) if not math.isnan(f.difference)]
-    if known:
-        found["contrasts"] = svg_of(partial(forest_figure, *zip(*known, strict=True)), out / "contrasts.svg")
+    name = figures.main_figure_name(summary)
+    found["main"] = figures.save(out / f"{name}.svg", figures.main_figure, summary, marks)
+    figures.save(out / f"{name}.png", figures.main_figure, summary, marks)
+    words = [row[0] for row in tables.contrasts_table(summary, findings).rows]
+    if known := [(f, label) for f, label in zip(findings, words, strict=True) if not math.isnan(f.difference)]:
+        found["contrasts"] = figures.save(out / "contrasts.svg", figures.forest_figure, *zip(*known, strict=True))
     panel = summary.panel_of(study.comparison_point())
     every = evaluated_settings(summary).values()
-    items = [item for item in every if summary.panel_of(item.setting.point) == panel]
-    if items:
-        found["statistics"] = svg_of(partial(statistics_figure, summary, items), out / "statistics.svg")
-    here = [setting for setting in summary.at(study.comparison_point()) if setting.runs]
-    if here:
-        found["curves"] = svg_of(partial(curves_figure, here, marks), out / "curves.svg")
+    if items := [item for item in every if summary.panel_of(item.setting.point) == panel]:
+        found["statistics"] = figures.save(out / "statistics.svg", figures.statistics_figure, summary, items)
+    if here := [setting for setting in summary.at(study.comparison_point()) if setting.runs]:
+        found["curves"] = figures.save(out / "curves.svg", figures.curves_figure, here, marks)
     return found
 
 

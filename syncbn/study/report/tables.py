@@ -19,7 +19,7 @@ from rich.text import Text
 from syncbn.study.analysis.evaluations import Kind, columns_of, evaluated, evaluated_settings
 from syncbn.study.analysis.findings import Finding, findings_of
 from syncbn.study.analysis.summary import Setting, Summary, by_badness, layer_means, summary_of
-from syncbn.study.plan.grid import Cell, Point, Study, Value
+from syncbn.study.plan.grid import Cell, Study
 from syncbn.study.report.format import (
     DASH,
     axis_word,
@@ -126,13 +126,14 @@ def settings_table(summary: Summary) -> Table:
     """Every setting with mean, interval and each seed's error, in percent; a level arm's once."""
     axes = [axis_word(name) for name in summary.study.axes]
     head = ["arm", *axes, "norm. batch", "mean", "95 % interval", "SD", *(f"seed {s}" for s in summary.study.seeds)]
-    table, seen = Table(head=head), set()
+    table = Table(head=head)
     settings = list(summary.settings.values())
+    same_runs_of: dict[tuple[str, tuple[str, ...]], list[Setting]] = {}
     for setting in settings if axes else by_badness(settings):
-        if (setting.arm, setting.keys) in seen:
-            continue
-        seen.add((setting.arm, setting.keys))
-        places = ["all" if free else value_word(value) for free, value in _places(summary, setting)]
+        same_runs_of.setdefault((setting.arm, setting.keys), []).append(setting)
+    for setting, *others in same_runs_of.values():
+        shared = [pair for pair in setting.point if all(pair in other.point for other in others)]
+        places = [value_word(value) if (name, value) in shared else "all" for name, value in setting.point]
         size, error = setting.normalization_batch_size, setting.error
         mean = [_mean_cell(setting), percent_interval(error.low, error.high), percent(error.sd)]
         seeds = [_seed_cell(run) for run in setting.results]
@@ -296,12 +297,6 @@ def _seed_cell(run: RunResult | None) -> str:
     if run is None:
         return DASH
     return "diverged" if run.status == "diverged" or run.test_error is None else percent(run.test_error)
-
-
-def _places(summary: Summary, setting: Setting) -> list[tuple[bool, Value]]:
-    """For each axis whether the setting's runs stand at several of its values, and the setting's own value."""
-    same: list[Point] = [s.point for s in summary.settings.values() if (s.arm, s.keys) == (setting.arm, setting.keys)]
-    return [(len({dict(point)[name] for point in same}) > 1, value) for name, value in setting.point]
 
 
 def _kind_word(name: str, kind: Kind) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from syncbn.study.analysis.findings import VERDICTS, Finding
 from syncbn.study.analysis.statistics import MIN_SEEDS
 from syncbn.study.analysis.summary import Summary
-from syncbn.study.plan.contrasts import Place
-from syncbn.study.plan.grid import Point, Study
+from syncbn.study.plan.grid import Place, Point, Study
 from syncbn.study.report.format import (
     contrast_place,
     difference_sides,

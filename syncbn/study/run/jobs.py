@@ -19,16 +19,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.logs import error_line, note_begin, note_failure, output_to
 from syncbn.study.run.records import Record, Records
 from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 TrainFunction = Callable[..., object]
 """Called as ``train(config, folder, resume=True)``, such as :func:`syncbn.train.loop.train`."""
@@ -150,8 +147,6 @@ def load_result(directory: Path) -> RunResult | None:
         ConfigError: a whole result that this version cannot read. Running it again would overwrite it.
         OSError: it is there and cannot be read.
     """
-    from syncbn.train.result import RunResult
-
     path = directory / "result.json"
     try:
         return RunResult.from_json(path)

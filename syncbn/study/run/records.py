@@ -19,17 +19,13 @@ import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from syncbn.study.plan.grid import State, state_of
 from syncbn.train.config import ConfigError
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult, jsonable
 
 SCHEMA = 1
 """Version of a line."""
-FOLDER = "records"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +43,6 @@ class Record:
     """Wall time between the two: of the whole run, or of its last part if it was killed and went on."""
     result: RunResult
 
-    @property
-    def state(self) -> State:
-        """``done`` or ``diverged``."""
-        return state_of(self.result)
-
 
 def append(path: Path, record: Record) -> None:
     """Add a line to a worker's own file.
@@ -59,17 +50,9 @@ def append(path: Path, record: Record) -> None:
     Raises:
         OSError: it cannot be written. A line written in part is no record.
     """
-    from syncbn.train.result import jsonable
-
-    values = {
-        "schema": SCHEMA,
-        "key": record.key,
-        "worker": record.worker,
-        "started": record.started.astimezone(UTC).isoformat(timespec="milliseconds"),
-        "ended": record.ended.astimezone(UTC).isoformat(timespec="milliseconds"),
-        "seconds": round(record.seconds, 3),
-        "result": asdict(record.result),
-    }
+    values = {"schema": SCHEMA, **asdict(record), "seconds": round(record.seconds, 3)}
+    for name in ("started", "ended"):
+        values[name] = values[name].astimezone(UTC).isoformat(timespec="milliseconds")
     data = (json.dumps(jsonable(values), allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -115,7 +98,7 @@ class Records:
     """
 
     def __init__(self, out: Path) -> None:
-        self.folder = out / FOLDER
+        self.folder = out / "records"
         self.worker = worker_name()
         self._places: dict[str, _Place] = {}
         self._read: dict[Path, int] = {}
@@ -172,8 +155,6 @@ class Records:
 
 def _record(line: bytes, path: Path) -> Record | None:
     """The record in a line; None if it is no record."""
-    from syncbn.train.result import RunResult
-
     try:
         values: Any = json.loads(line)
     except (ValueError, RecursionError):

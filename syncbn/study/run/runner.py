@@ -12,13 +12,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from syncbn.study.plan.grid import Cell
+from syncbn.study.plan.grid import Cell, state_of
 from syncbn.study.run.jobs import Events, Job, TrainFunction, load_result, recorded, study_jobs
 from syncbn.study.run.logs import error_line, note_failure
 from syncbn.study.run.pool import pool_events
 from syncbn.study.run.progress import Display
+from syncbn.study.run.ranks import rank_events
 from syncbn.study.run.records import Records
 from syncbn.study.run.status import Outcome
+from syncbn.study.run.submit import submitted_events
 from syncbn.train import loop
 from syncbn.train.checkpoint import try_lock
 
@@ -85,11 +87,7 @@ def _events(jobs: Sequence[Job], size: int, train: TrainFunction, executor: str,
     if executor == "pool":
         return pool_events(jobs, size, train)
     if executor == "ranks":
-        from syncbn.study.run.ranks import rank_events
-
         return rank_events(jobs, train)
-    from syncbn.study.run.submit import submitted_events
-
     return submitted_events(jobs, size, train, executor, options)
 
 
@@ -129,4 +127,4 @@ def _settled(job: Job, records: Records, ran: bool = False) -> Outcome | None:
         message = error_line(error)
         note_failure(job.log, message)
         return Outcome(job=job, state="failed", message=message)
-    return None if record is None else Outcome(job=job, state=record.state, result=record.result, ran=ran)
+    return None if record is None else Outcome(job=job, state=state_of(record.result), result=record.result, ran=ran)

@@ -7,15 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.jobs import Job, load_result, study_jobs
 from syncbn.study.run.logs import failure
 from syncbn.study.run.records import Record, read_records
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,11 @@ from typing import Any
 
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
 from syncbn.study.run.logs import note_failure, output_to
+from syncbn.study.run.pool import use_threads
 from syncbn.study.run.records import Records
-from syncbn.study.run.worker import use_threads
 from syncbn.train.config import ConfigError
 from syncbn.train.launch import LaunchError
 
-FOLDER = "submitted"
 POLL_SECONDS = {"slurm": 5.0, "local": 0.5}
 """Time between two looks at the jobs' results."""
 QUEUE_SECONDS = 20.0
@@ -132,10 +131,7 @@ def _look_at_queue(active: list[_Handle], kind: str) -> None:
             gone = queued is not None and handle.submitted.job_id not in queued
         else:
             gone = handle.submitted.done()
-        if not gone:
-            handle.gone_at = None
-        elif handle.gone_at is None:
-            handle.gone_at = time.monotonic()
+        handle.gone_at = (handle.gone_at or time.monotonic()) if gone else None
 
 
 def _queued(arrays: set[str]) -> set[str] | None:
@@ -198,7 +194,7 @@ def _executor(out: Path, kind: str, size: int, options: Mapping[str, Any]) -> An
     parameters = {"name": "syncbn-study", "timeout_min": TIMEOUT_MINUTES, "slurm_array_parallelism": size}
     known = ("slurm_", "local_")
     parameters |= {k if k in _GENERIC or k.startswith(known) else f"slurm_{k}": v for k, v in options.items()}
-    executor = submitit.AutoExecutor(folder=out / FOLDER, cluster=kind, slurm_max_num_timeout=REQUEUES)
+    executor = submitit.AutoExecutor(folder=out / "submitted", cluster=kind, slurm_max_num_timeout=REQUEUES)
     try:
         executor.update_parameters(**parameters)
     except (NameError, AssertionError, ValueError, TypeError) as error:
