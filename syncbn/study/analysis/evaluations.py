@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncbn.study.analysis.statistics import Centre, centre_of
-from syncbn.study.analysis.summary import Setting, Summary
+from syncbn.study.analysis.summary import Setting, Summary, error_of
 from syncbn.study.plan.grid import Point
 from syncbn.train.result import RunResult
 
@@ -55,11 +55,10 @@ def evaluated(result: RunResult | None, kind: Kind) -> float:
     """The test error of a run with one kind of statistics, NaN where it was not evaluated so (or diverged)."""
     if result is None or result.status == "diverged":
         return math.nan
-    found = next((entry for entry in _entries(result) if _kind(entry) == kind), None)
-    error = found.get("test_error") if found is not None else None
-    if error is None:
-        return result.test_error if kind.statistics == "running" and result.test_error is not None else math.nan
-    return float(error)
+    for entry in _entries(result):
+        if _kind(entry) == kind and entry.get("test_error") is not None:
+            return float(entry["test_error"])
+    return error_of(result) if kind.statistics == "running" else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

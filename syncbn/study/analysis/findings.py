@@ -8,17 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from syncbn.study.analysis.statistics import (
-    ALPHA,
-    MIN_SEEDS,
-    SIGN_FLIP_SEEDS,
-    difference_p,
-    holm,
-    interval,
-    no_worse_p,
-    sign_flip_p,
-    smallest_effect,
-)
+from syncbn.study.analysis import statistics
 from syncbn.study.analysis.summary import Summary
 from syncbn.study.plan.grid import Contrast
 
@@ -73,7 +63,7 @@ def findings_of(summary: Summary) -> tuple[Finding, ...]:
     # The two hypotheses of a contrast with a margin, "no difference" and "at least the margin", exclude each other.
     bounded = [index for index, finding in enumerate(found) if not math.isnan(finding.p_no_worse)]
     p_values = [finding.p for finding in found] + [found[index].p_no_worse for index in bounded]
-    p = holm(np.array(p_values), [*range(len(found)), *bounded]).tolist()
+    p = statistics.holm(np.array(p_values), [*range(len(found)), *bounded]).tolist()
     found = [replace(finding, p=p[index]) for index, finding in enumerate(found)]
     for index, p_no_worse in zip(bounded, p[len(found) :], strict=True):
         found[index] = replace(found[index], p_no_worse=p_no_worse)
@@ -94,18 +84,18 @@ def _uncorrected(summary: Summary, contrast: Contrast) -> Finding:
     variance = sum(setting.error.mean * (1 - setting.error.mean) for setting in settings)
     diverged, missing = sum(setting.diverged for setting in settings), sum(setting.missing for setting in settings)
     known = diverged == 0  # else the surviving seeds would speak for the setting that lost its worst ones
-    ready = known and missing == 0 and len(seeds) >= MIN_SEEDS
-    difference, low, high = interval(first - second) if known else (math.nan,) * 3
+    ready = known and missing == 0 and len(seeds) >= statistics.MIN_SEEDS
+    difference, low, high = statistics.interval(first - second) if known else (math.nan,) * 3
     p = p_no_worse = p_sign_flip = smallest = math.nan
     if ready:
-        p = float(difference_p(first, second, resolution))
+        p = float(statistics.difference_p(first, second, resolution))
     if ready and contrast.margin is not None:
-        p_no_worse = float(no_worse_p(first, second, contrast.margin, resolution))
-    if ready and len(seeds) >= SIGN_FLIP_SEEDS:
+        p_no_worse = float(statistics.no_worse_p(first, second, contrast.margin, resolution))
+    if ready and len(seeds) >= statistics.SIGN_FLIP_SEEDS:
         # The generator is fixed: a report says the same whenever it is written.
-        p_sign_flip = float(sign_flip_p(first[:, None], second[:, None], rng=np.random.default_rng(0))[0])
+        p_sign_flip = float(statistics.sign_flip_p(first[:, None], second[:, None], rng=np.random.default_rng(0))[0])
     if known:
-        smallest = smallest_effect(first, second, ALPHA / len(study.contrasts), resolution)
+        smallest = statistics.smallest_effect(first, second, statistics.ALPHA / len(study.contrasts), resolution)
     return Finding(
         contrast=contrast,
         pairs=tuple(zip(seeds, first.tolist(), second.tolist(), strict=True)),
@@ -128,10 +118,10 @@ def _verdict(finding: Finding) -> Verdict | None:
         return None
     if finding.diverged:
         return "diverged"
-    if len(finding.pairs) < MIN_SEEDS:
+    if len(finding.pairs) < statistics.MIN_SEEDS:
         return "too few seeds"
-    if finding.p_no_worse <= ALPHA:
+    if finding.p_no_worse <= statistics.ALPHA:
         return "no worse"
-    if finding.p <= ALPHA:
+    if finding.p <= statistics.ALPHA:
         return "better" if finding.difference < 0 else "worse"
     return "no difference shown"

@@ -115,15 +115,16 @@ def _installed() -> dict[str, Path]:
 
 def _find_study(path_or_name: str) -> Path:
     installed = _installed()
-    if not Path(path_or_name).is_file() and path_or_name not in installed:
+    path = Path(path_or_name) if Path(path_or_name).is_file() else installed.get(path_or_name)
+    if path is None:
         names = ", ".join(sorted(installed)) or "none is installed"
         raise ConfigError("study", path_or_name, f"an existing YAML file or the name of a study ({names})")
-    return Path(path_or_name) if Path(path_or_name).is_file() else installed[path_or_name]
+    return path
 
 
 def _seeds(content: object, where: str) -> tuple[int, ...]:
-    integers = isinstance(content, list) and bool(content) and all(type(seed) is int for seed in content)
-    if not isinstance(content, list) or not integers or len(set(content)) < len(content):
+    integers = isinstance(content, list) and all(type(seed) is int for seed in content)
+    if not content or not isinstance(content, list) or not integers or len(set(content)) < len(content):
         raise ConfigError(where, content, "a list of different integers")
     require(all(0 <= seed < 2**31 for seed in content), where, content, "integers from 0 to 2^31 - 1")
     return tuple(content)
@@ -170,8 +171,8 @@ def _sweep(content: object, where: str) -> Sweep | None:
         require(whole is None, f"{where}.global_batch_size", whole, f"none with a {kind} sweep of {vary}")
     hold, steps = data.get("hold", ["epochs"]), data.get("steps")
     hold = [hold] if isinstance(hold, str) else hold
-    hold_ok = isinstance(hold, list) and bool(hold) and all(h in ("epochs", "steps") for h in hold)
-    require(hold_ok and len(set(hold)) == len(hold), f"{where}.hold", hold, "epochs, steps or both")
+    both = (["epochs"], ["steps"], ["epochs", "steps"], ["steps", "epochs"])
+    require(hold in both, f"{where}.hold", hold, "epochs, steps or both")
     require(kind == "coupled" or "hold" not in data, f"{where}.hold", hold, "none with a decoupled sweep")
     if kind == "coupled" and "steps" in hold:
         positive(steps, f"{where}.steps")

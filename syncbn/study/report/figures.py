@@ -255,8 +255,7 @@ def _axes(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes in columns, each ``height`` inches high."""
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH / 72, rows * height), facecolor="white", layout="constrained")
-    every = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    return figure, every
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
 def _legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]) -> None:

@@ -37,18 +37,23 @@ def percent_interval(low: float, high: float) -> str:
     return DASH if math.isnan(low) else f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
 
 
-def points(difference: float, *, signed: bool = False) -> str:
-    """A difference of two fractions in percentage points, without the unit.
+def points(difference: float, *, signed: bool = False, like: float | None = None) -> str:
+    """A difference of two fractions in percentage points, without the unit; with as many decimals as ``like`` has.
 
     >>> points(0.7012), points(-0.0312, signed=True), points(0.0012, signed=True)
     ('70', '−3.1', '+0.12')
     """
-    return DASH if math.isnan(difference) else _points(difference, _digits(difference), signed)
+    if math.isnan(difference):
+        return DASH
+    size = abs(100 * (difference if like is None else like))
+    digits = 0 if size >= 9.95 else 1 if size >= 0.995 or size == 0 else 2
+    text = f"{100 * difference:{'+' if signed else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)
 
 
 def points_interval(low: float, high: float, middle: float) -> str:
     """An interval of differences in percentage points, with as many decimals as its middle: "−0.2 to 1.4"."""
-    return DASH if math.isnan(low) else " to ".join(_points(end, _digits(middle), False) for end in (low, high))
+    return DASH if math.isnan(low) else f"{points(low, like=middle)} to {points(high, like=middle)}"
 
 
 def p_value(p: float) -> str:
@@ -174,13 +179,3 @@ def setting_words(setting: Setting) -> str:
 def _difference(study: Study, first: Place, second: Place) -> str:
     words = f"{side(study, first, second)} {MINUS} {side(study, second, first)}"
     return f"{label_of(study, first.arm)}: {words}" if first.arm == second.arm else words
-
-
-def _digits(difference: float) -> int:
-    size = abs(100 * difference)
-    return 0 if size >= 9.95 else 1 if size >= 0.995 or size == 0 else 2
-
-
-def _points(difference: float, digits: int, signed: bool) -> str:
-    text = f"{100 * difference:{'+' if signed else ''}.{digits}f}"
-    return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)

@@ -39,15 +39,13 @@ def write_report(
     ``statistics.svg`` and ``curves.svg`` are written if there is something to draw.
 
     Args:
-        study, cells: as they were run.
         results: by the cells' keys. A cell without one is shown as missing.
         out: the study's folder. ``parity.json`` in it is shown if it is there.
         command: what made the report, for the page.
         failures: why runs failed, by their keys.
         running: keys of runs that are going on.
 
-    Returns:
-        The path of the page. It is one file that needs no network.
+    Returns the path of the page, which is one file that needs no network.
     """
     failures = failures or {}
     parity = out / "parity.json"

@@ -244,13 +244,7 @@ def write_csv(
 
     A run that stands at several places of its arm (it does not depend on an axis) has one line, ``level`` is ``yes``,
     and the axes on which its places differ are empty. A figure that a run does not have is empty.
-
-    Args:
-        study, cells: as they were run.
-        results: by the cells' keys.
-        path: of the file.
-        failed: keys whose run failed.
-        running: keys whose run is going on.
+    ``results`` are by the cells' keys; ``failed`` and ``running`` are keys whose run failed or is going on.
     """
     columns = columns_of(list(results.values()))
     labels = {arm.name: arm.label for arm in study.arms}

@@ -143,9 +143,7 @@ def recorded(job: Job, records: Records) -> Record | None:
 def load_result(directory: Path) -> RunResult | None:
     """The result in a run's directory; None if there is none or a half-written one.
 
-    Raises:
-        ConfigError: a whole result that this version cannot read. Running it again would overwrite it.
-        OSError: it is there and cannot be read.
+    A whole result that this version cannot read is a ConfigError, as running it again would overwrite it.
     """
     path = directory / "result.json"
     try:

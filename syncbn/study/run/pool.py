@@ -88,7 +88,9 @@ def _ended(workers: list[_Worker]) -> Iterator[Event]:
             workers.remove(worker)
             worker.connection.close()
             worker.process.join(STOP_SECONDS)
-            message = _death(worker.process.exitcode)
+            code = worker.process.exitcode
+            how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            message = f"the worker process died ({how})"
             note_failure(job.log, message)
             event = Event(job, "failed", message)
         yield event
@@ -104,11 +106,6 @@ def _stop(workers: list[_Worker], at_once: bool) -> None:
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
-
-
-def _death(code: int | None) -> str:
-    how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    return f"the worker process died ({how})"
 
 
 @contextmanager

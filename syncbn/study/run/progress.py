@@ -14,8 +14,8 @@ from syncbn.study.run.status import Outcome
 class Display:
     """Shows how many runs have ended, which ones are running and about how long the rest takes. A context manager."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(self) -> None:
+        self.console = Console()
         self.total = self.done = 0
         self.workers = 1
         self._running: dict[str, tuple[str, float]] = {}
@@ -42,7 +42,6 @@ class Display:
         self.tick()
 
     def began(self, job: Job) -> None:
-        """A run was begun."""
         self._running[job.key] = (job.label, time.monotonic())
 
     def waiting(self, job: Job) -> None:
@@ -53,7 +52,6 @@ class Display:
             self._print(f"{job.label}: another study run is working on it; waiting for its result")
 
     def ended(self, outcome: Outcome) -> None:
-        """A run has ended."""
         self.done += 1
         key, result = outcome.job.key, outcome.result
         _, began = self._running.pop(key, ("", time.monotonic()))
@@ -70,7 +68,6 @@ class Display:
         self._print(f"[{self.done:{width}}/{self.total}] {outcome.job.label}: {news}" + (f"; {left}" if left else ""))
 
     def tick(self) -> None:
-        """Bring the live bar up to date."""
         labels = " | ".join(label for label, _ in self._running.values()) or "waiting"
         left = self._left()
         description = labels + (f"; {left}" if left else "") if self.done < self.total else "done"

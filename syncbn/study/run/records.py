@@ -45,11 +45,7 @@ class Record:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line to a worker's own file.
-
-    Raises:
-        OSError: it cannot be written. A line written in part is no record.
-    """
+    """Add a line to a worker's own file. A line that could be written in part only is no record."""
     values = {"schema": SCHEMA, **asdict(record), "seconds": round(record.seconds, 3)}
     for name in ("started", "ended"):
         values[name] = values[name].astimezone(UTC).isoformat(timespec="milliseconds")
@@ -66,10 +62,8 @@ def append(path: Path, record: Record) -> None:
 def read_records(out: Path) -> dict[str, Record]:
     """The records of a study by key; empty where there are none.
 
-    If a key is recorded more than once, the run that ended first counts, and within a file the first line.
-
-    Raises:
-        ConfigError: a line was written by a newer version, or cannot be read by this one.
+    If a key is recorded more than once, the run that ended first counts, and within a file the first line. A line that
+    a newer version wrote, or that this one cannot read, is a ConfigError.
     """
     records = Records(out)
     records.refresh()
@@ -104,11 +98,7 @@ class Records:
         self._read: dict[Path, int] = {}
 
     def refresh(self) -> None:
-        """Read the lines that were added since the last call.
-
-        Raises:
-            ConfigError: as :func:`read_records`.
-        """
+        """Read the lines that were added since the last call."""
         for path in sorted(self.folder.glob("*.jsonl")):
             if path.is_file() and path.stat().st_size > self._read.get(path, 0):
                 self._read_on(path)

@@ -36,7 +36,6 @@ def run_cells(
     *,
     workers: int | None = None,
     train: TrainFunction = loop.train,
-    display: Display | None = None,
     executor: Executor = "pool",
     options: Mapping[str, Any] | None = None,
     together: bool = False,
@@ -44,28 +43,21 @@ def run_cells(
     """Run the cells that have no record yet.
 
     Args:
-        cells: cells of a study; those with the same key are one run.
-        out: the study's folder, made if need be.
         workers: runs side by side; by default one per core, or on a Slurm cluster all at once.
         train: what does a run.
-        display: shows the progress.
         executor, options: who does the runs, and for submitit the parameters of a job.
         together: all processes of a launcher do each run together. This is the first of them, and the others have to
             call :func:`syncbn.study.run.ranks.follow`.
 
     Returns:
-        One outcome per key. A run that failed is an outcome, not an error.
-
-    Raises:
-        KeyboardInterrupt: after the workers were stopped or their jobs cancelled; finished runs are kept.
-        ConfigError: records or a result of another version.
+        One outcome per key. A run that failed is an outcome; records or a result of another version are a ConfigError.
     """
     jobs = {job.key: job for job in study_jobs(cells, out)}
     records = Records(out)
     outcomes = {key: outcome for key, job in jobs.items() if (outcome := _settled(job, records))}
     limit = workers or (len(jobs) if executor == "slurm" else len(os.sched_getaffinity(0)))
     side_by_side = 1 if together else min(limit, len(jobs) - len(outcomes))
-    with display or Display() as shown:
+    with Display() as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         while left := [job for key, job in jobs.items() if key not in outcomes]:
             if free := [job for job in left if not job.held()]:

@@ -36,11 +36,11 @@ REQUEUES = 20
 _GENERIC = ("name", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "stderr_to_stdout")
 
 
+@dataclass
 class CellRun:
     """What a job of the cluster does, as submitit pickles it."""
 
-    def __init__(self, train: TrainFunction) -> None:
-        self.train = train
+    train: TrainFunction
 
     def __call__(self, job: Job) -> Event:
         use_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
@@ -68,21 +68,13 @@ class _Handle:
 
 
 def submitted_events(
-    jobs: Sequence[Job],
-    size: int,
-    train: TrainFunction,
-    kind: str,
-    options: Mapping[str, Any],
+    jobs: Sequence[Job], size: int, train: TrainFunction, kind: str, options: Mapping[str, Any]
 ) -> Events:
     """Do the jobs on a cluster, at most ``size`` at a time; closing the events cancels the jobs that have not ended.
 
     ``local`` is processes of this machine that submitit starts, which see as many GPUs as the option ``gpus_per_node``
     says. ``options`` are submitit's parameters of a job; Slurm's own can be named without the prefix ``slurm_``.
-
-    Raises:
-        ConfigError: an option that submitit does not know, or no Slurm on this machine.
-        ImportError: submitit is not installed.
-        LaunchError: Slurm did not take the jobs.
+    Raises a ConfigError for a wrong option or a machine without Slurm, and a LaunchError if Slurm refuses the jobs.
     """
     jobs = [replace(job, out=job.out.absolute()) for job in jobs]  # a cluster's jobs start in a folder of their own
     return _events(jobs, _executor(jobs[0].out, kind, size, options), CellRun(train), size, kind)
