@@ -37,4 +37,4 @@ def compare(study: Study, results: Mapping[str, RunResult] | str | Path) -> list
     """
     if not isinstance(results, Mapping):
         results = {key: record.result for key, record in read_records(Path(results)).items()}
-    return list(findings_of(summary_of(study, study_cells(study), results)).items)
+    return list(findings_of(summary_of(study, study_cells(study), results)))

@@ -17,7 +17,8 @@ from typing import Any, get_args
 
 from syncbn.study.plan.grid import Cell, State, Study, study_cells, unique_cells
 from syncbn.study.plan.study_file import load_study
-from syncbn.study.report.report import print_table, write_report
+from syncbn.study.report.report import write_report
+from syncbn.study.report.tables import print_table
 from syncbn.study.run import ranks
 from syncbn.study.run.parity import check_parity
 from syncbn.study.run.progress import duration
@@ -83,7 +84,11 @@ def run_study(
     else:
         outcomes = run_cells(cells, out, workers=workers, executor=executor, options=slurm_options)
     seconds = time.monotonic() - started
-    agrees = _parity(study, cells, out)
+    try:
+        agrees = check_parity(study, cells, out)
+    except LaunchError as error:  # the runs are done, and the report shows them
+        print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        agrees = False
     report = _write(study, cells, outcomes, config, out)
     failed = _print_failures(outcomes, sys.stderr)
     ran = sum(outcome.ran for outcome in outcomes.values())
@@ -144,14 +149,6 @@ def _check(workers: int | None, executor: str, options: Mapping[str, Any] | None
             raise ConfigError("workers", workers, f"1, {together}")
         if executor != "pool":
             raise ConfigError("executor", executor, f"none, {together}")
-
-
-def _parity(study: Study, cells: list[Cell], out: Path) -> bool:
-    try:
-        return check_parity(study, cells, out)
-    except LaunchError as error:  # the runs are done, and the report shows them
-        print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
-        return False
 
 
 def _print_grid(study: Study, cells: list[Cell]) -> None:

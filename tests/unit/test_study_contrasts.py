@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
-from syncbn.study.plan.contrasts import Contrast, Place
+from syncbn.study.plan.grid import Contrast, Place
 from syncbn.study.plan.study_file import available_studies, load_study
 from syncbn.train.config import ConfigError
 
@@ -83,10 +83,10 @@ OK = {"arm": "sync", "against": {"arm": "batch"}}
     ("entry", "message"),
     [
         ("sync", r"contrasts\[0\]: got 'sync', expected a mapping"),
-        ({"arm": "sync"}, r"contrasts\[0\]: got .* expected the key 'against' too"),
+        ({"arm": "sync"}, r"contrasts\[0\]: keys: got .* expected the key 'against' too"),
         (
             {**OK, "versus": 1},
-            r"contrasts\[0\]: key: got 'versus', expected one of arm, at, against, minus, no_worse_by",
+            r"contrasts\[0\]: key: got 'versus', expected one of arm, against, at, minus, no_worse_by",
         ),
         ({**OK, "arm": "nobody"}, r"contrasts\[0\].arm: got 'nobody', expected one of the arms \(batch, sync, group\)"),
         ({**OK, "arm": []}, r"contrasts\[0\].arm: got \[\], expected at least one arm"),
@@ -97,7 +97,7 @@ OK = {"arm": "sync", "against": {"arm": "batch"}}
         ({**OK, "minus": None}, r"contrasts\[0\].minus: got None, expected a mapping"),
         (
             {**OK, "at": {"lr": 1}},
-            r"contrasts\[0\].at: key: got 'lr', expected one of per_gpu_batch_size, optimizer.lr",
+            r"contrasts\[0\].at: got 'lr', expected an axis of the study \(per_gpu_batch_size, optimizer.lr\)",
         ),
         ({**OK, "at": {"per_gpu_batch_size": 3}}, r"contrasts\[0\].at.per_gpu_batch_size: got 3, expected one of that"),
         ({**OK, "at": {"per_gpu_batch_size": True}}, r"contrasts\[0\].at.per_gpu_batch_size: got True"),

@@ -13,10 +13,9 @@ from study_fakes import fake_result
 
 from syncbn.study import compare, load_study
 from syncbn.study.analysis.findings import VERDICTS, findings_of
-from syncbn.study.analysis.statistics import holm
+from syncbn.study.analysis.statistics import TEST, holm
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.plan.contrasts import Contrast, Place
-from syncbn.study.plan.grid import study_cells
+from syncbn.study.plan.grid import Contrast, Place, study_cells
 
 REFERENCE = [0.67, 0.82, 0.75, 0.7, 0.78, 0.71, 0.8, 0.69]
 
@@ -24,7 +23,7 @@ REFERENCE = [0.67, 0.82, 0.75, 0.7, 0.78, 0.71, 0.8, 0.69]
 def findings(errors, **changes):
     """The findings on arms with these errors by seed, each against ``batch``."""
     study = plain_study(arms=tuple(errors), seeds=len(errors["batch"]), **changes)
-    return findings_of(summary_with(study, errors)).items
+    return findings_of(summary_with(study, errors))
 
 
 def finding(first, second=tuple(REFERENCE), **changes):
@@ -136,7 +135,7 @@ def test_a_difference_of_differences():
         error = {("batch", small): 0.5, ("batch", large): 0.2, ("sync", small): 0.12, ("sync", large): 0.1}
         value = error.get((cell.arm, cell.point), 0.3) + 0.001 * cell.seed * (cell.point == small)
         results[cell.key] = replace(results[cell.key], status="ok", test_error=value)
-    (found,) = findings_of(summary_of(study, cells, results)).items
+    (found,) = findings_of(summary_of(study, cells, results))
     assert found.pairs[2] == pytest.approx((2, 0.302, 0.022))
     assert found.difference == pytest.approx(0.28)
 
@@ -150,25 +149,17 @@ def test_the_test_set_has_an_error_of_its_own(images, error):
         place: replace(setting, results=tuple(replace(run, test_images=images) for run in setting.results))
         for place, setting in summary.settings.items()
     }
-    (found,) = findings_of(replace(summary, settings=sized)).items
+    (found,) = findings_of(replace(summary, settings=sized))
     assert found.test_set_error == pytest.approx(error, nan_ok=True)
 
 
 def test_what_is_said_of_all_findings():
     study = plain_study(arms=("batch", "sync", "group"), seeds=3)
     found = findings_of(summary_with(study, planted(3, [0.1, 0.2])))
-    assert (found.contrasts, len(found.items), found.untuned) == (2, 2, True)
-    assert "Holm" in found.test
-    assert {item.verdict for item in found.items} <= set(VERDICTS)
-    assert findings_of(summary_with(replace(study, contrasts=()), planted(3, [0.1, 0.2]))).items == ()
-
-
-def test_level_settings_are_flagged():
-    study = grid_study(arms=7, values=3, seeds=2)
-    summary = summary_of(study, cells_of(study), {})
-    level = {arm for (arm, _), setting in summary.settings.items() if setting.level}
-    assert level == {"group"}
-    assert {setting.level for (arm, _), setting in summary.settings.items() if arm == "group"} == {True}
+    assert len(found) == 2
+    assert "Holm" in TEST
+    assert {item.verdict for item in found} <= set(VERDICTS)
+    assert findings_of(summary_with(replace(study, contrasts=()), planted(3, [0.1, 0.2]))) == ()
 
 
 def test_the_quickstart_can_say_what_it_found():

@@ -12,14 +12,21 @@ import pytest
 from report_fakes import LAYERS, cells_of, grid_study, open_page, plain_study, result_of, results_of, with_errors
 
 from syncbn.study.analysis.evaluations import columns_of
-from syncbn.study.analysis.layout import layout_of
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.plan.contrasts import default_contrasts
 from syncbn.study.plan.grid import Sweep
 from syncbn.study.report.figures import arm_marks, curves_figure, error_curve, loss_curve, main_figure, mean_curve
 from syncbn.study.report.format import compact
-from syncbn.study.report.report import print_table, write_report
-from syncbn.study.report.tables import LEVELS, effective_table, heat_level, heat_maps, settings_table, write_csv
+from syncbn.study.report.report import write_report
+from syncbn.study.report.tables import (
+    LEVELS,
+    effective_table,
+    heat_level,
+    heat_maps,
+    print_table,
+    settings_table,
+    write_csv,
+)
 
 NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
 MOST_BYTES = 600_000
@@ -200,8 +207,9 @@ def test_axis_of_numbers_goes_across_where_there_is_no_sweep(tmp_path):
     assert path.with_name("error_by_class_skew.svg").is_file()
     assert "images of one class in a row" in words
     assert "The study plans no contrast, so nothing is compared." in words
-    assert layout_of(study).values == (1, 2, 4)
-    assert layout_of(grid_study(values=3)).values == (4, 2, 1)
+    assert summary_of(study, cells, {}).values == (1, 2, 4)
+    swept = grid_study(values=3)
+    assert summary_of(swept, cells_of(swept), {}).values == (4, 2, 1)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -278,6 +286,14 @@ def test_heat_maps_show_one_quantity():
     assert [heat_level(value) for value in (0.001, 0.003, 0.5, 99.0, math.nan)] == [0, 1, 5, 8, None]
     assert effective_table(summary).title == "Local BatchNorm"
     assert [compact(value) for value in (0.0312, 3.44, 1900, 2.1e6, math.nan)] == ["0.031", "3.4", "1.9k", "2.1M", "–"]
+
+
+def test_level_runs_are_flagged(tmp_path):
+    study = grid_study(arms=7, values=3, seeds=2)
+    write_csv(study, cells_of(study), {}, tmp_path / "results.csv")
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert {line["arm"] for line in lines if line["level"] == "yes"} == {"group"}
+    assert {line["level"] for line in lines if line["arm"] == "group"} == {"yes"}
 
 
 def test_own_batch_of_batch_renormalization_is_no_evaluation(tmp_path):

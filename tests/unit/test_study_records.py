@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from study_fakes import NOON, fake_result, small_study
 
-from syncbn.study.plan.grid import study_cells
+from syncbn.study.plan.grid import state_of, study_cells
 from syncbn.study.run.records import Record, Records, append, read_records, worker_name
 from syncbn.train.config import ConfigError
 
@@ -43,7 +43,7 @@ def test_what_is_appended_is_read(tmp_path):
 def test_a_diverged_run_has_its_losses_back(tmp_path):
     append(path_of(tmp_path), record(status="diverged", losses=(1.0, math.nan)))
     record_read = read_records(tmp_path)["k"]
-    assert (record_read.state, record().state) == ("diverged", "done")
+    assert (state_of(record_read.result), state_of(record().result)) == ("diverged", "done")
     found = record_read.result
     assert found.status == "diverged"
     assert found.losses[0] == 1.0

@@ -15,7 +15,8 @@ from study_fakes import fake_result, small_study
 from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.report.format import coordinate, percent, percent_interval, points, points_interval
-from syncbn.study.report.report import print_table, write_report
+from syncbn.study.report.report import write_report
+from syncbn.study.report.tables import print_table
 from syncbn.study.run.jobs import Job
 from syncbn.study.run.status import Outcome
 from syncbn.train.config import ConfigError

@@ -17,7 +17,7 @@ from study_fakes import fake_result, small_study
 
 from syncbn.cli import main
 from syncbn.study import commands
-from syncbn.study.plan.grid import study_cells
+from syncbn.study.plan.grid import state_of, study_cells
 from syncbn.study.run.jobs import attempt, load_result, study_jobs
 from syncbn.study.run.logs import failure, note_failure
 from syncbn.study.run.records import Records, read_records
@@ -184,9 +184,10 @@ def test_report_from_what_is_there(tmp_path, monkeypatch, capsys):
         Records(tmp_path).add(cell.key, study_fakes.NOON, 1.0, fake_result(cell.config))
     assert main([*words, str(tmp_path)]) == 0
     assert capsys.readouterr().out == "report: the page\n"
-    study, cells, outcomes, out = written[0]
+    study, cells, results, out = written[0]
     assert (study, cells, out) == (STUDY, CELLS, tmp_path)
-    assert [outcomes[cell.key].state for cell in CELLS] == ["done"] * 4 + ["missing"] * 2
+    assert [state_of(results[cell.key]) for cell in CELLS[:4]] == ["done"] * 4
+    assert set(results) == {cell.key for cell in CELLS[:4]}
     assert not (tmp_path / "runs").exists()
 
 

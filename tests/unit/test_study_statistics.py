@@ -136,8 +136,3 @@ def test_the_smallest_effect_is_shown_with_its_power():
     effect = smallest_effect(np.zeros(6), 100 + spread, alpha=0.02)
     assert np.mean(difference_p(second, first + effect) <= 0.02) == pytest.approx(0.8, abs=0.01)
     assert math.isnan(smallest_effect(np.zeros(1), np.ones(1), alpha=0.05))
-
-
-def test_wrong_input():
-    with pytest.raises(ValueError, match=r"confidence: got 1\.0, expected a number between 0 and 1"):
-        interval(np.zeros(2), confidence=1.0)

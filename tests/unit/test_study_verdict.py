@@ -9,7 +9,7 @@ from report_fakes import cells_of, grid_study, plain_study, results_of, summary_
 
 from syncbn.study.analysis.findings import findings_of
 from syncbn.study.analysis.summary import summary_of
-from syncbn.study.plan.contrasts import Contrast, Place
+from syncbn.study.plan.grid import Contrast, Place
 from syncbn.study.report.format import SPACE, contrast_words
 from syncbn.study.report.verdict import verdict
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from syncbn.study.analysis.statistics import Centre, centre_of
-from syncbn.study.analysis.summary import Setting, Summary
+from syncbn.study.analysis.summary import Setting, Summary, error_of
 from syncbn.study.plan.grid import Point
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -53,20 +51,14 @@ def kinds_of(results: Sequence[RunResult]) -> list[Kind]:
     return sorted(found, key=lambda kind: (rank.get(kind.statistics, 2), kind.samples, kind.estimator))
 
 
-def is_renorm(result: RunResult) -> bool:
-    """Whether a run's norm is batch renormalization, whose test batches are mapped back to the running statistics."""
-    return bool((result.config.get("norm") or {}).get("name") == "renorm")
-
-
 def evaluated(result: RunResult | None, kind: Kind) -> float:
     """The test error of a run with one kind of statistics, NaN where it was not evaluated so (or diverged)."""
     if result is None or result.status == "diverged":
         return math.nan
-    found = next((entry for entry in _entries(result) if _kind(entry) == kind), None)
-    error = found.get("test_error") if found is not None else None
-    if error is None:
-        return result.test_error if kind.statistics == "running" and result.test_error is not None else math.nan
-    return float(error)
+    for entry in _entries(result):
+        if _kind(entry) == kind and entry.get("test_error") is not None:
+            return float(entry["test_error"])
+    return error_of(result) if kind.statistics == "running" else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +73,6 @@ class Evaluated:
         """The kind of a family with the most samples."""
         found = [kind for kind in self.errors if kind.family == family]
         return max(found, key=lambda kind: kind.samples, default=None)
-
-    def series(self, family: str) -> list[tuple[int, Centre]]:
-        """A family's errors by number of samples."""
-        return [(kind.samples, centre) for kind, centre in self.errors.items() if kind.family == family]
 
 
 def evaluated_settings(summary: Summary) -> dict[tuple[str, Point], Evaluated]:
@@ -117,16 +105,13 @@ def columns_of(results: Sequence[RunResult]) -> list[tuple[str, list[Kind]]]:
                 break
         else:
             columns.append([kind])
-    return [(_column_name(column), column) for column in columns]
-
-
-def _column_name(kinds: Sequence[Kind]) -> str:
-    return kinds[0].column if len(kinds) == 1 else f"{kinds[0].column}_to_{kinds[-1].samples}"
+    ends = [f"_to_{column[-1].samples}" if len(column) > 1 else "" for column in columns]
+    return [(column[0].column + end, column) for column, end in zip(columns, ends, strict=True)]
 
 
 def _entries(result: RunResult) -> list[dict[str, Any]]:
     """A run's evaluations. Batch renormalization has none with the test batch's own statistics: it maps them back."""
-    renorm = is_renorm(result)
+    renorm = (result.config.get("norm") or {}).get("name") == "renorm"
     return [entry for entry in result.evaluations if not (renorm and entry.get("statistics") == "batch")]
 
 

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
-from syncbn.study.analysis.statistics import (
-    ALPHA,
-    MIN_SEEDS,
-    SIGN_FLIP_SEEDS,
-    SPREAD_FLOOR,
-    TEST,
-    FloatArray,
-    difference_p,
-    holm,
-    interval,
-    no_worse_p,
-    sign_flip_p,
-    smallest_effect,
-)
-from syncbn.study.analysis.summary import Setting, Summary
-from syncbn.study.plan.contrasts import Contrast
+from syncbn.study.analysis import statistics
+from syncbn.study.analysis.summary import Summary
+from syncbn.study.plan.grid import Contrast
 
 Verdict = Literal["better", "worse", "no difference shown", "no worse", "too few seeds", "diverged"]
 """``better``, ``worse``: the test shows a difference. ``no worse``: it shows that the difference is smaller than the
@@ -65,131 +52,76 @@ class Finding:
     """Planned runs of the contrast without a result."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """All planned contrasts of a study, in the study's order."""
-
-    items: tuple[Finding, ...]
-    test: str
-    """The test that decides."""
-    spread_floor: float
-    """The spread in that test is at least this many times that of the better setting's own errors."""
-    contrasts: int
-    """Planned contrasts, over which p is corrected."""
-    untuned: bool
-    """Whether the arms were compared without tuning each one's learning rate and options."""
-
-
-def findings_of(summary: Summary) -> Findings:
-    """Evaluate the planned contrasts of a study.
+def findings_of(summary: Summary) -> tuple[Finding, ...]:
+    """Evaluate the planned contrasts of a study, in its order.
 
     Nothing is claimed of a contrast before all its planned runs have ended: to look at a test while runs come in, and
     to stop when it passes, finds differences by chance more often than its level says. Until then a contrast counts in
     the correction of the others as if its p were the largest.
     """
-    contrasts = summary.study.contrasts
-    scores = [_scores(summary, contrast) for contrast in contrasts]
-    ready = [s.missing == s.diverged == 0 and len(s.seeds) >= MIN_SEEDS for s in scores]
-    p, p_no_worse = _p_values(contrasts, [s if ok else None for s, ok in zip(scores, ready, strict=True)])
-    return Findings(
-        items=tuple(map(_finding, contrasts, scores, p, p_no_worse)),
-        test=TEST,
-        spread_floor=SPREAD_FLOOR,
-        contrasts=len(contrasts),
-        untuned=True,
-    )
+    found = [_uncorrected(summary, contrast) for contrast in summary.study.contrasts]
+    # The two hypotheses of a contrast with a margin, "no difference" and "at least the margin", exclude each other.
+    bounded = [index for index, finding in enumerate(found) if not math.isnan(finding.p_no_worse)]
+    p_values = [finding.p for finding in found] + [found[index].p_no_worse for index in bounded]
+    p = statistics.holm(np.array(p_values), [*range(len(found)), *bounded]).tolist()
+    found = [replace(finding, p=p[index]) for index, finding in enumerate(found)]
+    for index, p_no_worse in zip(bounded, p[len(found) :], strict=True):
+        found[index] = replace(found[index], p_no_worse=p_no_worse)
+    return tuple(replace(finding, verdict=_verdict(finding)) for finding in found)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scores:
-    """The errors behind a contrast."""
-
-    seeds: tuple[int, ...]
-    """That all settings of the contrast finished."""
-    first: FloatArray
-    """(seeds,): errors of the first setting, or the first differences."""
-    second: FloatArray
-    resolution: float
-    """1 / (test images); 0 if the runs do not say how many there are."""
-    test_set_error: float
-    contrasts: int
-    diverged: int
-    missing: int
-
-
-def _scores(summary: Summary, contrast: Contrast) -> _Scores:
+def _uncorrected(summary: Summary, contrast: Contrast) -> Finding:
+    """A finding without a verdict, with the p values of this contrast alone."""
+    study = summary.study
     settings = [summary.settings[place.arm, place.point] for place in contrast.places]
     errors = np.array([setting.errors for setting in settings], dtype=np.float64)
     finished = np.isfinite(errors.sum(axis=0))
     kept = errors[:, finished]
+    first, second = kept[:2] if contrast.minus is None else (kept[0] - kept[1], kept[2] - kept[3])
+    seeds = [seed for seed, ok in zip(study.seeds, finished, strict=True) if ok]
     images = max((run.test_images or 0 for setting in settings for run in setting.runs), default=0)
-    return _Scores(
-        seeds=tuple(seed for seed, ok in zip(summary.study.seeds, finished, strict=True) if ok),
-        first=kept[0] if contrast.minus is None else kept[0] - kept[1],
-        second=kept[1] if contrast.minus is None else kept[2] - kept[3],
-        resolution=1 / images if images else 0.0,
-        test_set_error=_binomial_error(settings, images),
-        contrasts=len(summary.study.contrasts),
-        diverged=sum(setting.diverged for setting in settings),
-        missing=sum(setting.missing for setting in settings),
-    )
-
-
-def _binomial_error(settings: list[Setting], images: int) -> float:
-    means = [setting.error.mean for setting in settings]
-    return math.sqrt(sum(mean * (1 - mean) for mean in means) / images) if images else math.nan
-
-
-def _p_values(contrasts: tuple[Contrast, ...], scores: list[_Scores | None]) -> tuple[list[float], list[float]]:
-    """Corrected p of the difference and of "no worse" for each contrast; NaN for one without scores."""
-    p = [math.nan if s is None else float(difference_p(s.first, s.second, s.resolution)) for s in scores]
-    p_no_worse = [
-        math.nan if s is None or c.margin is None else float(no_worse_p(s.first, s.second, c.margin, s.resolution))
-        for c, s in zip(contrasts, scores, strict=True)
-    ]
-    # The two hypotheses of a contrast with a margin, "no difference" and "at least the margin", exclude each other.
-    bounded = [index for index, value in enumerate(p_no_worse) if not math.isnan(value)]
-    corrected = holm(np.array([*p, *(p_no_worse[i] for i in bounded)]), [*range(len(p)), *bounded]).tolist()
-    for index, value in zip(bounded, corrected[len(p) :], strict=True):
-        p_no_worse[index] = value
-    return corrected[: len(p)], p_no_worse
-
-
-def _finding(contrast: Contrast, scores: _Scores, p: float, p_no_worse: float) -> Finding:
-    first, second = scores.first, scores.second
-    known = scores.diverged == 0  # else the surviving seeds would speak for the setting that lost its worst ones
-    difference, low, high = interval(first - second) if known else (math.nan,) * 3
-    flips = not math.isnan(p) and len(first) >= SIGN_FLIP_SEEDS
-    # The generator is fixed: a report says the same whenever it is written.
-    rng = np.random.default_rng(0)
+    resolution = 1 / images if images else 0.0
+    variance = sum(setting.error.mean * (1 - setting.error.mean) for setting in settings)
+    diverged, missing = sum(setting.diverged for setting in settings), sum(setting.missing for setting in settings)
+    known = diverged == 0  # else the surviving seeds would speak for the setting that lost its worst ones
+    ready = known and missing == 0 and len(seeds) >= statistics.MIN_SEEDS
+    difference, low, high = statistics.interval(first - second) if known else (math.nan,) * 3
+    p = p_no_worse = p_sign_flip = smallest = math.nan
+    if ready:
+        p = float(statistics.difference_p(first, second, resolution))
+    if ready and contrast.margin is not None:
+        p_no_worse = float(statistics.no_worse_p(first, second, contrast.margin, resolution))
+    if ready and len(seeds) >= statistics.SIGN_FLIP_SEEDS:
+        # The generator is fixed: a report says the same whenever it is written.
+        p_sign_flip = float(statistics.sign_flip_p(first[:, None], second[:, None], rng=np.random.default_rng(0))[0])
+    if known:
+        smallest = statistics.smallest_effect(first, second, statistics.ALPHA / len(study.contrasts), resolution)
     return Finding(
         contrast=contrast,
-        pairs=tuple(zip(scores.seeds, first.tolist(), second.tolist(), strict=True)),
+        pairs=tuple(zip(seeds, first.tolist(), second.tolist(), strict=True)),
         difference=difference,
         low=low,
         high=high,
         p=p,
         p_no_worse=p_no_worse,
-        p_sign_flip=float(sign_flip_p(first[:, None], second[:, None], rng=rng)[0]) if flips else math.nan,
-        smallest_effect=smallest_effect(first, second, ALPHA / scores.contrasts, scores.resolution)
-        if known
-        else math.nan,
-        test_set_error=scores.test_set_error,
-        verdict=_verdict(scores, difference, p, p_no_worse),
-        diverged=scores.diverged,
-        missing=scores.missing,
+        p_sign_flip=p_sign_flip,
+        smallest_effect=smallest,
+        test_set_error=math.sqrt(variance / images) if images else math.nan,
+        verdict=None,
+        diverged=diverged,
+        missing=missing,
     )
 
 
-def _verdict(scores: _Scores, difference: float, p: float, p_no_worse: float) -> Verdict | None:
-    if scores.missing:
+def _verdict(finding: Finding) -> Verdict | None:
+    if finding.missing:
         return None
-    if scores.diverged:
+    if finding.diverged:
         return "diverged"
-    if len(scores.seeds) < MIN_SEEDS:
+    if len(finding.pairs) < statistics.MIN_SEEDS:
         return "too few seeds"
-    if p_no_worse <= ALPHA:
+    if finding.p_no_worse <= statistics.ALPHA:
         return "no worse"
-    if p <= ALPHA:
-        return "better" if difference < 0 else "worse"
+    if finding.p <= statistics.ALPHA:
+        return "better" if finding.difference < 0 else "worse"
     return "no difference shown"

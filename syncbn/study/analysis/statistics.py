@@ -103,20 +103,14 @@ def centre_of(values: Sequence[float] | FloatArray) -> Centre:
     return Centre(mean=mean, sd=float(known.std(ddof=1)) if len(known) > 1 else math.nan, low=low, high=high)
 
 
-def interval(values: FloatArray, *, confidence: float = 0.95) -> tuple[float, float, float]:
-    """The mean of ``values`` (n,) and the ends of its t interval, NaN where there are too few values.
-
-    Raises:
-        ValueError: ``confidence`` is not between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: got {confidence!r}, expected a number between 0 and 1")
+def interval(values: FloatArray) -> tuple[float, float, float]:
+    """The mean of ``values`` (n,) and the ends of its 95 % t interval, NaN where there are too few values."""
     if len(values) == 0:
         return math.nan, math.nan, math.nan
     mean = float(values.mean())
     if len(values) == 1:
         return mean, math.nan, math.nan
-    half = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2) * _standard_error(values, 0.0))
+    half = float(special.stdtrit(len(values) - 1, 0.975) * _standard_error(values, 0.0))
     return mean, mean - half, mean + half
 
 

@@ -1,19 +1,16 @@
-"""A study's results by setting: an arm at a place on the axes, over all seeds."""
+"""A study's results by setting (an arm at a place on the axes, over all seeds), and how the axes are laid out."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from itertools import product
 
-from syncbn.study.analysis.layout import Layout, layout_of
 from syncbn.study.analysis.statistics import Centre, centre_of
-from syncbn.study.plan.grid import Cell, Point, Study, Value
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.study.plan.grid import HOLD, Cell, Point, Study, Value
+from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +42,6 @@ class Setting:
     finished: int
     diverged: int
     missing: int
-    level: bool = False
-    """Whether the same runs stand at several places of this arm, as no axis that varies between them changes it."""
 
     @property
     def runs(self) -> list[RunResult]:
@@ -54,38 +49,57 @@ class Setting:
         return [result for result in self.results if result is not None]
 
 
+@dataclass(frozen=True)
+class LayerMeans:
+    """One layer of one setting; NaN where no run has the number. See :class:`syncbn.population.LayerDivergence`."""
+
+    count: float
+    """Values per channel in one normalization batch."""
+    kl: float
+    """Divergence of a batch's statistics from the population's."""
+    effective: float
+    """Independent values that would diverge as much."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """All settings of a study, by arm and place."""
+    """All settings of a study, with one axis laid out across and a panel for each place on the others."""
 
     study: Study
-    layout: Layout
     settings: Mapping[tuple[str, Point], Setting]
-    """In the order of the study's arms, and of the places within."""
+    """By arm and place, in the order of the study's arms, and of the places within."""
+    across: str | None
+    """The axis that goes across; None where arms are compared at single places."""
+    values: tuple[Value, ...]
+    """Its values from left to right."""
+    panels: tuple[Point, ...]
+    """The places on the other axes; one empty place where there are none."""
+
+    def panel_of(self, point: Point) -> Point:
+        """The panel in which a place lies."""
+        return tuple((name, value) for name, value in point if name != self.across)
 
     def at(self, point: Point) -> list[Setting]:
         """The arms that are run at a place, in the study's order."""
         return [setting for (_, place), setting in self.settings.items() if place == point]
 
-    def across(self, arm: str, panel: Point) -> list[tuple[int, Setting]]:
-        """An arm's settings within a panel, from left to right, each with its position's number."""
-        values: Sequence[Value] = self.layout.values or (None,)
-        found = [(i, self.settings.get((arm, self.layout.point(panel, value)))) for i, value in enumerate(values)]
-        return [(i, setting) for i, setting in found if setting is not None]
+    def along(self, arm: str, panel: Point) -> dict[int, Setting]:
+        """An arm's settings within a panel, from left to right, by their position's number."""
+        found = [s for (name, point), s in self.settings.items() if name == arm and self.panel_of(point) == panel]
+        places = [self.values.index(dict(s.point)[self.across]) if self.across is not None else 0 for s in found]
+        return dict(sorted(zip(places, found, strict=True), key=lambda pair: pair[0]))
 
 
 def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
     """The settings of a study; ``results`` by the cells' keys."""
     by_place = {(cell.arm, cell.point, cell.seed): cell for cell in cells}
-    places = [(arm, point) for arm in study.arms for point in study.points(arm)]
-    columns = [[by_place[arm.name, point, seed] for seed in study.seeds] for arm, point in places]
-    found = [[results.get(cell.key) for cell in column] for column in columns]
-    errors = [[error_of(result) for result in column] for column in found]
     settings = {}
-    places_of = Counter((arm.name, column[0].key) for (arm, _), column in zip(places, columns, strict=True))
-    for (arm, point), column, runs, scores in zip(places, columns, found, errors, strict=True):
+    for arm, point in [(each, point) for each in study.arms for point in study.points(each)]:
+        column = [by_place[arm.name, point, seed] for seed in study.seeds]
+        runs = [results.get(cell.key) for cell in column]
+        errors = [error_of(run) for run in runs]
         ended = sum(run is not None for run in runs)
-        finished = sum(not math.isnan(score) for score in scores)
+        finished = sum(not math.isnan(error) for error in errors)
         settings[arm.name, point] = Setting(
             arm=arm.name,
             label=arm.label,
@@ -94,14 +108,31 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
             normalization_batch_size=column[0].config.normalization_batch_size,
             keys=tuple(cell.key for cell in column),
             results=tuple(runs),
-            errors=tuple(scores),
-            error=centre_of(scores),
+            errors=tuple(errors),
+            error=centre_of(errors),
             finished=finished,
             diverged=ended - finished,
             missing=len(runs) - ended,
-            level=places_of[arm.name, column[0].key] > 1,
         )
-    return Summary(study=study, layout=layout_of(study), settings=settings)
+    across, values = _axis_across(study)
+    others = [[(name, value) for value in of] for name, of in study.axes.items() if name != across]
+    return Summary(study=study, settings=settings, across=across, values=values, panels=tuple(product(*others)))
+
+
+def layer_means(setting: Setting) -> dict[str, LayerMeans]:
+    """The layers of a setting, in the order of the model: means over its runs; empty without batch statistics."""
+    found: dict[str, list[dict[str, float | None]]] = defaultdict(list)
+    for run in setting.runs:
+        for entry in run.layers:
+            found[str(entry.get("layer"))].append(entry)
+    return {
+        layer: LayerMeans(*(_mean(entries, f.name) for f in fields(LayerMeans))) for layer, entries in found.items()
+    }
+
+
+def _mean(entries: Sequence[dict[str, float | None]], name: str) -> float:
+    values = [float(value) for entry in entries if (value := entry.get(name)) is not None]
+    return sum(values) / len(values) if values else math.nan
 
 
 def error_of(result: RunResult | None) -> float:
@@ -120,3 +151,20 @@ def _badness(setting: Setting) -> float:
     if setting.finished == 0:
         return 2.0 if setting.diverged else -1.0
     return setting.error.mean
+
+
+def _axis_across(study: Study) -> tuple[str | None, tuple[Value, ...]]:
+    """The axis that goes across, and its values from left to right.
+
+    The sweep goes across, the largest batch on the left: what is lost by smaller ones is then on the right, as in Wu
+    and He's figures (2018, Group Normalization). Without a sweep it is the first axis with at least three numbers,
+    rising unless the study's file has them falling; without that, nothing.
+    """
+    if study.sweep is not None and len(study.sweep.values) > 1:
+        return study.sweep.vary, tuple(sorted(study.sweep.values, reverse=True))
+    for name, values in study.axes.items():
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if name != HOLD and len(numbers) == len(values) >= 3:
+            falling = sorted(numbers, reverse=True)
+            return name, tuple(falling if numbers == falling else falling[::-1])
+    return None, ()

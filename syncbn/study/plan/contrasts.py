@@ -8,38 +8,10 @@ planned contrasts, so a study should name those that answer its question and no 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
+from syncbn.study.plan.content import mapping, place
+from syncbn.study.plan.grid import Cell, Contrast, Place, Point, Study, Value
 from syncbn.train.config import ConfigError, require
-
-if TYPE_CHECKING:
-    from syncbn.study.plan.grid import Cell, Point, Study, Value
-
-
-@dataclass(frozen=True)
-class Place:
-    """An arm at a point of the axes."""
-
-    arm: str
-    point: Point
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Error at ``first`` minus error at ``second``; with ``minus``, minus the same difference there."""
-
-    name: str  # unique within the study; made of the arms and of the values that differ
-    first: Place
-    second: Place
-    minus: tuple[Place, Place] | None = None
-    margin: float | None = None
-    """Error (a fraction of the test images) by which ``first`` may exceed ``second`` and still count as no worse."""
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """All places whose runs the contrast needs: two, or four with ``minus``."""
-        return (self.first, self.second, *(self.minus or ()))
 
 
 def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast, ...]:
@@ -68,9 +40,9 @@ def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast,
     if not isinstance(content, list) or not content:
         raise ConfigError(where, content, "a list of at least one contrast")
     found: list[Contrast] = []
-    for number, entry in enumerate(content):
-        for contrast in _entry(entry, study, f"{where}[{number}]"):
-            require(contrast not in found, f"{where}[{number}]", contrast.name, "each contrast once")
+    for index, entry in enumerate(content):
+        for contrast in _entry(entry, study, f"{where}[{index}]"):
+            require(contrast not in found, f"{where}[{index}]", contrast.name, "each contrast once")
             found.append(contrast)
     return tuple(found)
 
@@ -100,34 +72,32 @@ def check_runs_differ(contrasts: Sequence[Contrast], cells: Sequence[Cell], wher
 
 
 def _entry(content: object, study: Study, where: str) -> list[Contrast]:
-    data = _mapping(content, where, ("arm", "at", "against", "minus", "no_worse_by"))
-    for key in ("arm", "against"):
-        require(key in data, where, data, f"the key {key!r} too")
+    data = mapping(content, where, required=("arm", "against"), optional=("at", "minus", "no_worse_by"))
     margin = data.get("no_worse_by")
     known = margin is None or (type(margin) in (int, float) and 0 < margin < 100)
     require(known, f"{where}.no_worse_by", margin, "points of test error, above 0 and below 100")
     names = data["arm"] if isinstance(data["arm"], list) else [data["arm"]]
     require(bool(names), f"{where}.arm", names, "at least one arm")
-    point = _point(_values(data.get("at", {}), study, f"{where}.at"), study)
+    point = _point(place(data.get("at", {}), study.axes, f"{where}.at"), study)
     contrasts = []
     for name in names:
         first = Place(_arm(name, study, f"{where}.arm"), point)
         ends = (first, _moved(first, data["against"], study, f"{where}.against"))
-        moved = [_moved(place, data["minus"], study, f"{where}.minus") for place in ends if "minus" in data]
+        moved = [_moved(end, data["minus"], study, f"{where}.minus") for end in ends if "minus" in data]
         minus = (moved[0], moved[1]) if moved else None
-        for place in (*ends, *(minus or ())):
-            run_there = any(arm.name == place.arm and place.point in study.points(arm) for arm in study.arms)
-            require(run_there, where, _name(place), "a place at which this arm is run")
+        for end in (*ends, *moved):
+            run_there = any(arm.name == end.arm and end.point in study.points(arm) for arm in study.arms)
+            require(run_there, where, _name(end), "a place at which this arm is run")
         contrasts.append(_contrast(ends, minus, None if margin is None else margin / 100))
     return contrasts
 
 
-def _moved(place: Place, content: object, study: Study, where: str) -> Place:
+def _moved(start: Place, content: object, study: Study, where: str) -> Place:
     """The place with the arm and the values that ``against`` or ``minus`` names put in."""
-    data = _mapping(content, where, ("arm", "at"))
-    arm = place.arm if data.get("arm") is None else _arm(data["arm"], study, f"{where}.arm")
-    moved = Place(arm, _point(dict(place.point) | _values(data.get("at", {}), study, f"{where}.at"), study))
-    require(moved != place, where, content, "another arm or another place")
+    data = mapping(content, where, optional=("arm", "at"))
+    arm = start.arm if data.get("arm") is None else _arm(data["arm"], study, f"{where}.arm")
+    moved = Place(arm, _point(dict(start.point) | place(data.get("at", {}), study.axes, f"{where}.at"), study))
+    require(moved != start, where, content, "another arm or another place")
     return moved
 
 
@@ -149,32 +119,7 @@ def _point(values: Mapping[str, Value], study: Study) -> Point:
     return tuple((axis, values.get(axis, known[0])) for axis, known in study.axes.items())
 
 
-def _values(content: object, study: Study, where: str) -> dict[str, Value]:
-    data, found = _mapping(content, where, tuple(study.axes)), {}
-    for axis, given in data.items():
-        matches = [value for value in study.axes[axis] if _comparable(given) == _comparable(value)]
-        require(bool(matches), f"{where}.{axis}", given, f"one of that axis's values {list(study.axes[axis])}")
-        found[axis] = matches[0]
-    return found
-
-
-def _comparable(value: Any) -> tuple[bool, Any]:
-    """YAML reads 1e-3, without a point, as a text; and True equals 1."""
-    try:
-        return isinstance(value, bool), float(value) if isinstance(value, str) else value
-    except ValueError:
-        return False, value
-
-
 def _arm(name: object, study: Study, where: str) -> str:
     names = [arm.name for arm in study.arms]
     require(name in names, where, name, f"one of the arms ({', '.join(names)})")
     return str(name)
-
-
-def _mapping(content: object, where: str, known: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ConfigError(where, content, "a mapping")
-    for key in content:
-        require(key in known, f"{where}: key", key, f"one of {', '.join(known)}" if known else "none: no axes")
-    return content

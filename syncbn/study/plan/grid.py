@@ -12,13 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from syncbn.study.plan.contrasts import Contrast
 from syncbn.train.config import ConfigError, RunConfig, config_from_dict, config_to_dict
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 KEY_LENGTH = 16
 """Hexadecimal digits of a cell's key. 64 bits rule out accidental collisions."""
@@ -69,6 +66,31 @@ class Sweep:
     """Coupled: what stays constant while the batch varies; with both, the whole sweep is run for each."""
     steps: int | None = None
     """Coupled, with ``steps`` held: optimizer steps of every run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An arm at a point of the axes."""
+
+    arm: str
+    point: Point
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Error at ``first`` minus error at ``second``; with ``minus``, minus the same difference there."""
+
+    name: str  # unique within the study; made of the arms and of the values that differ
+    first: Place
+    second: Place
+    minus: tuple[Place, Place] | None = None
+    margin: float | None = None
+    """Error (a fraction of the test images) by which ``first`` may exceed ``second`` and still count as no worse."""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All places whose runs the contrast needs: two, or four with ``minus``."""
+        return (self.first, self.second, *(self.minus or ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +196,12 @@ def study_cells(study: Study, source: str | None = None) -> list[Cell]:
     parsed: dict[str, RunConfig] = {}  # by the values they are parsed from: parsing is slow, and settings share values
     settings = [(arm, point) for arm in study.arms for point in study.points(arm)]
     configs = [_resolve(study, arm, point, where, parsed) for arm, point in settings]
-    return [
-        _seeded(arm, point, config, seed)
-        for seed in study.seeds
-        for (arm, point), config in zip(settings, configs, strict=True)
-    ]
+    cells = []
+    for seed in study.seeds:
+        for (arm, point), config in zip(settings, configs, strict=True):
+            seeded = replace(config, seed=seed)
+            cells.append(Cell(arm=arm.name, seed=seed, point=point, config=seeded, key=cell_key(seeded)))
+    return cells
 
 
 def unique_cells(cells: Sequence[Cell]) -> list[Cell]:
@@ -200,8 +223,17 @@ def state_of(result: RunResult) -> State:
 
 
 def cell_key(config: RunConfig) -> str:
-    """The first ``KEY_LENGTH`` hexadecimal digits of the SHA-256 of a run configuration's canonical JSON."""
-    content = json.dumps(_canonical(config_to_dict(config)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """The first ``KEY_LENGTH`` hexadecimal digits of the SHA-256 of a run configuration's canonical JSON.
+
+    A number is an integer there if it can be, so that 1 and 1.0 give the same key.
+    """
+
+    def number(text: str) -> float:
+        value = float(text)
+        return int(value) if value.is_integer() else value
+
+    values = json.loads(json.dumps(config_to_dict(config), allow_nan=False), parse_float=number)
+    content = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
 
 
@@ -265,11 +297,6 @@ def _nested(dotted: str, value: Value) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _seeded(arm: Arm, point: Point, config: RunConfig, seed: int) -> Cell:
-    config = replace(config, seed=seed)
-    return Cell(arm=arm.name, seed=seed, point=point, config=config, key=cell_key(config))
-
-
 def _parse(values: dict[str, Any], where: str, parsed: dict[str, RunConfig]) -> RunConfig:
     name = repr(values)
     if name not in parsed:
@@ -278,14 +305,3 @@ def _parse(values: dict[str, Any], where: str, parsed: dict[str, RunConfig]) -> 
         except ConfigError as error:
             raise ConfigError(f"{where}: {error.key}", error.value, error.expected) from None
     return parsed[name]
-
-
-def _canonical(value: Any) -> Any:
-    """Lists for tuples and 1 for 1.0, so that the way a number is written does not change a cell's key."""
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
+from syncbn.study.plan.content import axis_values, mapping, place, positive, text
 from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
 from syncbn.study.plan.grid import Arm, Cell, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
-from syncbn.study.plan.overlaps import check_overlaps
 from syncbn.train.config import ConfigError, known_keys, require
 
 
@@ -64,7 +64,7 @@ def load_study(path_or_name: str | Path) -> Study:
 
 def available_studies() -> list[str]:
     """Names of the studies that come with the package, sorted."""
-    return sorted({path.stem for folder in _study_folders() for path in folder.glob("*.yaml")})
+    return sorted(_installed())
 
 
 def study_from_dict(content: object, source: str = "study") -> Study:
@@ -73,26 +73,29 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     Raises ConfigError if a key is missing, unknown or of the wrong type, or a cell has an impossible configuration.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
-    data = _mapping(content, source, required, optional=("sweep", "axes", "contrasts", "parity", "notes"))
-    arms = _mapping(data["arms"], f"{source}: arms")
+    data = mapping(content, source, required, optional=("sweep", "axes", "contrasts", "parity", "notes"))
+    arms = mapping(data["arms"], f"{source}: arms")
     require(bool(arms), f"{source}: arms", arms, "at least one arm")
     sweep = _sweep(data.get("sweep"), f"{source}: sweep")
     study = Study(
-        name=_text(data["name"], f"{source}: name"),
-        title=_text(data["title"], f"{source}: title"),
-        question=_text(data["question"], f"{source}: question"),
-        base=_mapping(data["base"], f"{source}: base"),
-        arms=tuple(_arm(name, arm, source) for name, arm in arms.items()),
+        name=text(data["name"], f"{source}: name"),
+        title=text(data["title"], f"{source}: title"),
+        question=text(data["question"], f"{source}: question"),
+        base=mapping(data["base"], f"{source}: base"),
+        arms=(),
         seeds=_seeds(data["seeds"], f"{source}: seeds"),
         sweep=sweep,
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
-        parity=_parity(data.get("parity"), f"{source}: parity"),
-        notes=None if data.get("notes") is None else _text(data["notes"], f"{source}: notes"),
+        notes=None if data.get("notes") is None else text(data["notes"], f"{source}: notes"),
+    )
+    study = replace(
+        study,
+        arms=tuple(_arm(name, arm, study, source) for name, arm in arms.items()),
+        parity=_parity(data.get("parity"), study, f"{source}: parity"),
     )
     references = [arm.name for arm in study.arms if arm.reference]
     require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
-    _check_places(study, source)
-    check_overlaps(study, source)
+    _check_overlaps(study, source)
     study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
     cells = study_cells(study, source)
     if data.get("contrasts") is not None:
@@ -102,51 +105,47 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     return study
 
 
-def _study_folders() -> Iterator[Path]:
+def _installed() -> dict[str, Path]:
     package = Path(str(importlib.resources.files("syncbn")))
-    # A wheel has the configurations inside the package; a source checkout has them beside it.
-    for folder in (package / "configs" / "study", package.parent / "configs" / "study"):
-        if folder.is_dir():
-            yield folder
+    # A source checkout has the configurations beside the package; a wheel has them inside it.
+    folders = (package.parent / "configs" / "study", package / "configs" / "study")
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def _find_study(path_or_name: str) -> Path:
-    path = Path(path_or_name)
-    if path.is_file():
-        return path
-    if path.name == path_or_name:
-        for folder in _study_folders():
-            if (folder / f"{path_or_name}.yaml").is_file():
-                return folder / f"{path_or_name}.yaml"
-    names = ", ".join(available_studies()) or "none is installed"
-    raise ConfigError("study", path_or_name, f"an existing YAML file or the name of a study ({names})")
-
-
-# ---- parts of the file
+    installed = _installed()
+    path = Path(path_or_name) if Path(path_or_name).is_file() else installed.get(path_or_name)
+    if path is None:
+        names = ", ".join(sorted(installed)) or "none is installed"
+        raise ConfigError("study", path_or_name, f"an existing YAML file or the name of a study ({names})")
+    return path
 
 
 def _seeds(content: object, where: str) -> tuple[int, ...]:
-    integers = isinstance(content, list) and bool(content) and all(type(seed) is int for seed in content)
-    if not isinstance(content, list) or not integers or len(set(content)) < len(content):
+    integers = isinstance(content, list) and all(type(seed) is int for seed in content)
+    if not content or not isinstance(content, list) or not integers or len(set(content)) < len(content):
         raise ConfigError(where, content, "a list of different integers")
     require(all(0 <= seed < 2**31 for seed in content), where, content, "integers from 0 to 2^31 - 1")
     return tuple(content)
 
 
-def _arm(name: object, content: object, source: str) -> Arm:
+def _arm(name: object, content: object, study: Study, source: str) -> Arm:
     where = f"{source}: arms.{name}"
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{source}: arms", name, "a name (YAML reads an unquoted no, off, 1 or null as a value)")
-    data = _mapping(content, where, optional=("label", "overrides", "reference", "only"))
+    data = mapping(content, where, optional=("label", "overrides", "reference", "only"))
     reference = data.get("reference", False)
     require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
-    only = _mapping(data.get("only", {}), f"{where}.only")
+    only = {}
+    for axis, values in mapping(data.get("only", {}), f"{where}.only").items():
+        known = axis_values(values, f"{where}.only.{axis}")
+        only[axis] = tuple(place({axis: value}, study.axes, f"{where}.only")[axis] for value in known)
     return Arm(
         name=name,
-        label=_text(data.get("label", name), f"{where}.label"),
-        overrides=_mapping(data.get("overrides", {}), f"{where}.overrides"),
+        label=text(data.get("label", name), f"{where}.label"),
+        overrides=mapping(data.get("overrides", {}), f"{where}.overrides"),
         reference=reference,
-        only={axis: _values(values, f"{where}.only.{axis}") for axis, values in only.items()},
+        only=only,
     )
 
 
@@ -154,28 +153,28 @@ def _sweep(content: object, where: str) -> Sweep | None:
     if content is None:
         return None
     optional = ("kind", "vary", "global_batch_size", "hold", "steps")
-    data = _mapping(content, where, required=("values",), optional=optional)
+    data = mapping(content, where, required=("values",), optional=optional)
     kind, vary = data.get("kind", "decoupled"), data.get("vary", "per_gpu_batch_size")
     require(kind in ("decoupled", "coupled"), f"{where}.kind", kind, "decoupled or coupled")
     require(vary in get_args(Vary), f"{where}.vary", vary, f"one of {', '.join(get_args(Vary))}")
     require(kind == "decoupled" or vary == "per_gpu_batch_size", f"{where}.vary", vary, "per_gpu_batch_size (coupled)")
-    given = _values(data["values"], f"{where}.values")
+    given = axis_values(data["values"], f"{where}.values")
     values = tuple(value for value in given if type(value) is int and value >= 1)
     require(len(values) == len(given), f"{where}.values", list(given), "positive integers")
     whole = data.get("global_batch_size")
     if kind == "decoupled" and vary == "per_gpu_batch_size":
-        whole = _positive(whole, f"{where}.global_batch_size")
+        whole = positive(whole, f"{where}.global_batch_size")
         odd = [v for v in values if whole % v]
         require(not odd, f"{where}.values", odd, f"divisors of global_batch_size ({whole})")
     else:
         require(whole is None, f"{where}.global_batch_size", whole, f"none with a {kind} sweep of {vary}")
     hold, steps = data.get("hold", ["epochs"]), data.get("steps")
     hold = [hold] if isinstance(hold, str) else hold
-    hold_ok = isinstance(hold, list) and bool(hold) and all(h in ("epochs", "steps") for h in hold)
-    require(hold_ok and len(set(hold)) == len(hold), f"{where}.hold", hold, "epochs, steps or both")
+    both = (["epochs"], ["steps"], ["epochs", "steps"], ["steps", "epochs"])
+    require(hold in both, f"{where}.hold", hold, "epochs, steps or both")
     require(kind == "coupled" or "hold" not in data, f"{where}.hold", hold, "none with a decoupled sweep")
     if kind == "coupled" and "steps" in hold:
-        _positive(steps, f"{where}.steps")
+        positive(steps, f"{where}.steps")
     else:
         require(steps is None, f"{where}.steps", steps, "none unless a coupled sweep holds steps")
     return Sweep(kind=kind, vary=vary, values=values, global_batch_size=whole, hold=tuple(hold), steps=steps)
@@ -184,7 +183,7 @@ def _sweep(content: object, where: str) -> Sweep | None:
 def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[Value, ...]]:
     if content is None:
         return {}
-    axes = _mapping(content, where)
+    axes = mapping(content, where)
     known = [key for key in known_keys() if key != "seed"]
     for name in axes:
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
@@ -192,13 +191,13 @@ def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[V
         require(name in known, f"{where}: axis", name, hint)
         swept = sweep is not None and name == sweep.vary
         require(not swept, f"{where}: axis", name, "an axis that the sweep does not vary already")
-    return {name: _values(values, f"{where}.{name}") for name, values in axes.items()}
+    return {name: axis_values(values, f"{where}.{name}") for name, values in axes.items()}
 
 
-def _parity(content: object, where: str) -> Parity | None:
+def _parity(content: object, study: Study, where: str) -> Parity | None:
     if content is None:
         return None
-    data = _mapping(content, where, required=("arm",), optional=("processes", "steps", "at"))
+    data = mapping(content, where, required=("arm",), optional=("processes", "steps", "at"))
     processes = data.get("processes", list(Parity.processes))
     several = isinstance(processes, list) and len(processes) >= 2
     if not several or not all(type(number) is int and number >= 1 for number in processes):
@@ -206,25 +205,9 @@ def _parity(content: object, where: str) -> Parity | None:
     return Parity(
         arm=data["arm"],
         processes=tuple(processes),
-        steps=_positive(data.get("steps", Parity.steps), f"{where}.steps"),
-        at=_place(data.get("at", {}), f"{where}.at"),
+        steps=positive(data.get("steps", Parity.steps), f"{where}.steps"),
+        at=place(data.get("at", {}), study.axes, f"{where}.at"),
     )
-
-
-# ---- checks across parts
-
-
-def _check_places(study: Study, source: str) -> None:
-    """Every place that the file names has to lie on the axes."""
-    axes = study.axes
-    places = [(f"{source}: arms.{arm.name}.only", {k: list(v) for k, v in arm.only.items()}) for arm in study.arms]
-    if study.parity is not None:
-        places.append((f"{source}: parity.at", {axis: [value] for axis, value in study.parity.at.items()}))
-    for where, place in places:
-        for axis, values in place.items():
-            require(axis in axes, where, axis, f"an axis of the study ({', '.join(axes) or 'it has none'})")
-            missing = [value for value in values if value not in axes[axis]]
-            require(not missing, f"{where}.{axis}", missing, f"values of that axis {list(axes[axis])}")
 
 
 def _check_parity(study: Study, parity: Parity, cells: list[Cell], where: str) -> None:
@@ -237,55 +220,58 @@ def _check_parity(study: Study, parity: Parity, cells: list[Cell], where: str) -
     require(not odd, f"{where}.processes", odd, f"divisors of the {cell.config.gpus} logical GPUs")
 
 
-# ---- types
+def _check_overlaps(study: Study, source: str) -> None:
+    """Check that no two parts set the same key, so that nothing is silently overwritten.
+
+    The base may set the key of an axis, which the axis then replaces. Nothing may set a key that the sweep sets.
+    """
+    swept, sweep, axes = _sweep_keys(study.sweep), study.sweep, list(study.grid)
+    replaced = list(swept)
+    if sweep is not None and sweep.kind == "coupled":
+        replaced += ["optimizer.lr_scaling"] + ["budget.epochs"] * ("steps" in sweep.hold)
+    for index, axis in enumerate(axes):
+        for other in axes[:index]:
+            expected = f"no such axis, as the axis {other} sets the same"
+            require(not _overlap(axis, other), f"{source}: axes: axis", axis, expected)
+        free = not any(_overlap(axis, key) for key in replaced)
+        require(free, f"{source}: axes: axis", axis, "no such axis, as the sweep sets it")
+    parts = [(f"{source}: base", study.base)]
+    parts += [(f"{source}: arms.{arm.name}.overrides", arm.overrides) for arm in study.arms]
+    for index, (where, values) in enumerate(parts):
+        for key, value in _leaves(values):
+            for axis in axes:
+                if index == 0:
+                    wrong, expected = axis.startswith(f"{key}."), f"a mapping, as the axis {axis} lies in it"
+                else:
+                    wrong, expected = _overlap(key, axis), f"no such key in an arm, as the axis {axis} sets it"
+                require(not wrong, f"{where}: {key}", value, expected)
+            # A null in the budget is what the sweep itself sets.
+            free = key not in swept or (value is None and key.startswith("budget."))
+            require(free, f"{where}: {key}", value, "no such key here, as the sweep sets it")
 
 
-def _mapping(
-    content: object, where: str, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()
-) -> dict[Any, Any]:
-    """``content`` if it is a mapping with exactly these keys (any keys, if none are named)."""
-    if not isinstance(content, dict):
-        raise ConfigError(where, content, "a mapping")
-    known = required + optional
-    for key in content:
-        require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
-    for key in required:
-        require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
-    return content
+def _sweep_keys(sweep: Sweep | None) -> list[str]:
+    """The keys that the sweep sets."""
+    if sweep is None:
+        return []
+    if sweep.kind == "coupled":
+        keys = ["per_gpu_batch_size"]
+        keys += ["budget.steps"] if "steps" in sweep.hold else []
+        return keys + ([] if "epochs" in sweep.hold else ["budget.epochs"])
+    if sweep.vary == "per_gpu_batch_size":
+        return ["gpus", "per_gpu_batch_size"]
+    return ["norm.ghost_batch_size"] if sweep.vary == "ghost_batch_size" else ["sync_group_size"]
 
 
-def _values(content: object, where: str) -> tuple[Value, ...]:
-    """The values of an axis: at least one, plain and different."""
-    plain = isinstance(content, list) and all(isinstance(v, int | float | str | bool | None) for v in content)
-    if not isinstance(content, list) or not plain or not content:
-        raise ConfigError(where, content, "a list of at least one value")
-    values = tuple(map(_number, content))
-    require(len({(type(v) is bool, v) for v in values}) == len(values), where, content, "values that differ")
-    return values
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one contains the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _place(content: object, where: str) -> dict[str, Value]:
-    return {axis: _number(value) for axis, value in _mapping(content, where).items()}
-
-
-def _number(value: Any) -> Any:
-    """The number that a text spells, else the value itself: YAML reads 1e-3, which has no point, as a text."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                pass
-    return value
-
-
-def _positive(value: object, where: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(where, value, "a positive integer")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(where, value, "a text")
-    return value.strip()
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested mapping with its dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

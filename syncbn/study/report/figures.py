@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -81,9 +81,7 @@ class Mark(NamedTuple):
         return _GLYPHS[self.marker]
 
 
-FAMILY_MARKS = dict(
-    zip(FAMILIES, (Mark(INK, "o"), Mark(_COLOURS[0], "s"), Mark(_COLOURS[1], "^"), Mark(_COLOURS[2], "D")), strict=True)
-)
+FAMILY_MARKS = dict(zip(FAMILIES, map(Mark, (INK, *_COLOURS[:3]), "os^D"), strict=True))
 """How each kind of statistics is drawn."""
 _VERDICT_COLOURS = {"better": _COLOURS[2], "no worse": _COLOURS[2], "worse": _COLOURS[0]}
 
@@ -98,45 +96,40 @@ def arm_marks(study: Study) -> dict[str, Mark]:
     return marks | {arm.name: Mark(INK, "o") for arm in study.arms if arm.reference}
 
 
-def svg_of(draw: Callable[[], Figure], path: Path) -> str:
-    """Draw a figure, write it to ``path`` as SVG, and return the element for a page."""
-    save(draw, path)
-    text = path.read_text(encoding="utf-8")
-    return text[text.index("<svg") :]
-
-
-def save(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw a figure and write it to ``path``, whole or not at all, in the format of its suffix."""
+def save(path: Path, draw: Callable[..., Figure], *what: Any) -> str:
+    """Draw a figure and write it to ``path``, whole or not at all; returns the element for a page if it is SVG."""
     draft = path.with_name(f".{os.getpid()}.{path.name}")
+    svg = path.suffix == ".svg"
     # Of the ids that an SVG refers to: no two figures of a page share one, and a figure drawn again has the same.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if path.suffix == ".svg" else None
-        draw().savefig(draft, dpi=160, metadata=metadata)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if svg else None
+        draw(*what).savefig(draft, dpi=160, metadata=metadata)
     draft.replace(path)
+    text = path.read_text(encoding="utf-8") if svg else ""
+    return text[text.index("<svg") :] if svg else ""
 
 
 def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
     """Test error along the sweep, or of each arm where nothing goes across; a panel for each further place."""
-    layout = summary.layout
     settings = [setting for setting in summary.settings.values() if setting.runs]
-    panels = [panel for panel in layout.panels if any(layout.panel_of(s.point) == panel for s in settings)]
+    panels = [panel for panel in summary.panels if any(summary.panel_of(s.point) == panel for s in settings)]
     rows = 0.55 * max(len(summary.study.arms), 3) + 0.4
-    figure, every = _axes(len(panels), 1, 3.9 if layout.across is not None else rows)
+    figure, every = _axes(len(panels), 1, 3.9 if summary.across is not None else rows)
     for axes, panel in zip(every, panels, strict=True):
-        if layout.across is None:
+        if summary.across is None:
             _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs]), marks)
         else:
             _sweep(axes, summary, panel, marks)
-        error_axis(axes, [error for s in settings for error in s.errors], "x" if layout.across is None else "y")
-        axes.set_title(panel_title(layout, panel))
-    if layout.across is not None:
+        error_axis(axes, [error for s in settings for error in s.errors], "x" if summary.across is None else "y")
+        axes.set_title(panel_title(summary, panel))
+    if summary.across is not None:
         _legend(figure, {s.arm: s.label for s in settings}, marks)
     return figure
 
 
 def main_figure_name(summary: Summary) -> str:
     """Name of the main figure's files, by what its horizontal axis is."""
-    sweep, across = summary.study.sweep, summary.layout.across
+    sweep, across = summary.study.sweep, summary.across
     if across is None:
         return "error_by_arm"
     return "error_by_nbs" if sweep is not None and across == sweep.vary else f"error_by_{across.rpartition('.')[2]}"
@@ -172,9 +165,8 @@ def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
 
 def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
     """Test error of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
-    layout = summary.layout
     errors = [item.errors[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
-    if layout.across is None:
+    if summary.across is None:
         figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
         _statistics_rows(axes, items)
         error_axis(axes, errors, "x")
@@ -199,11 +191,11 @@ def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Fig
         for axes, curve_of in ((top, loss_curve), (bottom, error_curve)):
             colour, marker = marks[setting.arm]
             for run in setting.runs if thin else ():
-                axes.plot(*_xy(curve_of(run)), color=colour, linewidth=0.7, alpha=0.4)
+                axes.plot(*zip(*curve_of(run), strict=True), color=colour, linewidth=0.7, alpha=0.4)
             mean = mean_curve([curve_of(run) for run in setting.runs if run.status != "diverged"])
             # A run that was tested only once is one point, which a line without a marker does not show.
             marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
-            axes.plot(*_xy(mean), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
+            axes.plot(*zip(*mean, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
     losses, errors = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
     losses = [loss for loss in losses if math.isfinite(loss)]
     if losses and 0 < 20 * min(losses) < max(losses):
@@ -238,11 +230,7 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
-def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in curve], [y for _, y in curve]
-
-
-def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:
+def error_axis(axes: Axes, errors: Sequence[float], which: Literal["x", "y"]) -> None:
     """Scale, limits and ticks of an axis of errors in percent: logarithmic if they span more than a factor of 4."""
     found = [error for error in errors if not math.isnan(error)]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
@@ -251,25 +239,23 @@ def error_axis(axes: Axes, errors: Sequence[float], which: str) -> None:
     limits = (low / 1.25, min(high * 1.25, 1.02)) if logarithmic else (low - margin, high + margin)
     bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
     ticks = [base * 10.0**power for power in range(-6, 1) for base in bases]
+    label = "test error" + (" (log scale)" if logarithmic else "")
+    axes.set(**{f"{which}scale": "log" if logarithmic else "linear", f"{which}lim": limits, f"{which}label": label})
     line = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log" if logarithmic else "linear")
-    (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
     if logarithmic:
         line.set_major_locator(FixedLocator([tick for tick in ticks if limits[0] <= tick <= limits[1]]))
     else:
         line.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     line.set_minor_locator(NullLocator())
     line.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axes.grid(axis="x" if which == "x" else "y")
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)("test error" + (" (log scale)" if logarithmic else ""))
+    axes.grid(axis=which)
 
 
 def _axes(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes in columns, each ``height`` inches high."""
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH / 72, rows * height), facecolor="white", layout="constrained")
-    every = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    return figure, every
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
 def _legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]) -> None:
@@ -301,29 +287,28 @@ def _arm_rows(axes: Axes, settings: Sequence[Setting], marks: Mapping[str, Mark]
 
 def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]) -> None:
     """Lines over the sweep; arms that it does not change are a column of points each, at the right."""
-    study, layout = summary.study, summary.layout
-    traces = [(arm.name, summary.across(arm.name, panel)) for arm in study.arms]
-    traces = [(arm, along) for arm, along in traces if any(setting.runs for _, setting in along)]
-    level = [arm for arm, along in traces if same_runs(along)]
-    varied = [arm for arm, _ in traces if arm not in level]
-    right = len(layout.values) - 0.1
+    traces = {arm.name: summary.along(arm.name, panel) for arm in summary.study.arms}
+    traces = {arm: along for arm, along in traces.items() if any(setting.runs for setting in along.values())}
+    level = [arm for arm, along in traces.items() if same_runs(along)]
+    varied = [arm for arm in traces if arm not in level]
+    right = len(summary.values) - 0.1
     step = min(0.017 * (right + 2 * bool(level)), 0.8 / max(1, len(varied)))  # about a marker's width
     unit = min(0.34, 2.4 / max(1, len(level)))
-    for arm, along in traces:
-        along = along[:1] if arm in level else along
+    for arm, along in traces.items():
+        settings = list(along.values())
         if arm in level:
-            places = [right + unit * level.index(arm)]
+            places, settings = [right + unit * level.index(arm)], settings[:1]
         else:
-            places = [i + step * (varied.index(arm) - (len(varied) - 1) / 2) for i, _ in along]
-        _trace(axes, places, [setting for _, setting in along], marks[arm])
-    ticks = {float(i): value_word(value) for i, value in enumerate(layout.values)}
+            places = [i + step * (varied.index(arm) - (len(varied) - 1) / 2) for i in along]
+        _trace(axes, places, settings, marks[arm])
+    ticks = {float(i): value_word(value) for i, value in enumerate(summary.values)}
     if level:
-        axes.axvline(right - 0.5 * (right - len(layout.values) + 1), color=GRID, linewidth=1.5)
+        axes.axvline(right - 0.5 * (right - len(summary.values) + 1), color=GRID, linewidth=1.5)
         ticks[right + unit * (len(level) - 1) / 2] = "unaffected"
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(layout.values) - 0.4)
-    axes.set_xlabel(axis_word(layout.across or ""))
-    if any(setting.diverged for _, along in traces for _, setting in along):
+    axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(summary.values) - 0.4)
+    axes.set_xlabel(axis_word(summary.across or ""))
+    if any(setting.diverged for along in traces.values() for setting in along.values()):
         axes.text(0, 1.015, "diverged ×", transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom", ha="right")
 
 
@@ -357,8 +342,8 @@ def _statistics_rows(axes: Axes, items: Sequence[Evaluated]) -> None:
 
 
 def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) -> None:
-    values = summary.layout.values
-    where = {item.setting.point: values.index(dict(item.setting.point)[summary.layout.across or ""]) for item in items}
+    values = summary.values
+    where = {item.setting.point: values.index(dict(item.setting.point)[summary.across or ""]) for item in items}
     for number, (family, mark) in enumerate(FAMILY_MARKS.items()):
         found = [(where[item.setting.point], item.errors[k].mean) for item in items if (k := item.largest(family))]
         if found:
@@ -368,4 +353,4 @@ def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) 
     axes.set_xticks(range(len(values)), [value_word(value) for value in values], fontsize=9)
     axes.tick_params(axis="y", labelsize=9)
     axes.set_xlim(-0.5, len(values) - 0.5)
-    axes.set_xlabel(axis_word(summary.layout.across or ""), fontsize=9)
+    axes.set_xlabel(axis_word(summary.across or ""), fontsize=9)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from syncbn.study.analysis.layout import Layout
-from syncbn.study.analysis.summary import Setting
-from syncbn.study.plan.contrasts import Contrast, Place
-from syncbn.study.plan.grid import HOLD, Point, Study, Value
+from syncbn.study.analysis.summary import Setting, Summary
+from syncbn.study.plan.grid import HOLD, Contrast, Place, Point, Study, Value
 
 SPACE = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
@@ -39,18 +37,23 @@ def percent_interval(low: float, high: float) -> str:
     return DASH if math.isnan(low) else f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
 
 
-def points(difference: float, *, signed: bool = False) -> str:
-    """A difference of two fractions in percentage points, without the unit.
+def points(difference: float, *, signed: bool = False, like: float | None = None) -> str:
+    """A difference of two fractions in percentage points, without the unit; with as many decimals as ``like`` has.
 
     >>> points(0.7012), points(-0.0312, signed=True), points(0.0012, signed=True)
     ('70', '−3.1', '+0.12')
     """
-    return DASH if math.isnan(difference) else _points(difference, _digits(difference), signed)
+    if math.isnan(difference):
+        return DASH
+    size = abs(100 * (difference if like is None else like))
+    digits = 0 if size >= 9.95 else 1 if size >= 0.995 or size == 0 else 2
+    text = f"{100 * difference:{'+' if signed else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)
 
 
 def points_interval(low: float, high: float, middle: float) -> str:
     """An interval of differences in percentage points, with as many decimals as its middle: "−0.2 to 1.4"."""
-    return DASH if math.isnan(low) else " to ".join(_points(end, _digits(middle), False) for end in (low, high))
+    return DASH if math.isnan(low) else f"{points(low, like=middle)} to {points(high, like=middle)}"
 
 
 def p_value(p: float) -> str:
@@ -114,15 +117,15 @@ def place_words(point: Iterable[tuple[str, Value]]) -> str:
     return ", ".join(coordinate(name, value) for name, value in point)
 
 
-def panel_title(layout: Layout, panel: Point) -> str:
+def panel_title(summary: Summary, panel: Point) -> str:
     """What a panel of the main figure shows, as far as it differs from the other panels."""
-    several = [name for name, _ in panel if len({dict(other)[name] for other in layout.panels}) > 1]
+    several = [name for name, _ in panel if len({dict(other)[name] for other in summary.panels}) > 1]
     return place_words((name, value) for name, value in panel if name in several)
 
 
-def same_runs(along: Sequence[tuple[int, Setting]]) -> bool:
+def same_runs(along: Mapping[int, Setting]) -> bool:
     """Whether all settings of an arm within a panel are the same runs: the axis across does not change the arm."""
-    return len(along) > 1 and len({setting.keys for _, setting in along}) == 1
+    return len(along) > 1 and len({setting.keys for setting in along.values()}) == 1
 
 
 def contrast_words(study: Study, contrast: Contrast) -> str:
@@ -176,13 +179,3 @@ def setting_words(setting: Setting) -> str:
 def _difference(study: Study, first: Place, second: Place) -> str:
     words = f"{side(study, first, second)} {MINUS} {side(study, second, first)}"
     return f"{label_of(study, first.arm)}: {words}" if first.arm == second.arm else words
-
-
-def _digits(difference: float) -> int:
-    size = abs(100 * difference)
-    return 0 if size >= 9.95 else 1 if size >= 0.995 or size == 0 else 2
-
-
-def _points(difference: float, digits: int, signed: bool) -> str:
-    text = f"{100 * difference:{'+' if signed else ''}.{digits}f}"
-    return text.lstrip("+-") if float(text) == 0 else text.replace("-", MINUS)

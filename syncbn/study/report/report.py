@@ -6,7 +6,6 @@ import importlib.resources
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from syncbn.study.analysis.evaluations import evaluated_settings
-from syncbn.study.analysis.findings import Findings, findings_of
+from syncbn.study.analysis.findings import Finding, findings_of
+from syncbn.study.analysis.statistics import SPREAD_FLOOR, TEST
 from syncbn.study.analysis.summary import Summary, summary_of
-from syncbn.study.plan.grid import Cell, Study
-from syncbn.study.report.figures import (
-    arm_marks,
-    curves_figure,
-    forest_figure,
-    main_figure,
-    main_figure_name,
-    save,
-    statistics_figure,
-    svg_of,
-)
+from syncbn.study.plan.grid import Arm, Cell, Study
+from syncbn.study.report import figures, tables
 from syncbn.study.report.format import axis_word, joined, place_words, value_word
-from syncbn.study.report.tables import (
-    LEVELS,
-    contrasts_table,
-    cost_table,
-    effective_table,
-    heat_maps,
-    means_tables,
-    print_tables,
-    settings_table,
-    statistics_table,
-    write_csv,
-)
 from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
 
@@ -60,96 +39,69 @@ def write_report(
     ``statistics.svg`` and ``curves.svg`` are written if there is something to draw.
 
     Args:
-        study, cells: as they were run.
         results: by the cells' keys. A cell without one is shown as missing.
         out: the study's folder. ``parity.json`` in it is shown if it is there.
         command: what made the report, for the page.
         failures: why runs failed, by their keys.
         running: keys of runs that are going on.
 
-    Returns:
-        The path of the page. It is one file that needs no network.
+    Returns the path of the page, which is one file that needs no network.
     """
     failures = failures or {}
+    parity = out / "parity.json"
     summary = summary_of(study, cells, results)
     findings = findings_of(summary)
-    marks = arm_marks(study)
-    write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
+    tables.write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         study=study,
-        marks=marks,
+        marks=figures.arm_marks(study),
         verdict=verdict(summary, findings),
-        findings=findings,
+        test=TEST,
+        spread_floor=SPREAD_FLOOR,
         figures=_figures(summary, findings, out),
-        contrasts=contrasts_table(summary, findings),
-        means=means_tables(summary),
-        settings=settings_table(summary),
-        statistics=statistics_table(summary),
-        maps=heat_maps(summary),
-        levels=[f"{level:g}" for level in LEVELS],
-        effective=effective_table(summary),
-        costs=cost_table(summary.at(study.comparison_point())),
+        contrasts=tables.contrasts_table(summary, findings),
+        means=tables.means_tables(summary),
+        settings=tables.settings_table(summary),
+        statistics=tables.statistics_table(summary),
+        maps=tables.heat_maps(summary),
+        levels=[f"{level:g}" for level in tables.LEVELS],
+        effective=tables.effective_table(summary),
+        costs=tables.cost_table(summary.at(study.comparison_point())),
         shown=place_words(study.comparison_point()),
-        across=axis_word(summary.layout.across) if summary.layout.across else "",
+        across=axis_word(summary.across) if summary.across else "",
         images=_images(results),
-        parity=_parity(out),
+        parity=json.loads(parity.read_text()) if parity.exists() else None,
         failures=[(cell.label, failures[cell.key]) for cell in cells if cell.key in failures],
         plan=_plan(study),
         versions=_versions(results),
         base=_yaml(study.base, block=True),
-        overrides=[(arm.name, arm.label, _yaml(arm.overrides), _only(arm.only)) for arm in study.arms],
+        arms=[(arm, _yaml(arm.overrides), _only(arm)) for arm in study.arms],
         command=command,
     )
     write_atomically(out / "report.html", "\n".join(line for line in page.splitlines() if line.strip()) + "\n")
     return out / "report.html"
 
 
-def print_table(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> None:
-    """Print the verdict and the main tables of the page on the terminal."""
-    summary = summary_of(study, cells, results)
-    findings = findings_of(summary)
-    print_tables(summary, findings, verdict(summary, findings))
-
-
-def _figures(summary: Summary, findings: Findings, out: Path) -> dict[str, str]:
+def _figures(summary: Summary, findings: Sequence[Finding], out: Path) -> dict[str, str]:
     """The figures as SVG elements, by name; empty text for a figure without anything in it."""
-    study, marks = summary.study, arm_marks(summary.study)
+    study, marks = summary.study, figures.arm_marks(summary.study)
     found = dict.fromkeys(("main", "contrasts", "statistics", "curves"), "")
     if not any(setting.runs for setting in summary.settings.values()):
         return found
-    name = main_figure_name(summary)
-    found["main"] = svg_of(partial(main_figure, summary, marks), out / f"{name}.svg")
-    save(partial(main_figure, summary, marks), out / f"{name}.png")
-    rows = contrasts_table(summary, findings).rows
-    known = [(f, row[0]) for f, row in zip(findings.items, rows, strict=True) if not math.isnan(f.difference)]
-    if known:
-        found["contrasts"] = svg_of(partial(forest_figure, *zip(*known, strict=True)), out / "contrasts.svg")
-    panel = summary.layout.panel_of(study.comparison_point())
+    name = figures.main_figure_name(summary)
+    found["main"] = figures.save(out / f"{name}.svg", figures.main_figure, summary, marks)
+    figures.save(out / f"{name}.png", figures.main_figure, summary, marks)
+    words = [row[0] for row in tables.contrasts_table(summary, findings).rows]
+    if known := [(f, label) for f, label in zip(findings, words, strict=True) if not math.isnan(f.difference)]:
+        found["contrasts"] = figures.save(out / "contrasts.svg", figures.forest_figure, *zip(*known, strict=True))
+    panel = summary.panel_of(study.comparison_point())
     every = evaluated_settings(summary).values()
-    items = [item for item in every if summary.layout.panel_of(item.setting.point) == panel]
-    if items:
-        found["statistics"] = svg_of(partial(statistics_figure, summary, items), out / "statistics.svg")
-    here = [setting for setting in summary.at(study.comparison_point()) if setting.runs]
-    if here:
-        found["curves"] = svg_of(partial(curves_figure, here, marks), out / "curves.svg")
-    return found
-
-
-def _images(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
-    """Numbers of training and test images, with all the values that occur."""
-    found = []
-    for name, figure in (("training images", "train_images"), ("test images", "test_images")):
-        counts = sorted({count for run in results.values() if (count := getattr(run, figure)) is not None})
-        found += [(name, joined([f"{count:,}" for count in counts]))] if counts else []
-    return found
-
-
-def _parity(out: Path) -> dict[str, Any] | None:
-    """The check of the training under several numbers of processes, if the study has run it."""
-    path = out / "parity.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    if items := [item for item in every if summary.panel_of(item.setting.point) == panel]:
+        found["statistics"] = figures.save(out / "statistics.svg", figures.statistics_figure, summary, items)
+    if here := [setting for setting in summary.at(study.comparison_point()) if setting.runs]:
+        found["curves"] = figures.save(out / "curves.svg", figures.curves_figure, here, marks)
     return found
 
 
@@ -165,15 +117,23 @@ def _plan(study: Study) -> list[tuple[str, str]]:
     return [*lines, ("seeds", ", ".join(map(str, study.seeds)))]
 
 
-def _only(only: Mapping[str, Sequence[Any]]) -> str:
+def _only(arm: Arm) -> str:
     """Where an arm is run, if not everywhere."""
-    places = [f"{axis_word(name)} {joined([value_word(v) for v in values])}" for name, values in only.items()]
-    return f"run only at {', '.join(places)}" if places else ""
+    places = [f"{axis_word(name)} {joined([value_word(v) for v in values])}" for name, values in arm.only.items()]
+    return ", ".join(places)
 
 
 def _yaml(values: Mapping[str, Any], block: bool = False) -> str:
     text: str = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=not block, width=1000)
     return text.strip() if values else "nothing"
+
+
+def _images(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
+    """Numbers of training and test images, with all the values that occur."""
+    found = {"training images": {run.train_images for run in results.values()}}
+    found["test images"] = {run.test_images for run in results.values()}
+    counts = {name: sorted(value for value in values if value is not None) for name, values in found.items()}
+    return [(name, joined([f"{value:,}" for value in values])) for name, values in counts.items() if values]
 
 
 def _versions(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:

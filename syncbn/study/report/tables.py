@@ -17,10 +17,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from syncbn.study.analysis.evaluations import Kind, columns_of, evaluated, evaluated_settings
-from syncbn.study.analysis.findings import Findings
-from syncbn.study.analysis.layers import LayerMeans, layer_means
-from syncbn.study.analysis.summary import Setting, Summary, by_badness
-from syncbn.study.plan.grid import Cell, Point, Study, Value
+from syncbn.study.analysis.findings import Finding, findings_of
+from syncbn.study.analysis.summary import Setting, Summary, by_badness, layer_means, summary_of
+from syncbn.study.plan.grid import Cell, Study
 from syncbn.study.report.format import (
     DASH,
     axis_word,
@@ -37,6 +36,7 @@ from syncbn.study.report.format import (
     same_runs,
     value_word,
 )
+from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
 
 TERMINAL_WIDTH = 80
@@ -79,13 +79,13 @@ class HeatMap:
     rows: list[tuple[str, list[HeatCell]]]
 
 
-def contrasts_table(summary: Summary, findings: Findings) -> Table:
+def contrasts_table(summary: Summary, findings: Sequence[Finding]) -> Table:
     """The planned contrasts, in points of test error; effects come before p values."""
     study = summary.study
-    places = [contrast_place(study, f.contrast) for f in findings.items]
+    places = [contrast_place(study, f.contrast) for f in findings]
     head = ["contrast", "verdict", "difference", "95 % interval", "p", "sign-flip p", "smallest effect"]
     table = Table(title=places[0] if len(set(places)) == 1 else "", head=[*head, "test set error"])
-    for place, f in zip(places, findings.items, strict=True):
+    for place, f in zip(places, findings, strict=True):
         words = contrast_words(study, f.contrast)
         table.rows.append(
             [
@@ -104,15 +104,17 @@ def contrasts_table(summary: Summary, findings: Findings) -> Table:
 
 def means_tables(summary: Summary) -> list[Table]:
     """Mean errors in percent of the arms along the sweep, a table a panel; none where nothing goes across."""
-    layout, found = summary.layout, []
-    for panel in layout.panels if layout.across is not None else ():
-        head = [axis_word(layout.across or ""), *map(value_word, layout.values)]
-        table = Table(title=panel_title(layout, panel), head=head)
+    found: list[Table] = []
+    if summary.across is None:
+        return found
+    for panel in summary.panels:
+        head = [axis_word(summary.across), *map(value_word, summary.values)]
+        table = Table(title=panel_title(summary, panel), head=head)
         for arm in summary.study.arms:
-            along = dict(summary.across(arm.name, panel))
+            along = summary.along(arm.name, panel)
             if any(setting.runs for setting in along.values()):
-                cells = [_mean_cell(along.get(i)) for i in range(len(layout.values))]
-                if same_runs(list(along.items())):
+                cells = [_mean_cell(along.get(i)) for i in range(len(summary.values))]
+                if same_runs(along):
                     cells = [SAME if i in along and i != min(along) else cell for i, cell in enumerate(cells)]
                 table.rows.append([arm.label, *cells])
                 table.arms.append(arm.name)
@@ -122,15 +124,16 @@ def means_tables(summary: Summary) -> list[Table]:
 
 def settings_table(summary: Summary) -> Table:
     """Every setting with mean, interval and each seed's error, in percent; a level arm's once."""
-    axes = [axis_word(name) for name in summary.layout.names]
+    axes = [axis_word(name) for name in summary.study.axes]
     head = ["arm", *axes, "norm. batch", "mean", "95 % interval", "SD", *(f"seed {s}" for s in summary.study.seeds)]
-    table, seen = Table(head=head), set()
+    table = Table(head=head)
     settings = list(summary.settings.values())
+    same_runs_of: dict[tuple[str, tuple[str, ...]], list[Setting]] = {}
     for setting in settings if axes else by_badness(settings):
-        if (setting.arm, setting.keys) in seen:
-            continue
-        seen.add((setting.arm, setting.keys))
-        places = ["all" if free else value_word(value) for free, value in _places(summary, setting)]
+        same_runs_of.setdefault((setting.arm, setting.keys), []).append(setting)
+    for setting, *others in same_runs_of.values():
+        shared = [pair for pair in setting.point if all(pair in other.point for other in others)]
+        places = [value_word(value) if (name, value) in shared else "all" for name, value in setting.point]
         size, error = setting.normalization_batch_size, setting.error
         mean = [_mean_cell(setting), percent_interval(error.low, error.high), percent(error.sd)]
         seeds = [_seed_cell(run) for run in setting.results]
@@ -174,8 +177,12 @@ def heat_maps(summary: Summary) -> list[HeatMap]:
     """The layers' divergence: a map an arm along the sweep, the reference's first; or one map with a column an arm."""
     found = []
     for title, columns in _layer_columns(summary):
-        means = [{entry.layer: entry.kl for entry in layer_means(setting)} for _, setting in columns]
-        rows = [(layer, [_heat_cell(kl.get(layer, math.nan)) for kl in means]) for layer in _layers(means)]
+        means = [layer_means(setting) for _, setting in columns]
+        rows = []
+        for layer in _layers(means):
+            # Rounded as it is printed, so that colour and number agree.
+            values = [round(column[layer].kl, 3) if layer in column else math.nan for column in means]
+            rows.append((layer, [HeatCell(compact(value), heat_level(value)) for value in values]))
         found.append(HeatMap(title=title, columns=[heading for heading, _ in columns], rows=rows))
     return found
 
@@ -183,9 +190,13 @@ def heat_maps(summary: Summary) -> list[HeatMap]:
 def effective_table(summary: Summary) -> Table | None:
     """How many independent values a batch is worth in each layer, for the arms of the first heat map."""
     for title, columns in _layer_columns(summary)[:1]:
-        means = [{entry.layer: entry for entry in layer_means(setting)} for _, setting in columns]
-        rows = [[layer, *(_worth(column.get(layer)) for column in means)] for layer in _layers(means)]
-        return Table(title=title, head=["layer", *(heading for heading, _ in columns)], rows=rows)
+        means = [layer_means(setting) for _, setting in columns]
+        table = Table(title=title, head=["layer", *(heading for heading, _ in columns)])
+        for layer in _layers(means):
+            known = [column.get(layer) for column in means]
+            worth = [f"{compact(mean.effective)} of {compact(mean.count)}" if mean else DASH for mean in known]
+            table.rows.append([layer, *worth])
+        return table
     return None
 
 
@@ -194,13 +205,15 @@ def heat_level(value: float) -> int | None:
     return None if math.isnan(value) else sum(value >= level for level in LEVELS)
 
 
-def print_tables(summary: Summary, findings: Findings, words: str) -> None:
+def print_table(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> None:
     """Print the verdict, the planned contrasts and the mean errors, 80 columns wide unless the terminal is wider."""
+    summary = summary_of(study, cells, results)
+    findings = findings_of(summary)
     console = Console()
     if not console.is_terminal:
         console = Console(width=TERMINAL_WIDTH)
-    console.print(Text(summary.study.title, style="bold"))
-    console.print(Text(words))
+    console.print(Text(study.title, style="bold"))
+    console.print(Text(verdict(summary, findings)))
     contrasts = contrasts_table(summary, findings)
     if contrasts.rows:
         rows = [row[:5] for row in contrasts.rows]
@@ -210,7 +223,7 @@ def print_tables(summary: Summary, findings: Findings, words: str) -> None:
         title = "Mean test error in %" + (f", {means.title}" if means.title else "")
         rows = [[row[0], *(cell.replace(" ", "\n") for cell in row[1:])] for row in means.rows]
         _print(console, Table(title=title, head=means.head, rows=rows))
-    if summary.layout.across is None:
+    if summary.across is None:
         settings = settings_table(summary)
         last = settings.head.index("SD")
         rows = [row[:last] for row in settings.rows]
@@ -231,13 +244,7 @@ def write_csv(
 
     A run that stands at several places of its arm (it does not depend on an axis) has one line, ``level`` is ``yes``,
     and the axes on which its places differ are empty. A figure that a run does not have is empty.
-
-    Args:
-        study, cells: as they were run.
-        results: by the cells' keys.
-        path: of the file.
-        failed: keys whose run failed.
-        running: keys whose run is going on.
+    ``results`` are by the cells' keys; ``failed`` and ``running`` are keys whose run failed or is going on.
     """
     columns = columns_of(list(results.values()))
     labels = {arm.name: arm.label for arm in study.arms}
@@ -286,12 +293,6 @@ def _seed_cell(run: RunResult | None) -> str:
     return "diverged" if run.status == "diverged" or run.test_error is None else percent(run.test_error)
 
 
-def _places(summary: Summary, setting: Setting) -> list[tuple[bool, Value]]:
-    """For each axis whether the setting's runs stand at several of its values, and the setting's own value."""
-    same: list[Point] = [s.point for s in summary.settings.values() if (s.arm, s.keys) == (setting.arm, setting.keys)]
-    return [(len({dict(point)[name] for point in same}) > 1, value) for name, value in setting.point]
-
-
 def _kind_word(name: str, kind: Kind) -> str:
     if kind.statistics != "population":
         return {"running": "running", "batch": "test batch"}.get(kind.statistics, kind.statistics)
@@ -301,24 +302,15 @@ def _kind_word(name: str, kind: Kind) -> str:
 def _layer_columns(summary: Summary) -> list[tuple[str, list[tuple[str, Setting]]]]:
     """A title for each heat map, and its settings with their headings."""
     point = summary.study.comparison_point()
-    if summary.layout.across is None:
+    if summary.across is None:
         here = [(setting.label, setting) for setting in summary.at(point) if layer_means(setting)]
         return [("", here)] if here else []
-    found, values = [], summary.layout.values
+    found = []
     for arm in sorted(summary.study.arms, key=lambda arm: not arm.reference):
-        settings = summary.across(arm.name, summary.layout.panel_of(point))
-        along = [(value_word(values[i]), setting) for i, setting in settings if layer_means(setting)]
+        settings = summary.along(arm.name, summary.panel_of(point))
+        along = [(value_word(summary.values[i]), setting) for i, setting in settings.items() if layer_means(setting)]
         found += [(arm.label, along)] if along else []
     return found
-
-
-def _worth(layer: LayerMeans | None) -> str:
-    return DASH if layer is None else f"{compact(layer.effective)} of {compact(layer.count)}"
-
-
-def _heat_cell(kl: float) -> HeatCell:
-    rounded = kl if math.isnan(kl) else round(kl, 3)  # as it is printed, so that colour and number agree
-    return HeatCell(compact(kl), heat_level(rounded))
 
 
 def _layers(columns: Sequence[Mapping[str, object]]) -> list[str]:

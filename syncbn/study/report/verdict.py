@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from syncbn.study.analysis.findings import VERDICTS, Finding, Findings
+from syncbn.study.analysis.findings import VERDICTS, Finding
 from syncbn.study.analysis.statistics import MIN_SEEDS
 from syncbn.study.analysis.summary import Summary
-from syncbn.study.plan.contrasts import Place
-from syncbn.study.plan.grid import Point, Study
+from syncbn.study.plan.grid import Place, Point, Study
 from syncbn.study.report.format import (
     contrast_place,
     difference_sides,
@@ -25,14 +24,14 @@ MAX_NAMED = 4
 """Costs, and remedies of one cost, that the verdict names. The table has all of them."""
 
 
-def verdict(summary: Summary, findings: Findings) -> str:
+def verdict(summary: Summary, findings: Sequence[Finding]) -> str:
     """What the planned contrasts show: costs and what gives them back, then what is not shown and why."""
-    study, items = summary.study, findings.items
+    study = summary.study
     planned = {key: run for s in summary.settings.values() for key, run in zip(s.keys, s.results, strict=True)}
     ended = sum(run is not None for run in planned.values())
     if not ended:
         return "No run has a result yet."
-    found = {word: [f for f in items if f.verdict == word] for word in (*VERDICTS, None)}
+    found = {word: [f for f in findings if f.verdict == word] for word in (*VERDICTS, None)}
     shown = found["better"] + found["worse"]
     said = _costs(summary, [f for f in shown if f.contrast.minus is None])
     for f in shown:
@@ -55,11 +54,11 @@ def verdict(summary: Summary, findings: Findings) -> str:
     if found["too few seeds"]:
         said.append(f"{plural(len(study.seeds), 'seed')} cannot show a difference; {MIN_SEEDS} are needed.")
     if found[None]:
-        waiting = f"{len(found[None])} of {plural(len(items), 'contrast')}"
+        waiting = f"{len(found[None])} of {plural(len(findings), 'contrast')}"
         said.append(f"Nothing is claimed for {waiting}: {ended} of {len(planned)} runs have a result.")
-    if not items:
+    if not findings:
         said.append("The study plans no contrast, so nothing is compared.")
-    return " ".join([*said, *["No arm's learning rate was tuned."] * findings.untuned])
+    return " ".join([*said, "No arm's learning rate was tuned."])
 
 
 def _costs(summary: Summary, shown: Sequence[Finding]) -> list[str]:

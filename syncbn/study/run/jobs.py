@@ -19,16 +19,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.logs import error_line, note_begin, note_failure, output_to
 from syncbn.study.run.records import Record, Records
 from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 TrainFunction = Callable[..., object]
 """Called as ``train(config, folder, resume=True)``, such as :func:`syncbn.train.loop.train`."""
@@ -146,12 +143,8 @@ def recorded(job: Job, records: Records) -> Record | None:
 def load_result(directory: Path) -> RunResult | None:
     """The result in a run's directory; None if there is none or a half-written one.
 
-    Raises:
-        ConfigError: a whole result that this version cannot read. Running it again would overwrite it.
-        OSError: it is there and cannot be read.
+    A whole result that this version cannot read is a ConfigError, as running it again would overwrite it.
     """
-    from syncbn.train.result import RunResult
-
     path = directory / "result.json"
     try:
         return RunResult.from_json(path)

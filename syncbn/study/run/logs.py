@@ -29,10 +29,12 @@ def note_failure(log: Path, message: str) -> None:
 
 def failure(log: Path) -> str | None:
     """Why the last attempt failed; None if it did not fail, or was cut off."""
-    for line in reversed(_last_attempt(log)):
-        if found := re.match(rf"{MARK} \S+ failed: (.*)", line):
-            return found[1]
-    return None
+    message = None
+    if log.exists():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if found := re.match(rf"{MARK} \S+ (began|failed): (.*)", line.strip()):
+                message = found[2] if found[1] == "failed" else None
+    return message
 
 
 def error_line(error: Exception) -> str:
@@ -58,15 +60,6 @@ def output_to(log: Path) -> Iterator[None]:
         for descriptor, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)
-
-
-def _last_attempt(log: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    except OSError:
-        return []
-    began = [number for number, line in enumerate(lines) if re.match(rf"{MARK} \S+ began: ", line)]
-    return lines[began[-1] if began else 0 :]
 
 
 def _now() -> str:

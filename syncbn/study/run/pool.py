@@ -6,6 +6,7 @@ It is not a ``ProcessPoolExecutor``, in which one worker that dies takes all pen
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections import deque
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from syncbn.study.run.jobs import Event, Events, Job, TrainFunction
+import torch
+
+from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
 from syncbn.study.run.logs import note_failure
-from syncbn.study.run.worker import worker_main
+from syncbn.study.run.records import Records
 
 POLL_SECONDS = 0.5
 """Longest time between two looks at the workers."""
@@ -51,13 +54,21 @@ def pool_events(jobs: Sequence[Job], size: int, train: TrainFunction) -> Events:
         _stop(workers, at_once=not finished)
 
 
+def use_threads(number: int) -> None:
+    """Compute in this number of threads, as one process that belongs to no launcher."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    torch.set_num_threads(number)
+
+
 def _idle_worker(workers: list[_Worker], size: int, train: TrainFunction) -> _Worker | None:
     idle = next((worker for worker in workers if worker.job is None), None)
     if idle is not None or len(workers) == size:
         return idle
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=worker_main, args=(there, train), name="syncbn study worker")
+    process = context.Process(target=_work, args=(there, train), name="syncbn study worker")
     with _interrupts_ignored():
         process.start()
     there.close()  # otherwise the pipe would stay open when the worker ends
@@ -77,7 +88,9 @@ def _ended(workers: list[_Worker]) -> Iterator[Event]:
             workers.remove(worker)
             worker.connection.close()
             worker.process.join(STOP_SECONDS)
-            message = _death(worker.process.exitcode)
+            code = worker.process.exitcode
+            how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            message = f"the worker process died ({how})"
             note_failure(job.log, message)
             event = Event(job, "failed", message)
         yield event
@@ -95,11 +108,6 @@ def _stop(workers: list[_Worker], at_once: bool) -> None:
             worker.process.join()
 
 
-def _death(code: int | None) -> str:
-    how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    return f"the worker process died ({how})"
-
-
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     """A process started here ignores Ctrl-C from its first instruction on."""
@@ -111,3 +119,27 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _work(connection: Connection, train: TrainFunction) -> None:
+    """Body of a worker process: answers each :class:`Job` with an :class:`Event`, until the pipe closes."""
+    # Ctrl-C reaches all processes of the terminal; the runner acts on it and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_threads(1)
+    records: Records | None = None
+    while True:
+        try:
+            job: Job = connection.recv()
+        except EOFError:
+            return
+        records = records or Records(job.out)
+        connection.send(attempt(job, train, records))
+
+
+def _end_with_parent() -> None:
+    """End this process when the runner ends, even by SIGKILL; the run goes on from its checkpoint next time."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-if TYPE_CHECKING:
-    from syncbn.study.run.jobs import Job
-    from syncbn.study.run.status import Outcome
+from syncbn.study.run.jobs import Job
+from syncbn.study.run.status import Outcome
 
 
 class Display:
     """Shows how many runs have ended, which ones are running and about how long the rest takes. A context manager."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(self) -> None:
+        self.console = Console()
         self.total = self.done = 0
         self.workers = 1
         self._running: dict[str, tuple[str, float]] = {}
         self._seconds: list[float] = []
         self._announced: set[str] = set()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        columns = (TextColumn("cells"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+        labels = TextColumn("{task.description}", markup=False)
+        self._bar = Progress(*columns, labels, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("starting", total=None)
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
-            columns = (TextColumn("cells"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, TextColumn("{task.description}", markup=False), console=self.console)
-            self._task = self._bar.add_task("starting", total=None)
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.stop()
 
     def start(self, *, total: int, done: int, workers: int) -> None:
         """``total`` runs, of which ``done`` ended before; ``workers`` of the others run side by side."""
@@ -48,7 +42,6 @@ class Display:
         self.tick()
 
     def began(self, job: Job) -> None:
-        """A run was begun."""
         self._running[job.key] = (job.label, time.monotonic())
 
     def waiting(self, job: Job) -> None:
@@ -59,7 +52,6 @@ class Display:
             self._print(f"{job.label}: another study run is working on it; waiting for its result")
 
     def ended(self, outcome: Outcome) -> None:
-        """A run has ended."""
         self.done += 1
         key, result = outcome.job.key, outcome.result
         _, began = self._running.pop(key, ("", time.monotonic()))
@@ -76,12 +68,10 @@ class Display:
         self._print(f"[{self.done:{width}}/{self.total}] {outcome.job.label}: {news}" + (f"; {left}" if left else ""))
 
     def tick(self) -> None:
-        """Bring the live bar up to date."""
-        if self._bar is not None:
-            labels = " | ".join(label for label, _ in self._running.values()) or "waiting"
-            left = self._left()
-            description = labels + (f"; {left}" if left else "") if self.done < self.total else "done"
-            self._bar.update(self._task, completed=self.done, total=self.total, description=description)
+        labels = " | ".join(label for label, _ in self._running.values()) or "waiting"
+        left = self._left()
+        description = labels + (f"; {left}" if left else "") if self.done < self.total else "done"
+        self._bar.update(self._task, completed=self.done, total=self.total, description=description)
 
     def _left(self) -> str:
         """About how long the rest takes, from the mean over the runs so far; empty before the first has ended."""

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,10 +64,9 @@ def follow(train: TrainFunction = loop.train) -> None:
 
 def share(job: Job | None) -> Job | None:
     """The first process's job, on every process."""
-    shared: list[Any] = [job]
+    shared = [job]
     dist.broadcast_object_list(shared, src=0)
-    found: Job | None = shared[0]
-    return found
+    return shared[0]
 
 
 def _train(job: Job, train: TrainFunction) -> None:

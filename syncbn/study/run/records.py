@@ -19,17 +19,13 @@ import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from syncbn.study.plan.grid import State, state_of
 from syncbn.train.config import ConfigError
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult, jsonable
 
 SCHEMA = 1
 """Version of a line."""
-FOLDER = "records"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +43,12 @@ class Record:
     """Wall time between the two: of the whole run, or of its last part if it was killed and went on."""
     result: RunResult
 
-    @property
-    def state(self) -> State:
-        """``done`` or ``diverged``."""
-        return state_of(self.result)
-
 
 def append(path: Path, record: Record) -> None:
-    """Add a line to a worker's own file.
-
-    Raises:
-        OSError: it cannot be written. A line written in part is no record.
-    """
-    from syncbn.train.result import jsonable
-
-    values = {
-        "schema": SCHEMA,
-        "key": record.key,
-        "worker": record.worker,
-        "started": record.started.astimezone(UTC).isoformat(timespec="milliseconds"),
-        "ended": record.ended.astimezone(UTC).isoformat(timespec="milliseconds"),
-        "seconds": round(record.seconds, 3),
-        "result": asdict(record.result),
-    }
+    """Add a line to a worker's own file. A line that could be written in part only is no record."""
+    values = {"schema": SCHEMA, **asdict(record), "seconds": round(record.seconds, 3)}
+    for name in ("started", "ended"):
+        values[name] = values[name].astimezone(UTC).isoformat(timespec="milliseconds")
     data = (json.dumps(jsonable(values), allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -83,10 +62,8 @@ def append(path: Path, record: Record) -> None:
 def read_records(out: Path) -> dict[str, Record]:
     """The records of a study by key; empty where there are none.
 
-    If a key is recorded more than once, the run that ended first counts, and within a file the first line.
-
-    Raises:
-        ConfigError: a line was written by a newer version, or cannot be read by this one.
+    If a key is recorded more than once, the run that ended first counts, and within a file the first line. A line that
+    a newer version wrote, or that this one cannot read, is a ConfigError.
     """
     records = Records(out)
     records.refresh()
@@ -115,17 +92,13 @@ class Records:
     """
 
     def __init__(self, out: Path) -> None:
-        self.folder = out / FOLDER
+        self.folder = out / "records"
         self.worker = worker_name()
         self._places: dict[str, _Place] = {}
         self._read: dict[Path, int] = {}
 
     def refresh(self) -> None:
-        """Read the lines that were added since the last call.
-
-        Raises:
-            ConfigError: as :func:`read_records`.
-        """
+        """Read the lines that were added since the last call."""
         for path in sorted(self.folder.glob("*.jsonl")):
             if path.is_file() and path.stat().st_size > self._read.get(path, 0):
                 self._read_on(path)
@@ -172,8 +145,6 @@ class Records:
 
 def _record(line: bytes, path: Path) -> Record | None:
     """The record in a line; None if it is no record."""
-    from syncbn.train.result import RunResult
-
     try:
         values: Any = json.loads(line)
     except (ValueError, RecursionError):

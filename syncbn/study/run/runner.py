@@ -12,13 +12,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from syncbn.study.plan.grid import Cell
+from syncbn.study.plan.grid import Cell, state_of
 from syncbn.study.run.jobs import Events, Job, TrainFunction, load_result, recorded, study_jobs
 from syncbn.study.run.logs import error_line, note_failure
 from syncbn.study.run.pool import pool_events
 from syncbn.study.run.progress import Display
+from syncbn.study.run.ranks import rank_events
 from syncbn.study.run.records import Records
 from syncbn.study.run.status import Outcome
+from syncbn.study.run.submit import submitted_events
 from syncbn.train import loop
 from syncbn.train.checkpoint import try_lock
 
@@ -34,7 +36,6 @@ def run_cells(
     *,
     workers: int | None = None,
     train: TrainFunction = loop.train,
-    display: Display | None = None,
     executor: Executor = "pool",
     options: Mapping[str, Any] | None = None,
     together: bool = False,
@@ -42,28 +43,21 @@ def run_cells(
     """Run the cells that have no record yet.
 
     Args:
-        cells: cells of a study; those with the same key are one run.
-        out: the study's folder, made if need be.
         workers: runs side by side; by default one per core, or on a Slurm cluster all at once.
         train: what does a run.
-        display: shows the progress.
         executor, options: who does the runs, and for submitit the parameters of a job.
         together: all processes of a launcher do each run together. This is the first of them, and the others have to
             call :func:`syncbn.study.run.ranks.follow`.
 
     Returns:
-        One outcome per key. A run that failed is an outcome, not an error.
-
-    Raises:
-        KeyboardInterrupt: after the workers were stopped or their jobs cancelled; finished runs are kept.
-        ConfigError: records or a result of another version.
+        One outcome per key. A run that failed is an outcome; records or a result of another version are a ConfigError.
     """
     jobs = {job.key: job for job in study_jobs(cells, out)}
     records = Records(out)
     outcomes = {key: outcome for key, job in jobs.items() if (outcome := _settled(job, records))}
     limit = workers or (len(jobs) if executor == "slurm" else len(os.sched_getaffinity(0)))
     side_by_side = 1 if together else min(limit, len(jobs) - len(outcomes))
-    with display or Display() as shown:
+    with Display() as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         while left := [job for key, job in jobs.items() if key not in outcomes]:
             if free := [job for job in left if not job.held()]:
@@ -85,11 +79,7 @@ def _events(jobs: Sequence[Job], size: int, train: TrainFunction, executor: str,
     if executor == "pool":
         return pool_events(jobs, size, train)
     if executor == "ranks":
-        from syncbn.study.run.ranks import rank_events
-
         return rank_events(jobs, train)
-    from syncbn.study.run.submit import submitted_events
-
     return submitted_events(jobs, size, train, executor, options)
 
 
@@ -129,4 +119,4 @@ def _settled(job: Job, records: Records, ran: bool = False) -> Outcome | None:
         message = error_line(error)
         note_failure(job.log, message)
         return Outcome(job=job, state="failed", message=message)
-    return None if record is None else Outcome(job=job, state=record.state, result=record.result, ran=ran)
+    return None if record is None else Outcome(job=job, state=state_of(record.result), result=record.result, ran=ran)

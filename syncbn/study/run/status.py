@@ -7,15 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.jobs import Job, load_result, study_jobs
 from syncbn.study.run.logs import failure
 from syncbn.study.run.records import Record, read_records
-
-if TYPE_CHECKING:
-    from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +30,7 @@ class Outcome:
 
 
 def study_outcomes(cells: Sequence[Cell], out: Path) -> dict[str, Outcome]:
-    """The state of each run of a study, by key.
-
-    Raises:
-        ConfigError: records or a result of another version.
-    """
+    """The state of each run of a study, by key."""
     records = read_records(out)
     return {job.key: _outcome(job, records.get(job.key)) for job in study_jobs(cells, out)}
 
@@ -56,12 +49,9 @@ def _outcome(job: Job, record: Record | None) -> Outcome:
 
 
 def seconds_left(cells: Sequence[Cell], records: Mapping[str, Record]) -> float | None:
-    """Estimated time of the runs without a record, one after another, from those with one.
+    """Estimated seconds of the runs without a record, one after another; None before the first run has finished.
 
     Each is expected to take the median time of its arm's finished runs, or of all finished runs if its arm has none.
-
-    Returns:
-        Seconds, or None before the first run has finished.
     """
     by_arm: dict[str, list[float]] = defaultdict(list)
     for cell in unique_cells(cells):

@@ -16,12 +16,11 @@ from typing import Any
 
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
 from syncbn.study.run.logs import note_failure, output_to
+from syncbn.study.run.pool import use_threads
 from syncbn.study.run.records import Records
-from syncbn.study.run.worker import use_threads
 from syncbn.train.config import ConfigError
 from syncbn.train.launch import LaunchError
 
-FOLDER = "submitted"
 POLL_SECONDS = {"slurm": 5.0, "local": 0.5}
 """Time between two looks at the jobs' results."""
 QUEUE_SECONDS = 20.0
@@ -37,11 +36,11 @@ REQUEUES = 20
 _GENERIC = ("name", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "stderr_to_stdout")
 
 
+@dataclass
 class CellRun:
     """What a job of the cluster does, as submitit pickles it."""
 
-    def __init__(self, train: TrainFunction) -> None:
-        self.train = train
+    train: TrainFunction
 
     def __call__(self, job: Job) -> Event:
         use_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
@@ -69,21 +68,13 @@ class _Handle:
 
 
 def submitted_events(
-    jobs: Sequence[Job],
-    size: int,
-    train: TrainFunction,
-    kind: str,
-    options: Mapping[str, Any],
+    jobs: Sequence[Job], size: int, train: TrainFunction, kind: str, options: Mapping[str, Any]
 ) -> Events:
     """Do the jobs on a cluster, at most ``size`` at a time; closing the events cancels the jobs that have not ended.
 
     ``local`` is processes of this machine that submitit starts, which see as many GPUs as the option ``gpus_per_node``
     says. ``options`` are submitit's parameters of a job; Slurm's own can be named without the prefix ``slurm_``.
-
-    Raises:
-        ConfigError: an option that submitit does not know, or no Slurm on this machine.
-        ImportError: submitit is not installed.
-        LaunchError: Slurm did not take the jobs.
+    Raises a ConfigError for a wrong option or a machine without Slurm, and a LaunchError if Slurm refuses the jobs.
     """
     jobs = [replace(job, out=job.out.absolute()) for job in jobs]  # a cluster's jobs start in a folder of their own
     return _events(jobs, _executor(jobs[0].out, kind, size, options), CellRun(train), size, kind)
@@ -132,10 +123,7 @@ def _look_at_queue(active: list[_Handle], kind: str) -> None:
             gone = queued is not None and handle.submitted.job_id not in queued
         else:
             gone = handle.submitted.done()
-        if not gone:
-            handle.gone_at = None
-        elif handle.gone_at is None:
-            handle.gone_at = time.monotonic()
+        handle.gone_at = (handle.gone_at or time.monotonic()) if gone else None
 
 
 def _queued(arrays: set[str]) -> set[str] | None:
@@ -198,7 +186,7 @@ def _executor(out: Path, kind: str, size: int, options: Mapping[str, Any]) -> An
     parameters = {"name": "syncbn-study", "timeout_min": TIMEOUT_MINUTES, "slurm_array_parallelism": size}
     known = ("slurm_", "local_")
     parameters |= {k if k in _GENERIC or k.startswith(known) else f"slurm_{k}": v for k, v in options.items()}
-    executor = submitit.AutoExecutor(folder=out / FOLDER, cluster=kind, slurm_max_num_timeout=REQUEUES)
+    executor = submitit.AutoExecutor(folder=out / "submitted", cluster=kind, slurm_max_num_timeout=REQUEUES)
     try:
         executor.update_parameters(**parameters)
     except (NameError, AssertionError, ValueError, TypeError) as error:
