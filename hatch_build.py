@@ -13,7 +13,7 @@ BUILD = Path("syncbn/kernels/cpu/build.py")
 
 
 class CompiledKernels(BuildHookInterface):
-    """Runs the kernels' ``build.py``, which needs no other package, before a wheel or an editable installation."""
+    """Runs the kernels' ``build.py``, which needs no other package, before a wheel or an editable install is made."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         script = Path(self.root) / BUILD
@@ -25,8 +25,8 @@ class CompiledKernels(BuildHookInterface):
         except module["BuildError"] as error:
             self.app.display_warning(f"the CPU kernels are not compiled, so the layers will be slower: {error}")
             return
-        # The libraries use neither Python's nor torch's headers, so one wheel serves all their versions. It is tagged
-        # for this machine; `auditwheel repair` gives it a manylinux tag after it has looked at the symbols.
+        # The libraries use neither Python's nor torch's headers, so one wheel works with all versions of both. It is
+        # tagged for this platform; `auditwheel repair` checks the symbols and gives it a manylinux tag.
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"
         build_data["pure_python"] = False

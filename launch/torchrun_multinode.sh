@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several nodes, the same command on each: CONFIG=run.yaml NNODES=2 RDZV_ENDPOINT=node0:29500 launch/torchrun_multinode.sh
-# NPROC processes a node, by default one a GPU. RDZV_ENDPOINT is a port that is free on one of the nodes; ranks are given
-# out there, so no node needs a number. RDZV_ID keeps apart jobs that share an endpoint.
+# NPROC processes per node, by default one per GPU. RDZV_ENDPOINT is a free port on one of the nodes. The ranks are
+# assigned there, so no node needs a number. RDZV_ID distinguishes jobs that share an endpoint.
 set -euo pipefail
 : "${CONFIG:?is not set: the YAML file of the run, e.g. CONFIG=run.yaml}"
 : "${NNODES:?is not set: the number of nodes, e.g. NNODES=2}"

@@ -13,10 +13,9 @@ logger = logging.getLogger("syncbn")
 
 
 def load() -> ctypes.CDLL:
-    """The library for the vector instructions that torch uses here (``ATEN_CPU_CAPABILITY`` may choose fewer).
+    """Load the library for the vector instructions that torch uses (``ATEN_CPU_CAPABILITY`` may choose fewer).
 
-    Raises:
-        ImportError: there is none, or it cannot be loaded.
+    If it is missing or cannot be loaded, the next one in :data:`build.KINDS` is tried; ImportError if none is left.
     """
     kinds = build.kinds()
     capability = torch.backends.cpu.get_cpu_capability().lower()
@@ -24,7 +23,7 @@ def load() -> ctypes.CDLL:
     problem: object = "they are not built"
     try:
         found = [path for path in map(build.library, fitting) if path.exists()]
-    except OSError as error:  # without its sources it is not known which library would be theirs
+    except OSError as error:  # the name of the library depends on the sources, which are missing
         raise ImportError(error) from error
     for path in found:
         try:
@@ -33,6 +32,6 @@ def load() -> ctypes.CDLL:
             problem = error
             continue
         if path != build.library(fitting[0]):
-            logger.info("%s serves on a machine with %s", path.name, capability)
+            logger.info("using %s, although torch uses %s", path.name, capability)
         return library
     raise ImportError(problem)
