@@ -377,7 +377,7 @@ class GhostBatchNorm(SmallBatchNorm):
         running_update: how the groups of one step enter the running statistics. ``"mean"``: one update with the mean
             over groups of mean and unbiased variance. ``"sequential"``: one update per group, in order. ``"total"``:
             one update with the mean and variance of the whole batch.
-        sync, process_group, sync_group_size: share statistics among ranks. ``process_group`` and ``sync_group_size`` imply ``sync``.
+        sync, process_group, sync_group_size: share statistics among ranks. Giving a group or a size implies ``sync``.
         max_ghost_groups: if synchronized, the number of groups to reduce in each step, at least as many as any rank's
             largest batch has. None: the ranks agree on it in the first training step (one small collective), so the
             first batch must be as large as any later one. A layer that is compiled before its first step assumes that
@@ -442,8 +442,8 @@ class BatchRenorm(SmallBatchNorm):
         r_max, d_max: the limits at the end of their ramps.
         warmup_steps: number of training steps with r = 1 and d = 0, which is plain batch normalization.
         r_ramp_end, d_ramp_end: the step at which each limit reaches its maximum, linearly from the end of the warm-up.
-        sync, process_group, sync_group_size: correct statistics that are shared among ranks. The latter two imply
-            ``sync``.
+        sync, process_group, sync_group_size: correct statistics that are shared among ranks. Giving a group or a size
+            implies ``sync``.
         ghost_batch_size, remainder, max_ghost_groups: correct the statistics of each group; see
             :class:`GhostBatchNorm`. None is the whole batch.
         activation, negative_slope, save: see :class:`SyncBatchNorm`.

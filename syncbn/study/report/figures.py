@@ -200,6 +200,7 @@ def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Fig
     losses = [loss for loss in losses if math.isfinite(loss)]
     if losses and 0 < 20 * min(losses) < max(losses):
         top.set_yscale("log")
+        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     top.set_ylabel("training loss")
     top.grid(axis="y")
     error_axis(bottom, errors, "y")
@@ -237,7 +238,8 @@ def error_axis(axes: Axes, errors: Sequence[float], which: Literal["x", "y"]) ->
     logarithmic = low > 0 and high > 4 * low
     margin = 0.08 * (high - low) or 0.01
     limits = (low / 1.25, min(high * 1.25, 1.02)) if logarithmic else (low - margin, high + margin)
-    bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
+    # About seven labels: more would touch each other.
+    bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 200 * low else (1, 3)
     ticks = [base * 10.0**power for power in range(-6, 1) for base in bases]
     label = "test error" + (" (log scale)" if logarithmic else "")
     axes.set(**{f"{which}scale": "log" if logarithmic else "linear", f"{which}lim": limits, f"{which}label": label})

@@ -100,7 +100,7 @@ def _figures(summary: Summary, findings: Sequence[Finding], out: Path) -> dict[s
     every = evaluated_settings(summary).values()
     if items := [item for item in every if summary.panel_of(item.setting.point) == panel]:
         found["statistics"] = figures.save(out / "statistics.svg", figures.statistics_figure, summary, items)
-    if here := [setting for setting in summary.at(study.comparison_point()) if setting.runs]:
+    if here := [s for s in summary.at(study.comparison_point()) if any(run.losses for run in s.runs)]:
         found["curves"] = figures.save(out / "curves.svg", figures.curves_figure, here, marks)
     return found
 
