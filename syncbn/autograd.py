@@ -60,7 +60,7 @@ def batch_norm(
         y = _composed(x, weight, bias, running, epilogue, rule)
     else:
         with torch.no_grad():
-            statistics = batch_statistics(x, running, rule)
+            statistics = _reduced_statistics(x, running, rule)
         y = SyncedNorm.apply(x, weight, bias, residual, statistics, activation, rule)  # type: ignore[no-untyped-call]
     return y
 
@@ -70,7 +70,7 @@ def _is_interrupted(rule: Rule) -> bool:
     return rule.group_name is not None or rule.check_count is not None or rule.observer is not None
 
 
-def batch_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
+def _reduced_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
     """The statistics of each group over all processes, and the update of the running ones. One collective."""
     sums = all_reduce_sum(pick(x, differentiable=False).group_sums(x, rule.groups), rule.group_name)
     if rule.check_count is not None:
@@ -90,7 +90,7 @@ def _composed(
     It keeps more for the backward pass. The transforms can go through it, and a trace of it can be saved.
     """
     with torch.no_grad():
-        statistics = batch_statistics(x, running, rule)
+        statistics = _reduced_statistics(x, running, rule)
     _, mean, var = moments(all_reduce_sum(group_sums(x, rule.groups), rule.group_name))
     scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
     affine = Affine(mean, torch.rsqrt(var + rule.eps), scale, shift)
