@@ -123,7 +123,6 @@ class SyncedNorm(torch.autograd.Function):
     ``mean`` and ``invstd`` are constants here; the second and third term of grad_x are their part of the gradient. A
     second derivative needs them as functions of x, so a backward pass that is itself recorded (``create_graph=True``)
     computes them again from x, with the reduction recorded too.
-
     """
 
     @staticmethod
@@ -159,7 +158,8 @@ class LocalNorm(torch.autograd.Function):
     """:class:`SyncedNorm` for groups that are all on this process: each pass is one call.
 
     The statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`,
-    without the count, which follows from the shapes.
+    without the count, which follows from the shapes. On CUDA a process alone uses :class:`SyncedNorm` too: Triton has no
+    such call.
     """
 
     @staticmethod

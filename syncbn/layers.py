@@ -58,12 +58,7 @@ class SmallBatchNorm(_BatchNorm):
     activation: ActivationName | None
     negative_slope: float
     save: Save
-    """What is kept for the backward pass: the input, or only the output.
-
-    ``"output"`` is In-Place Activated BatchNorm (Rota Bulò et al. 2018, arXiv 1712.02616). It frees the input's memory
-    unless another operation keeps the input (a convolution does not keep its own output). It needs an activation that
-    can be inverted (none, or ``leaky_relu`` with a positive slope), no residual, no second derivative (``torch.func``
-    always asks for one), and weights away from zero (:data:`MIN_WEIGHT`)."""
+    """What is kept for the backward pass; see :class:`SyncBatchNorm`."""
     sample_groups: SampleGroups | None
     qualified_name: str | None
     """Name within the model, for error messages. :func:`syncbn.convert` sets it."""
@@ -309,10 +304,11 @@ def _optional_scope(sync: bool, process_group: Any, sync_group_size: int | None)
 class SyncBatchNorm(SmallBatchNorm):
     """Batch normalization with the statistics of the samples on all ranks of a process group.
 
-    A drop-in replacement for :class:`torch.nn.SyncBatchNorm`, with the same parameters, buffers and checkpoints. Inputs
-    are (N, C) or (N, C, *) on any device, and N may differ between ranks or be zero. Without an initialized process
-    group it is :class:`torch.nn.BatchNorm2d`. ``eval()`` uses the running statistics and never communicates. Second
-    derivatives across ranks and ``torch.compile(fullgraph=True)`` work.
+    A drop-in replacement for :class:`torch.nn.SyncBatchNorm`, with the same parameters and checkpoints. It has one more
+    buffer, which is not saved, and ``process_group`` is an argument, not an attribute. Inputs are (N, C) or (N, C, *)
+    on any device, and N may differ between ranks or be zero. Without an initialized process group it is
+    :class:`torch.nn.BatchNorm2d`. ``eval()`` uses the running statistics and never communicates. Second derivatives
+    across ranks and ``torch.compile(fullgraph=True)`` work.
 
     Args:
         num_features: number of channels C.
@@ -327,8 +323,11 @@ class SyncBatchNorm(SmallBatchNorm):
         activation: ``"relu"``, ``"leaky_relu"`` or ``"silu"``, applied in the same pass over memory, after the optional
             ``residual`` of :meth:`forward` is added.
         negative_slope: slope of ``leaky_relu``.
-        save: ``"input"`` or ``"output"``, what is kept for the backward pass. ``"output"`` saves memory; see
-            :attr:`SmallBatchNorm.save` for what it needs.
+        save: ``"input"`` or ``"output"``, what is kept for the backward pass. ``"output"`` is In-Place Activated
+            BatchNorm (Rota Bulò et al. 2018, arXiv 1712.02616). It frees the input's memory unless another operation
+            keeps the input (a convolution does not keep its own output). It needs an activation with an inverse (none,
+            or ``leaky_relu`` with a positive slope), no residual, no second derivative (``torch.func`` always asks for
+            one), and no weight below 1/128 in size or below 1/128 of its bias.
 
     Raises:
         ValueError: an option has a wrong value, or both ``process_group`` and ``sync_group_size`` are given.
@@ -427,17 +426,18 @@ class GhostBatchNorm(SmallBatchNorm):
 class BatchRenorm(SmallBatchNorm):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275): batch statistics corrected towards the running statistics.
 
-    In training ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias``. The corrections r = sigma_B / sigma and
-    d = (mean_B - mean) / sigma are clipped to [1 / r_max, r_max] and [-d_max, d_max], are constants for the gradient,
-    and use the running statistics from before this step's update. Evaluation is plain batch normalization.
+    In training ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias``; B means "of the batch". The corrections
+    r = sigma_B / sigma and d = (mean_B - mean) / sigma are clipped to [1 / r_max, r_max] and [-d_max, d_max], are
+    constants for the gradient, and use the running statistics from before this step's update. Evaluation is plain batch
+    normalization.
 
-    The limits rise with the number of training steps. This is ``num_batches_tracked``, so it is kept in checkpoints,
-    and these are those of BatchNorm: sigma = sqrt(running_var + eps). Do not use the layer inside activation
-    checkpointing: the repeated forward pass would use other corrections.
+    The limits rise with ``num_batches_tracked``, the number of training steps. Parameters and checkpoints are those of
+    BatchNorm, with sigma = sqrt(running_var + eps). Do not use the layer inside activation checkpointing: the repeated
+    forward pass would use other corrections.
 
     Args:
         num_features, eps, affine, device, dtype, bias: see :class:`SyncBatchNorm`.
-        momentum: 0.01, the paper's alpha (section 3).
+        momentum: weight of the new value in the running statistics; the default 0.01 is the paper's alpha (section 3).
         track_running_stats: must be True.
         r_max, d_max: the limits at the end of their ramps.
         warmup_steps: number of training steps with r = 1 and d = 0, which is plain batch normalization.

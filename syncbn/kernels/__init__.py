@@ -1,4 +1,6 @@
-"""The passes over memory, fast: the same signatures as their twins in :mod:`syncbn.functional`, which define them.
+"""The passes over memory, fast. A function's twin is the function of :mod:`syncbn.functional` with the same name and
+signature, which defines its result.
 
-:mod:`syncbn.kernels.dispatch` has the list of functions and the one rule that says which implementation runs.
+:func:`syncbn.kernels.dispatch.pick` says which implementation runs for a tensor, and :func:`syncbn.autograd.batch_norm`
+which function is called.
 """

@@ -28,7 +28,10 @@ def compare(study: Study, results: Mapping[str, RunResult] | str | Path) -> list
         results: the folder of the study, or results by the keys of the study's cells. Runs may be missing.
 
     Returns:
-        One finding for each of ``study.contrasts``: difference of test error with interval, p, and a verdict.
+        One finding for each of ``study.contrasts``. Its fields are ``contrast``, ``pairs`` (seed and two errors each),
+        ``difference`` of test error, ``low`` and ``high`` (95 % interval), ``p``, ``p_no_worse``, ``p_sign_flip``,
+        ``smallest_effect``, ``test_set_error``, ``verdict``, ``diverged`` and ``missing`` (numbers of runs). Errors are
+        fractions; NaN is unknown, and ``verdict`` is None until all runs of the contrast have ended.
 
     Example:
         >>> from syncbn.study import compare, load_study

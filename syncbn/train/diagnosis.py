@@ -62,6 +62,10 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
         samples: training images to use; at most all of them.
         sizes: normalization batch sizes to try besides the run's own; by default powers of two up to the global batch.
 
+    Returns:
+        The measurements: ``evaluations`` and ``errors`` (test errors by kind of statistics), ``layers`` (divergence of
+        each layer for each size), ``shuffled`` (the same with shuffled images), ``trained_at``, ``samples``, ``config``.
+
     Raises:
         ConfigError: the folder holds no run, its norm has no batch statistics, or a size cannot be measured.
 

@@ -30,7 +30,7 @@ class RunResult:
     """
 
     status: Literal["ok", "diverged"]
-    """``diverged``: a training loss was not finite, and the run ended there."""
+    """``diverged``: a training loss was not finite, and the run ended there; or the last test loss is not finite."""
     test_error: float | None
     """Fraction of test images classified wrongly, after training; None if the run diverged."""
     test_loss: float | None

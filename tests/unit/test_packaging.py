@@ -40,7 +40,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "convert_layer": ("train", "study", "bench"),
     "convert": ("train", "study", "bench"),
     "population": ("train", "study", "bench"),
-    "train": ("study", "bench", "experiments", "cli"),
+    "train": ("study", "bench", "cli"),
     "study": ("bench", "cli"),
     "study.plan": ("study.run", "study.analysis", "study.report"),
     "study.run": ("study.analysis", "study.report"),

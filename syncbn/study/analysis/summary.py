@@ -18,6 +18,7 @@ class Setting:
     """One arm at one place, over all seeds. Errors are fractions of the test images.
 
     >>> from syncbn.study import load_study
+    >>> from syncbn.study.analysis.summary import summary_of
     >>> from syncbn.study.plan.grid import study_cells
     >>> study = load_study("quickstart")
     >>> setting = summary_of(study, study_cells(study), results={}).settings["sync", ()]
