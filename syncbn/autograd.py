@@ -26,7 +26,7 @@ class Rule(NamedTuple):
     group_name: str | None = None
     """The process group whose ranks share statistics; None is this process alone."""
     save_output: bool = False
-    """Keep the output for the backward pass, and not the input; see :attr:`syncbn.layers.SmallBatchNorm.save`."""
+    """Keep the output for the backward pass, and not the input; see :class:`syncbn.layers.SyncBatchNorm`."""
     check_count: Callable[[Tensor], None] | None = None
     """Called with the reduced counts (G,) before anything is updated; it raises if a group has too few values."""
     observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
@@ -158,8 +158,7 @@ class LocalNorm(torch.autograd.Function):
     """:class:`SyncedNorm` for groups that are all on this process: each pass is one call.
 
     The statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`,
-    without the count, which follows from the shapes. On CUDA a process alone uses :class:`SyncedNorm` too: Triton has no
-    such call.
+    without the count, which the shapes give. On CUDA a process alone uses ``SyncedNorm`` too: Triton has no such call.
     """
 
     @staticmethod

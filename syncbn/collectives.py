@@ -1,7 +1,6 @@
 """The one reduction, and the processes that take part in it.
 
-A layer keeps a :class:`Scope`, plain data that can be copied and pickled. The process group is looked up, or made, when
-the layer first needs it.
+A layer keeps a :class:`Scope`, which can be pickled. Its process group is looked up or made when first needed.
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ class SampleGroups(NamedTuple):
     divisor: float | None = None
     """Divides the sum over groups in the running statistics. None is the number of groups that have samples."""
     smallest: int = 0
-    """Fewest samples in any non-empty group, over all ranks that share statistics. 0 means unknown: the counts are read
-    from the device instead."""
+    """Fewest samples in any non-empty group, over all ranks that share statistics. 0: unknown, read from the device."""
 
 
 class SmallBatchNorm(_BatchNorm):
@@ -428,12 +427,11 @@ class BatchRenorm(SmallBatchNorm):
 
     In training ``y = weight * ((x - mean_B) / sigma_B * r + d) + bias``; B means "of the batch". The corrections
     r = sigma_B / sigma and d = (mean_B - mean) / sigma are clipped to [1 / r_max, r_max] and [-d_max, d_max], are
-    constants for the gradient, and use the running statistics from before this step's update. Evaluation is plain batch
-    normalization.
+    constants for the gradient, and use the running statistics from before this step's update.
 
-    The limits rise with ``num_batches_tracked``, the number of training steps. Parameters and checkpoints are those of
-    BatchNorm, with sigma = sqrt(running_var + eps). Do not use the layer inside activation checkpointing: the repeated
-    forward pass would use other corrections.
+    The limits rise with ``num_batches_tracked``, the number of training steps. Parameters, checkpoints and evaluation
+    are those of BatchNorm, with sigma = sqrt(running_var + eps). Do not use the layer inside activation checkpointing:
+    the repeated forward pass would use other corrections.
 
     Args:
         num_features, eps, affine, device, dtype, bias: see :class:`SyncBatchNorm`.

@@ -136,8 +136,7 @@ def _formula_step(
         return formula(x, tensors)
 
     if compiled:
-        # Static shapes compile to the fastest code. The reset drops the graphs of earlier shapes, which would otherwise
-        # be tried first at each call.
+        # Static shapes compile to the fastest code. Without a reset each call first tries the graphs of earlier shapes.
         torch.compiler.reset()
         function = torch.compile(function, fullgraph=True, dynamic=False)
     return LayerStep(function, (problem.x.detach().requires_grad_(), weight, bias), problem.grad_output)

@@ -98,8 +98,7 @@ def interleaved(
     In a fixed order each contender would always find the caches as the same other one leaves them.
 
     On CUDA a sample is the time between two events around its calls, which follow one another without a pause, as
-    layers do in a training step: if the host launches more slowly than the device works, that counts. The L2 cache is
-    not cleared between calls.
+    layers do in a training step: if the host launches more slowly than the device works, that counts. L2 stays warm.
 
     Args:
         rounds: samples of each contender.

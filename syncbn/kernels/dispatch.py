@@ -48,12 +48,10 @@ class Kernels(NamedTuple):
     """:func:`syncbn.functional.normalize.grad_input`; reads dy and x, and writes dx."""
     local_forward: LocalForward | None = None
     """(x, weight, bias, eps, running, groups, epilogue): the output and the :class:`LocalStatistics`. ``group_sums``,
-    ``finish`` and ``normalize`` in one call, for groups that are all on this process. None if this implementation has
-    no such function."""
+    ``finish`` and ``normalize`` in one call, for groups that are all on this process. None if there is no such call."""
     local_backward: LocalBackward | None = None
     """(grad_output, x, (weight, bias), statistics, groups, epilogue, needs): the backward pass in one call, likewise.
-    ``needs`` says which of the gradients are wanted; the others are None. It returns None for tensors that it cannot
-    read."""
+    ``needs`` says which gradients are wanted; the others are None. It returns None if it cannot read a tensor."""
 
 
 REFERENCE = Kernels(

@@ -64,7 +64,7 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
 
     Returns:
         The measurements: ``evaluations`` and ``errors`` (test errors by kind of statistics), ``layers`` (divergence of
-        each layer for each size), ``shuffled`` (the same with shuffled images), ``trained_at``, ``samples``, ``config``.
+        each layer for each size), ``shuffled`` (with shuffled images), ``trained_at``, ``samples`` and ``config``.
 
     Raises:
         ConfigError: the folder holds no run, its norm has no batch statistics, or a size cannot be measured.

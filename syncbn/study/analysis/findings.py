@@ -39,8 +39,7 @@ class Finding:
     p_sign_flip: float
     """Of the sign-flip test, of this contrast alone; NaN below the six seeds with which it can reach 0.05."""
     smallest_effect: float
-    """The smallest true difference that these seeds would show with 80 % power, given the spread of the pairs and the
-    number of planned contrasts."""
+    """The smallest true difference that these seeds show with 80 % power, for this spread and number of contrasts."""
     test_set_error: float
     """Binomial standard error of the difference from the size of the test set, which the interval does not contain.
     It takes the settings as tested on different images, so it is too large rather than too small."""

@@ -17,8 +17,7 @@ FILE = "parity.json"
 def check_parity(study: Study, cells: Sequence[Cell], out: Path, say: Callable[[str], None] = print) -> bool:
     """Run the parity check that a study names, unless ``OUT/parity.json`` has it already.
 
-    The file holds ``key`` (of the cell), ``arm``, ``processes``, ``steps``, ``lines`` (the result in words) and
-    ``agrees``.
+    The file holds ``key`` (of the cell), ``arm``, ``processes``, ``steps``, ``lines`` (the result) and ``agrees``.
 
     Returns whether all numbers of processes gave the same losses, weights and buffers; True if the study names no
     check. Raises LaunchError if a training failed.

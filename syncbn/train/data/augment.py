@@ -18,8 +18,7 @@ from torch import Tensor
 from syncbn.compat import import_torchvision
 from syncbn.train.data.order import derive_seed
 
-# Of a random-area crop: its fraction of an image's area, its width over height, and the crops that are tried before the
-# central one is taken.
+# Of a random-area crop: its share of an image's area, its width over height, and the tries before the central crop.
 AREAS = (0.08, 1.0)
 ASPECTS = (3 / 4, 4 / 3)
 TRIES = 10
