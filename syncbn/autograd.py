@@ -15,7 +15,7 @@ from syncbn.functional.normalize import Affine, normalize, scale_and_shift
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
 from syncbn.kernels.dispatch import Gradients, LocalForward, pick
-from syncbn.torch_internals import is_transformed
+from syncbn.torch_internals import has_transforms, is_transformed
 
 
 class Rule(NamedTuple):
@@ -36,23 +36,15 @@ class Rule(NamedTuple):
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, epilogue: Epilogue, rule: Rule
 ) -> Tensor:
-    """Normalize by the batch's statistics, update the running ones, then apply the epilogue.
+    """Normalize ``x`` (N, C, *) by the batch's statistics, update the running ones, then apply the epilogue.
 
-    Args:
-        x: (N, C, *), the samples of this process.
-        weight, bias: (C,) or None.
-        running: the running statistics, or None.
-        epilogue: residual and activation, if any.
-        rule: which samples share statistics, and so on.
-
-    Returns:
-        The shape, dtype and memory format of ``x``.
+    ``weight`` and ``bias`` are (C,) or None. The output has the shape, dtype and memory format of ``x``.
     """
     residual = epilogue.residual
     activation = epilogue if residual is None else epilogue._replace(residual=None)
     y: Tensor
     local_forward = pick(x, differentiable=False).local_forward
-    if local_forward is not None and not _is_interrupted(rule):
+    if local_forward is not None and rule.group_name is None and rule.check_count is None and rule.observer is None:
         y = LocalNorm.apply(  # type: ignore[no-untyped-call]
             x, weight, bias, residual, running, activation, rule, local_forward
         )
@@ -63,11 +55,6 @@ def batch_norm(
             statistics = _reduced_statistics(x, running, rule)
         y = SyncedNorm.apply(x, weight, bias, residual, statistics, activation, rule)  # type: ignore[no-untyped-call]
     return y
-
-
-def _is_interrupted(rule: Rule) -> bool:
-    """Whether something happens between the sums and the elementwise step."""
-    return rule.group_name is not None or rule.check_count is not None or rule.observer is not None
 
 
 def _reduced_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
@@ -87,10 +74,15 @@ def _composed(
 ) -> Tensor:
     """:func:`batch_norm` from differentiable operations alone, for torch.func and torch.jit.trace.
 
-    It keeps more for the backward pass. The transforms can go through it, and a trace of it can be saved.
+    It keeps more for the backward pass. A trace of it can be saved.
     """
+    if rule.group_name is not None and has_transforms():
+        raise RuntimeError(
+            "torch.func cannot transform statistics that several processes share; use torch.autograd.grad"
+        )
     with torch.no_grad():
-        statistics = _reduced_statistics(x, running, rule)
+        # Detached: no_grad is neither recorded by a trace nor heeded by forward-mode derivatives.
+        statistics = _reduced_statistics(x.detach(), running, rule)
     _, mean, var = moments(all_reduce_sum(group_sums(x, rule.groups), rule.group_name))
     scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
     affine = Affine(mean, torch.rsqrt(var + rule.eps), scale, shift)
@@ -141,17 +133,14 @@ class SyncedNorm(torch.autograd.Function):
         epilogue = activation._replace(residual=residual)
         y = pick(x, differentiable=False).normalize(x, affine, rule.groups, epilogue)
         count, mean, invstd, r, d, _ = statistics
-        if r is not None and d is not None:  # saved as wide as the arithmetic that they enter
-            r, d = r.to(compute_dtype(x)), d.to(compute_dtype(x))
-        ctx.activation, ctx.rule = activation, rule
-        saved, kept = y if rule.save_output else x, residual if activation.activation is not None else None
-        ctx.save_for_backward(saved, weight, bias, kept, count, mean, invstd, r, d)
+        corrections = None if r is None or d is None else torch.stack((r, d)).to(compute_dtype(x))
+        kept = torch.stack((mean, invstd)), corrections, None if rule.group_name is None else count
+        _save(ctx, (y if rule.save_output else x, weight, bias, residual), kept, activation, rule)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight, bias, residual, *statistics = ctx.saved_tensors
-        return *_gradients(ctx, grad_output, (saved, weight, bias, residual), Statistics(*statistics)), None, None, None
+        return *_gradients(ctx, grad_output, *ctx.saved_tensors), None, None, None
 
 
 class LocalNorm(torch.autograd.Function):
@@ -175,35 +164,61 @@ class LocalNorm(torch.autograd.Function):
     ) -> Tensor:
         epilogue = activation if residual is None else activation._replace(residual=residual)
         y, moments, corrections = local_forward(x, weight, bias, rule.eps, running, rule.groups, epilogue)
-        ctx.activation, ctx.rule = activation, rule
-        saved, kept = y if rule.save_output else x, residual if activation.activation is not None else None
-        ctx.save_for_backward(saved, weight, bias, kept, moments, corrections)
+        _save(
+            ctx, (y if rule.save_output else x, weight, bias, residual), (moments, corrections, None), activation, rule
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, moments, corrections = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, weight, bias, residual, index, moments, corrections, _ = saved
         rule, done = ctx.rule, None
-        backward = pick(x, differentiable=torch.is_grad_enabled()).local_backward
-        if backward is not None and not rule.save_output:
+        local_backward = pick(x, differentiable=torch.is_grad_enabled()).local_backward
+        if local_backward is not None and not rule.save_output:
             epilogue = ctx.activation if residual is None else ctx.activation._replace(residual=residual)
-            local = LocalStatistics(moments, corrections)
-            done = backward(grad_output, x, (weight, bias), local, rule.groups, epilogue, ctx.needs_input_grad)
+            groups = rule.groups if index is None else Groups(index, rule.groups.number)
+            parameters, statistics = (weight, bias, ctx.bias_dtype), LocalStatistics(moments, corrections)
+            done = local_backward(grad_output, x, parameters, statistics, groups, epilogue, ctx.needs_input_grad)
         if done is None:
-            r, d = (None, None) if corrections is None else corrections
-            statistics = Statistics(group_counts(x, rule.groups), moments[0], moments[1], r, d)
-            done = _gradients(ctx, grad_output, (x, weight, bias, residual), statistics)
+            done = _gradients(ctx, grad_output, *saved)
         return *done, None, None, None, None
 
 
-def _gradients(
-    ctx: Any, grad_output: Tensor, saved: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], given: Statistics
-) -> Gradients:
-    """The backward pass of :class:`SyncedNorm`, from its saved tensors and the statistics of the forward pass."""
-    x_or_y, weight, bias, residual = saved
-    count, mean, invstd, r, d, _ = given
+def _save(
+    ctx: Any,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    statistics: tuple[Tensor, Tensor | None, Tensor | None],
+    activation: Epilogue,
+    rule: Rule,
+) -> None:
+    """Save the input or output, weight, bias, residual and the statistics, in one form for both functions.
+
+    Activation checkpointing may repeat the forward pass of one function by the other.
+    """
+    x_or_y, weight, bias, residual = tensors
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    if activation.activation is None:
+        residual = None
+        bias = bias if rule.save_output else None
+    index = rule.groups.index
+    if index is not None or rule.check_count is not None or rule.observer is not None:
+        # The graph must not keep what the functions refer to: the layer and its input.
+        rule = rule._replace(groups=Groups(None, rule.groups.number), check_count=None, observer=None)
+    ctx.activation, ctx.rule = activation, rule
+    ctx.save_for_backward(x_or_y, weight, bias, residual, index, *statistics)
+
+
+def _gradients(ctx: Any, grad_output: Tensor, x_or_y: Tensor, *saved: Tensor | None) -> Gradients:
+    """The backward pass of :class:`SyncedNorm`, from the tensors of :func:`_save`."""
+    weight, bias, residual, index, kept, corrections, count = saved
+    assert kept is not None, "the moments"
+    rule, groups = ctx.rule, Groups(index, ctx.rule.groups.number)
+    mean, invstd = kept
+    r, d = (None, None) if corrections is None else corrections
+    if count is None:
+        count = group_counts(x_or_y, groups)
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    rule, groups = ctx.rule, ctx.rule.groups
     # A compiled backward pass is not recorded again, whatever the grad mode while it is traced.
     recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if recorded:
@@ -226,10 +241,9 @@ def _gradients(
     if needs_weight:
         assert weight is not None
         per_group = sums[:, 1] if r is None or d is None else r * sums[:, 1] + d * sums[:, 0]
-        grad_weight = _over_groups(per_group).to(weight.dtype)
+        grad_weight = per_group.sum(0).to(weight.dtype)
     if needs_bias:
-        assert bias is not None
-        grad_bias = _over_groups(sums[:, 0]).to(bias.dtype)
+        grad_bias = sums[:, 0].sum(0).to(ctx.bias_dtype)
     if pending is not None:
         means = pending.wait() / count.clamp(min=1).unsqueeze(1)
         if needs_x and rule.save_output:
@@ -249,7 +263,3 @@ def _from_output(y: Tensor, grad_output: Tensor, affine: Affine, activation: Epi
     mean = zero if affine.shift is None else affine.shift.to(zero.dtype)
     invstd = one if affine.scale is None else affine.scale.to(one.dtype).reciprocal()
     return z, activation_grad(grad_output, z, activation), Affine(mean, invstd)
-
-
-def _over_groups(values: Tensor) -> Tensor:
-    return values[0] if len(values) == 1 else values.sum(0)

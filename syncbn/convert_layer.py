@@ -167,7 +167,8 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     )
     new.qualified_name, new.after = name, after
 
-    old = {key: value for key, value in before.items() if key not in _ALL_OPTIONS | {"process_group"}}
+    dropped = {"process_group"} | (_ALL_OPTIONS if issubclass(original, SmallBatchNorm) else set())
+    old = {key: value for key, value in before.items() if key not in dropped}
     state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
     if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *options_of(cls))):
         return None

@@ -204,7 +204,7 @@ class SmallBatchNorm(_BatchNorm):
         has_variance = samples.smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
         rule = Rule(
             self.eps,
-            ONE_GROUP if samples.index is None else Groups(samples.index, samples.number),
+            ONE_GROUP if samples.index is None and samples.number == 1 else Groups(samples.index, samples.number),
             group_name,
             self.save == "output",
             None if has_variance else functools.partial(self._check_count, x),
@@ -216,6 +216,8 @@ class SmallBatchNorm(_BatchNorm):
         return batch_norm(x, weight, bias, self._running(samples.divisor), epilogue, rule)
 
     def _running(self, divisor: float | None) -> Running | None:
+        if self._buffers.get("running_mean", self) is None or self._buffers.get("running_var", self) is None:
+            return None
         mean, var, tracked, nonfinite = self._tensors(self._buffers, _BUFFERS)
         if mean is None or var is None:
             return None
@@ -228,9 +230,8 @@ class SmallBatchNorm(_BatchNorm):
         return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
 
     def _tensors(self, where: dict[str, Any], names: tuple[str, ...]) -> list[Tensor | None]:
-        # Attribute access looks into these dictionaries last, which takes ten times as long. A parametrization makes a
-        # parameter or buffer an attribute.
-        return [where[name] if name in where else getattr(self, name, None) for name in names]
+        # Attribute access takes ten times as long; a parametrization needs it.
+        return [where[name] if name in where else getattr(self, name) for name in names]
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections in training, or None for a layer without corrections."""

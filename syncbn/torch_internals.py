@@ -17,12 +17,14 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or torch.jit.trace is active: both need operations that they know.
-
-    Private: torch.func has no public query. ``torch.jit.is_tracing`` is public.
-    """
+    """Whether a transform of torch.func or torch.jit.trace is active: both need operations that they know."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch._C._are_functorch_transforms_active()
+    return tracing or has_transforms()
+
+
+def has_transforms() -> bool:
+    """Whether a transform of torch.func is active. Private: torch has no public query."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def runs_at_once(x: Tensor) -> bool:
@@ -60,8 +62,7 @@ def has_values(t: Tensor) -> bool:
     if t._is_zerotensor():
         return False
     raise ValueError(
-        f"the memory of a tensor of shape {tuple(t.shape)} has been freed; gather a sharded parameter before the layer "
-        "is called"
+        f"the memory of a tensor of shape {tuple(t.shape)} has been freed; gather a sharded parameter first"
     )
 
 

@@ -27,7 +27,15 @@ LocalForward = Callable[
     tuple[Tensor, Tensor, Tensor | None],
 ]
 LocalBackward = Callable[
-    [Tensor, Tensor, tuple[Tensor | None, Tensor | None], LocalStatistics, Groups, Epilogue, Sequence[bool]],
+    [
+        Tensor,
+        Tensor,
+        tuple[Tensor | None, Tensor | None, torch.dtype | None],
+        LocalStatistics,
+        Groups,
+        Epilogue,
+        Sequence[bool],
+    ],
     Gradients | None,
 ]
 

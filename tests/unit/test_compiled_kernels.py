@@ -44,7 +44,7 @@ def test_at_once(name, dtype, activation):
         found = LocalStatistics(moments, None)
         narrow = bias.float()  # the same values; the gradients have the dtypes of their parameters
         grad, grad_weight, grad_bias, dz = cpu.local_backward(
-            dy, x, (weight, narrow), found, groups, epilogue, [True] * 4
+            dy, x, (weight, narrow, narrow.dtype), found, groups, epilogue, [True] * 4
         )
         assert torch.equal(y, single[0]), label
         torch.testing.assert_close(grad_weight, single[2][:, 1].sum(0), rtol=1e-13, atol=1e-13)
@@ -83,7 +83,7 @@ def test_the_number_of_threads_shows_in_no_bit():
                         _, _, sums = cpu.backward_sums(dy, x, Affine(*moments), groups, NO_EPILOGUE)
                         found = LocalStatistics(moments, None)
                         needs = [True, False, False, False]
-                        grad, *_ = cpu.local_backward(dy, x, (None, None), found, groups, NO_EPILOGUE, needs)
+                        grad, *_ = cpu.local_backward(dy, x, (None, None, None), found, groups, NO_EPILOGUE, needs)
                         results.append((y, moments, sums, grad))
                     finally:
                         torch.set_num_threads(before)

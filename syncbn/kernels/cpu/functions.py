@@ -90,8 +90,11 @@ def local_forward(
         the output, and the moments and corrections of :class:`~syncbn.functional.finish.LocalStatistics`.
     """
     call = make_call(x, weight, bias, groups, epilogue) if is_readable(running, x.shape[1]) else None
-    if call is None:
-        return _local_forward_by_steps(x, weight, bias, eps, running, groups, epilogue)
+    if call is None:  # some of the steps may still be able to read their tensors
+        _, mean, invstd, r, d, _ = finish(group_sums(x, groups), eps, running)
+        affine = Affine(mean, invstd, *twin.scale_and_shift(weight, bias, r, d, groups.number))
+        given = None if r is None or d is None else torch.stack((r, d)).to(compute_dtype(x))
+        return normalize(x, affine, groups, epilogue), torch.stack((mean, invstd)), given
     y = torch.empty_like(x)
     moments = torch.empty(2, groups.number, x.shape[1], dtype=WIRE_DTYPE, device="cpu")
     call.out, call.eps = y.data_ptr(), eps
@@ -99,22 +102,6 @@ def local_forward(
     corrections = put_running(call, running)
     library.syncbn_forward(call)
     return y, moments, None if corrections is None else corrections.to(compute_dtype(x))
-
-
-def _local_forward_by_steps(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    running: Running | None,
-    groups: Groups,
-    epilogue: Epilogue,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`local_forward` for tensors that some of the kernels cannot read."""
-    _, mean, invstd, r, d, _ = finish(group_sums(x, groups), eps, running)
-    y = normalize(x, Affine(mean, invstd, *twin.scale_and_shift(weight, bias, r, d, groups.number)), groups, epilogue)
-    corrections = None if r is None or d is None else torch.stack((r, d)).to(compute_dtype(x))
-    return y, torch.stack((mean, invstd)), corrections
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
@@ -176,7 +163,7 @@ def grad_input(
 def local_backward(
     grad_output: Tensor,
     x: Tensor,
-    parameters: tuple[Tensor | None, Tensor | None],
+    parameters: tuple[Tensor | None, Tensor | None, torch.dtype | None],
     statistics: LocalStatistics,
     groups: Groups,
     epilogue: Epilogue,
@@ -186,11 +173,11 @@ def local_backward(
 
     Args:
         grad_output, x: (N, C, *).
-        parameters: weight and bias, (C,) or None.
+        parameters: weight and bias, (C,) or None, and the dtype of the bias, whose values only an activation needs.
         statistics, groups, epilogue: those of the forward pass.
         needs: which gradients are wanted, of x, weight, bias and residual. The others are None.
     """
-    weight, bias = parameters
+    weight, bias, bias_dtype = parameters
     moments, corrections = statistics
     call = make_call(x, weight, bias, groups, epilogue)
     shape = (2, groups.number, x.shape[1])
@@ -213,8 +200,7 @@ def local_backward(
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         call.grad_weight, call.grad_weight_type = grad_weight.data_ptr(), TYPES[weight.dtype]
     if needs[2]:
-        assert bias is not None, "its gradient is wanted"
-        grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-        call.grad_bias, call.grad_bias_type = grad_bias.data_ptr(), TYPES[bias.dtype]
+        grad_bias = torch.empty(x.shape[1], dtype=bias_dtype, device="cpu")
+        call.grad_bias, call.grad_bias_type = grad_bias.data_ptr(), TYPES[grad_bias.dtype]
     library.syncbn_backward(call)
     return grad, grad_weight, grad_bias, dz if needs[3] else None

@@ -307,10 +307,8 @@ int64_t syncbn_backward(const Call* given) {
   Call call = *given;
   std::vector<double> sums(call.num_groups * 2 * call.channels), count(call.num_groups);
   call.sums = sums.data(), call.count = count.data();
-  if (call.groups == nullptr)
-    count[0] = static_cast<double>(call.samples * call.size);
-  else if (syncbn::has_groups(call))
-    for (int64_t n = 0; n < call.samples; ++n) count[call.groups[n]] += call.size;
+  if (!syncbn::has_groups(call)) return 1;
+  for (int64_t n = 0; n < call.samples; ++n) count[call.group_of(n)] += call.size;
   if (syncbn::run(call, false, true, call.out != nullptr)) return 1;
   syncbn::parameter_gradients(call);
   return 0;

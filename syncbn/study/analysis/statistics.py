@@ -31,8 +31,6 @@ the spread or none, which makes the differences skewed:
 | gamma of shape 2 | alike | 4.1 / 3.6 / 3.5 | 4.0 / 3.4 / 3.3 | 4.5 / 3.5 / 2.9 | 4.6 / 3.9 / 3.4 |
 | gamma of shape 2 | steady | 7.9 / 9.3 / 9.8 | 8.5 / 11.5 / 13.9 | 8.5 / 11.3 / 14.1 | 7.6 / 10.7 / 13.8 |
 
-A stricter level instead of the floor needs 0.02 at three seeds and 0.006 at more for the same, which finds less.
-
 No test of a few seeds holds for every distribution (Bahadur and Savage 1956, Annals of Mathematical Statistics 27).
 This one does not for the log-normal with sigma 1 against a reference that is not alike: 5 to 10 % with one contrast, up
 to 18 % with six (the plain t test: 42 %). It does not guard against a left tail, such as that of errors near chance.
