@@ -10,14 +10,19 @@ import torch
 import torch.distributed as dist
 
 SLOW = {
+    "test_bench.py": "it runs every contender of the bench",
     "test_bench_command.py": "it runs the bench",
     "test_compat.py": "each test imports torch in a process of its own",
     "test_compiled_kernels.py": "it needs a C++ compiler, and works on large inputs",
+    "test_compiled_limits.py": "it needs a C++ compiler",
+    "test_convert_errors.py::test_compiled": "torch.compile takes seconds",
     "test_convert_models.py": "it runs whole models of torchvision and timm",
     "test_cpu_kernels.py": "it needs a C++ compiler, and works on large inputs",
+    "test_data.py::test_mnist5k": "the data set takes seconds to read",
     "test_diagnose.py": "it trains networks",
     "test_layer_epilogue.py::test_compiled_in_one_graph": "torch.compile takes seconds",
     "test_layer_gradients.py": "second derivatives are compared number by number",
+    "test_layer_shortcuts.py": "it has large inputs, for every layer and memory format",
     "test_models.py::test_torchvision_model_of_grey_images_keeps_its_architecture": "it builds whole models",
     "test_models.py::test_torchvision_models_give_one_output": "it runs whole models of torchvision",
     "test_moving_average.py": "it trains networks",

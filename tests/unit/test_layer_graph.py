@@ -15,6 +15,9 @@ import syncbn
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.layers import SampleGroups
 
+# Parts of torch that the tests import use what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 
 def sample(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -37,7 +40,6 @@ def test_forward_mode_agrees_with_reverse_mode(make):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes, which the trace is for
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_traced_layer_trains(tmp_path):
     layer, eager, x = renorm(), renorm(), sample(4, 3, 2).requires_grad_()
     traced = torch.jit.trace(layer, sample(4, 3, 2, seed=1), check_trace=False)
