@@ -160,7 +160,7 @@ class SmallBatchNorm(_BatchNorm):
 
         Raises:
             ValueError: the input has the wrong number of dimensions or channels, the residual does not fit it, the
-                ghost groups leave a remainder, a group holds a single value a channel over all processes, which has no
+                ghost groups leave a remainder, a group has one value per channel over all processes, which has no
                 variance, or a weight is too small for ``save="output"``.
         """
         self._check_input_dim(input)
@@ -326,8 +326,8 @@ class SyncBatchNorm(SmallBatchNorm):
         save: ``"input"`` or ``"output"``, what is kept for the backward pass. ``"output"`` is In-Place Activated
             BatchNorm (Rota Bulò et al. 2018, arXiv 1712.02616). It frees the input's memory unless another operation
             keeps the input (a convolution does not keep its own output). It needs an activation with an inverse (none,
-            or ``leaky_relu`` with a positive slope), no residual, no second derivative (``torch.func`` always asks for
-            one), and no weight below 1/128 in size or below 1/128 of its bias.
+            or ``leaky_relu`` with a positive slope), no residual, no second derivative, and no weight below 1/128 in
+            size or below 1/128 of its bias. Under ``torch.func`` the input is kept as well.
 
     Raises:
         ValueError: an option has a wrong value, or both ``process_group`` and ``sync_group_size`` are given.

@@ -1,7 +1,7 @@
-"""Compiles the CPU's kernels to shared libraries beside their sources, one for each set of vector instructions.
+"""Compiles the CPU kernels to shared libraries beside their sources, one for each set of vector instructions.
 
-Installing the package runs it; ``python -m syncbn.kernels.cpu.build`` does it by hand, in a source tree say. A
-library's name has a digest of the sources, this file among them, so one that they have left behind is not loaded.
+The installation of the package runs it. ``python -m syncbn.kernels.cpu.build`` runs it by hand, for example in a source
+tree. A library's name contains a hash of the sources, including this file, so an outdated library is never loaded.
 ``CXX`` and ``CXXFLAGS`` have their usual meaning.
 """
 
@@ -26,7 +26,7 @@ FLAGS = [
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 KINDS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "default": []}
-"""By the name of torch's CPU capability, best first; other machines than x86-64 have the last alone."""
+"""Compiler flags by the name of torch's CPU capability, best first. Machines other than x86-64 only have the last."""
 
 
 class BuildError(RuntimeError):
@@ -34,12 +34,12 @@ class BuildError(RuntimeError):
 
 
 def sources() -> list[Path]:
-    """The headers, and last what includes them."""
+    """The headers, then the source file that includes them."""
     return [*sorted(FOLDER.glob("*.h")), FOLDER / "kernels.cpp"]
 
 
 def library(kind: str) -> Path:
-    """Where the library of a kind is, or would be."""
+    """The path of the library of a kind, which need not exist."""
     digest = hashlib.sha256(platform.machine().encode())
     for source in (*sources(), Path(__file__)):
         digest.update(source.read_bytes())
@@ -47,12 +47,12 @@ def library(kind: str) -> Path:
 
 
 def kinds() -> list[str]:
-    """Those that this machine's architecture has."""
+    """The kinds for this machine's architecture."""
     return list(KINDS) if platform.machine() in ("x86_64", "AMD64") else ["default"]
 
 
 def compiler() -> list[str]:
-    """``$CXX``, which may have arguments, or the first that is found."""
+    """The command of ``$CXX``, which may have arguments, or of the first compiler that is found."""
     chosen = _arguments("CXX")
     candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
     found = next((command for command in candidates if shutil.which(command[0])), None)
