@@ -92,6 +92,16 @@ def constant_result(function: Any) -> Any:
     return function
 
 
+def vector_instructions() -> str:
+    """The widest vector instructions of this processor: ``"avx512"``, ``"avx2"`` or ``"default"``.
+
+    Private: the public ``torch.backends.cpu.get_cpu_capability`` says what torch uses, which may be less.
+    """
+    if torch.cpu._is_avx512_supported():
+        return "avx512"
+    return "avx2" if torch.cpu._is_avx2_supported() else "default"
+
+
 def assert_async(condition: Tensor, message: str) -> None:
     """An error if the () bool tensor is false. On CUDA the device raises it and the host does not wait.
 

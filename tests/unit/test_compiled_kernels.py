@@ -17,7 +17,7 @@ from syncbn.functional.normalize import Affine
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups, group_sums
-from syncbn.kernels.cpu import build
+from syncbn.kernels.cpu import build, library
 
 cpu = compiled()
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -156,12 +156,19 @@ torch.testing.assert_close(found[1], moments, rtol=1e-6, atol=1e-6)
 
 @pytest.mark.skipif(len(build.kinds()) == 1, reason="an architecture with one library")
 @pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_fewer_vector_instructions(capability, tmp_path):
-    """Another library is taken where torch is told to use less, and gives the same."""
+@pytest.mark.parametrize("variable", ["ATEN_CPU_CAPABILITY", "SYNCBN_CPU"])
+def test_fewer_vector_instructions(variable, capability, tmp_path):
+    """Another library is taken where torch or this package is told to use less, and gives the same."""
     x, _ = tensors("many blocks", torch.float32)
     y, moments, _ = cpu.local_forward(x, None, None, 1e-5, None, Groups(), NO_EPILOGUE)
     torch.save((x, y, moments), tmp_path / "expected.pt")
     command = [sys.executable, "-c", OTHER_LIBRARY, str(tmp_path / "expected.pt"), capability]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    environment = {**os.environ, variable: capability}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_wrong_instruction_set(monkeypatch):
+    monkeypatch.setenv("SYNCBN_CPU", "avx")
+    with pytest.raises(ValueError, match=r"SYNCBN_CPU='avx'.*default; name one of them"):
+        library.wanted()

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 
 import torch
 
 from syncbn.kernels.cpu import build
+from syncbn.torch_internals import vector_instructions
 
 logger = logging.getLogger("syncbn")
 
 
+def instruction_sets() -> list[str]:
+    """The names in :data:`build.KINDS` whose instructions this processor has, best first."""
+    best = vector_instructions()
+    kinds = build.kinds()
+    return kinds[kinds.index(best) :] if best in kinds else kinds[-1:]
+
+
+def wanted() -> str:
+    """The instruction set to use: ``SYNCBN_CPU``, or that which torch uses (``ATEN_CPU_CAPABILITY`` may choose fewer).
+
+    Raises:
+        ValueError: ``SYNCBN_CPU`` names no instruction set of this processor.
+    """
+    usable = instruction_sets()
+    chosen = os.environ.get("SYNCBN_CPU")
+    if chosen is None:
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        return capability if capability in usable else usable[-1]
+    if chosen not in usable:
+        raise ValueError(f"SYNCBN_CPU={chosen!r}: this processor can run {', '.join(usable)}; name one of them")
+    return chosen
+
+
 def load() -> ctypes.CDLL:
-    """Load the library for the vector instructions that torch uses (``ATEN_CPU_CAPABILITY`` may choose fewer).
+    """Load the library for the :func:`wanted` instruction set.
 
     If it is missing or cannot be loaded, the next one in :data:`build.KINDS` is tried; ImportError if none is left.
+    With ``SYNCBN_CPU`` no other is tried.
     """
-    kinds = build.kinds()
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    fitting = kinds[kinds.index(capability) :] if capability in kinds else kinds[-1:]
+    first = wanted()
+    usable = instruction_sets()
+    fitting = [first] if "SYNCBN_CPU" in os.environ else usable[usable.index(first) :]
     problem: object = "they are not built"
     try:
         found = [path for path in map(build.library, fitting) if path.exists()]
@@ -31,7 +57,7 @@ def load() -> ctypes.CDLL:
         except OSError as error:
             problem = error
             continue
-        if path != build.library(fitting[0]):
-            logger.info("using %s, although torch uses %s", path.name, capability)
+        if path != build.library(first):
+            logger.info("using %s, although %s is wanted", path.name, first)
         return library
     raise ImportError(problem)
