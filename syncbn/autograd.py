@@ -17,7 +17,6 @@ from syncbn.functional.statistics import Groups, compute_dtype, group_counts, gr
 from syncbn.kernels.dispatch import pick
 from syncbn.torch_internals import has_transforms, is_transformed
 
-
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of x, weight, bias and residual."""
 

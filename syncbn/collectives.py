@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn.torch_internals import constant_result, functional_collectives, group_size
 
+_AVAILABLE = dist.is_available()
 _Groups: TypeAlias = "weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]"
 # By world, the groups that were made here or passed in by users, by their ranks. The references are weak, so that a
 # group that torch has destroyed does not live on here with its sockets.
@@ -96,7 +97,7 @@ def resolve(scope: Scope) -> dist.ProcessGroup | None:
     A group is made once per world, by its members alone: other ranks need not call. Every member makes the same groups
     in the same order, because all ranks run the same model.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (_AVAILABLE and dist.is_initialized()):
         return None
     ranks = _members(scope)
     if len(ranks) == 1:

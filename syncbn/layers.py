@@ -18,7 +18,7 @@ from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName,
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
-from syncbn.torch_internals import assert_async
+from syncbn.torch_internals import assert_async, runs_at_once
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
@@ -196,15 +196,21 @@ class SmallBatchNorm(_BatchNorm):
     def _normalize_by_batch(self, x: Tensor, residual: Tensor | None) -> Tensor:
         # Evaluation without running statistics uses those of the batch on this process, and never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
-        samples = self._groups(x, group_name)
-        # Read once: a parametrization may return other values the second time.
-        weight, bias = self._tensors(self._parameters, ("weight", "bias"))
+        if self.sample_groups is None and self.ghost_batch_size is None:
+            groups, divisor, has_variance = ONE_GROUP, None, x.numel() > x.shape[1]
+        else:
+            index, number, divisor, smallest = self._groups(x, group_name)
+            groups = ONE_GROUP if index is None and number == 1 else Groups(index, number)
+            has_variance = smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
+        try:  # attribute access takes ten times as long
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # a parametrization, which may return other values the second time
+            weight, bias = self.weight, self.bias
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
-        has_variance = samples.smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
         rule = Rule(
             self.eps,
-            ONE_GROUP if samples.index is None and samples.number == 1 else Groups(samples.index, samples.number),
+            groups,
             group_name,
             self.save == "output",
             None if has_variance else functools.partial(self._check_count, x),
@@ -213,25 +219,24 @@ class SmallBatchNorm(_BatchNorm):
         epilogue = NO_EPILOGUE
         if residual is not None or self.activation is not None:
             epilogue = Epilogue(residual, self.activation, self.negative_slope)
-        return batch_norm(x, weight, bias, self._running(samples.divisor), epilogue, rule)
+        return batch_norm(x, weight, bias, self._running(divisor), epilogue, rule)
 
     def _running(self, divisor: float | None) -> Running | None:
-        if self._buffers.get("running_mean", self) is None or self._buffers.get("running_var", self) is None:
-            return None
-        mean, var, tracked, nonfinite = self._tensors(self._buffers, _BUFFERS)
+        try:
+            buffers = self._buffers
+            mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            nonfinite = buffers["num_nonfinite_batches"]
+        except KeyError:
+            mean, var, tracked, nonfinite = (getattr(self, name, None) for name in _BUFFERS)
         if mean is None or var is None:
             return None
         if tracked is None:
             problem = "has running statistics and no num_batches_tracked; set it to a tensor"
             raise ValueError(f"{type(self).__name__} {problem}")
-        assert nonfinite is not None, "registered with the others"
         update = self.training and self.track_running_stats and self.observer is None
         limits = self._limits() if self.training else None
+        assert nonfinite is not None, "registered with the others"
         return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
-
-    def _tensors(self, where: dict[str, Any], names: tuple[str, ...]) -> list[Tensor | None]:
-        # Attribute access takes ten times as long; a parametrization needs it.
-        return [where[name] if name in where else getattr(self, name) for name in names]
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections in training, or None for a layer without corrections."""
@@ -248,7 +253,7 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}")
         filled = -(-n // g)
         number = max(1, filled if group_name is None else self._common_groups(x, filled, group_name))
-        index = None if number == 1 else torch.arange(n, device=x.device).div(g, rounding_mode="floor")
+        index = None if number == 1 else _consecutive_groups(n, g, x)
         # A group that is empty here may hold a single sample elsewhere, unless each group is known to be whole.
         whole = self.remainder == "error" and g > 1
         smallest = g if whole else 0 if filled < number else n % g or g
@@ -292,6 +297,19 @@ class SmallBatchNorm(_BatchNorm):
             assert_async(condition, f"{type(self).__name__}: {problem}")
         elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(condition):
             self._fail(x, problem)
+
+
+def _consecutive_groups(n: int, size: int, x: Tensor) -> Tensor:
+    """The group of each of ``n`` samples, (N,) int64 on the device of ``x``."""
+    if x.is_cpu and runs_at_once(x):
+        return _kept_groups(n, size, torch.is_inference_mode_enabled())
+    return torch.arange(n, device=x.device).div(size, rounding_mode="floor")
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_groups(n: int, size: int, inference: bool) -> Tensor:
+    # A tensor made in inference mode must not be saved for a backward pass, so each mode has its own.
+    return torch.arange(n, device="cpu").div(size, rounding_mode="floor")
 
 
 def _optional_scope(sync: bool, process_group: Any, sync_group_size: int | None) -> Scope | None:

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.functional import finish as finish_twin
-from syncbn.functional import normalize as twin
 from syncbn.functional import statistics
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
 from syncbn.functional.normalize import Affine

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels to shared libraries, one for each set of vector instructions, and torch's operators for them.
+"""Compiles the CPU kernels to shared libraries, one for each instruction set, and their torch operators.
 
 The installation of the package compiles the kernels, which do not depend on torch. The operators are compiled for the
 torch that is installed, which takes about half a minute, when they are first used or by hand:

@@ -20,14 +20,13 @@ _group_sums, _finish, _normalize = _ops.group_sums.default, _ops.finish.default,
 _backward_sums, _grad_input = _ops.backward_sums.default, _ops.grad_input.default
 _batch_norm = _ops.batch_norm.default
 
-_NO_RUNNING = (None, None, None, None, None, None, None, False)
+# The operators take the fields of Running without its mode.
+_NO_RUNNING: tuple[object, ...] = (None, None, None, None, None, None, None, False)
 _BUFFER_TYPES = (torch.float32, torch.float64)
 
 
-def _reads(running: Running | None) -> bool:
+def _reads(running: Running) -> bool:
     """Whether the kernels can read these buffers and perform this update."""
-    if running is None:
-        return True
     mean, var = running.mean, running.var
     return (
         (running.mode == "mean" or not running.update)
@@ -39,10 +38,6 @@ def _reads(running: Running | None) -> bool:
     )
 
 
-def _arguments(running: Running | None) -> tuple[object, ...]:
-    return _NO_RUNNING if running is None else (*running[:5], *running[6:])  # all but the mode
-
-
 def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
     """As :func:`syncbn.functional.statistics.group_sums`."""
     sums: Tensor = _group_sums(x, *groups)
@@ -51,9 +46,10 @@ def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
 
 def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statistics:
     """As :func:`syncbn.functional.finish.finish`."""
-    if not _reads(running):
+    if running is not None and not _reads(running):
         return finish_twin.finish(sums, eps, running)
-    count, mean, invstd, var, corrections = _finish(sums, eps, *_arguments(running))
+    updates = _NO_RUNNING if running is None else running[:5] + running[6:]
+    count, mean, invstd, var, corrections = _finish(sums, eps, *updates)
     r, d = (None, None) if running is None or running.limits is None else corrections
     return Statistics(count, mean, invstd, r, d, var)
 
@@ -103,7 +99,8 @@ def batch_norm(
     Returns:
         the output, or None if the kernels cannot update these running statistics.
     """
-    if not _reads(running):
+    if running is not None and not _reads(running):
         return None
-    y: Tensor = _batch_norm(x, weight, bias, *groups, *epilogue, eps, save_output, *_arguments(running))
+    updates = _NO_RUNNING if running is None else running[:5] + running[6:]
+    y: Tensor = _batch_norm(x, weight, bias, *groups, *epilogue, eps, save_output, *updates)
     return y

@@ -53,19 +53,15 @@ def load() -> str:
     first = wanted()
     usable = instruction_sets()
     fitting = [first] if "SYNCBN_CPU" in os.environ else usable[usable.index(first) :]
+    problem: object = "they are not built"
     try:
-        found = {kind: build.library(kind) for kind in fitting}
-        operators = build.operators()
-        if any(path.exists() for path in found.values()) and not operators.exists():
-            logger.warning("compiling the CPU operators for torch %s (once; half a minute)", torch.__version__)
-            build.build_operators()
-        torch.ops.load_library(operators)
+        paths = {kind: build.library(kind) for kind in fitting}
+        found = {kind: path for kind, path in paths.items() if path.exists()}
+        if found:
+            _load_operators()
     except (OSError, build.BuildError) as error:  # the names of the libraries depend on the sources
         raise ImportError(error) from error
-    problem: object = "they are not built"
     for kind, path in found.items():
-        if not path.exists():
-            continue
         try:
             torch.ops.syncbn.open(str(path))
         except RuntimeError as error:
@@ -75,3 +71,11 @@ def load() -> str:
             logger.info("using the kernels for %s, although %s is wanted", kind, first)
         return kind
     raise ImportError(problem)
+
+
+def _load_operators() -> None:
+    path = build.operators()
+    if not path.exists():
+        logger.warning("compiling the CPU operators for torch %s (once; about half a minute)", torch.__version__)
+        build.build_operators()
+    torch.ops.load_library(path)

@@ -131,6 +131,13 @@ struct Request {
     return address(kept.back());
   }
 
+  // Statistics, float64.
+  double* put_wide(const Tensor& t, at::IntArrayRef shape) {
+    TORCH_CHECK(t.sizes() == shape, "expected statistics of size ", shape, ", got ", t.sizes());
+    if (t.scalar_type() == at::kDouble && t.is_contiguous()) return static_cast<double*>(address(t));
+    return static_cast<double*>(keep(t.to(at::kDouble).contiguous()));
+  }
+
   // A tensor of the shape of x in its dtype and format: itself or a copy.
   Tensor like_x(const Tensor& t) const {
     TORCH_CHECK(t.sizes() == x.sizes(), "expected a tensor of the input's size ", x.sizes(), ", got ", t.sizes());
@@ -154,11 +161,6 @@ struct Request {
 
   void put_residual(const optional<Tensor>& residual) {
     if (const Tensor* t = get(residual)) call.residual = keep(like_x(*t));
-  }
-
-  double* put_wide(const Tensor& t, at::IntArrayRef shape) {
-    TORCH_CHECK(t.sizes() == shape, "expected statistics of size ", shape, ", got ", t.sizes());
-    return static_cast<double*>(keep(t.to(at::kDouble).contiguous()));
   }
 
   void put_moments(const Tensor& mean, const Tensor& invstd) {
@@ -286,6 +288,19 @@ Tensor grad_input(const Tensor& dz, const Tensor& x, const Tensor& mean, const T
   return request.as_given(grad);
 }
 
+// `to`, which takes longer than all else that a small layer does.
+Tensor converted(const Tensor& from, at::ScalarType type) {
+  if (from.scalar_type() == type) return from;
+  TORCH_CHECK(from.is_contiguous(), "expected contiguous corrections");
+  Tensor to = at::empty(from.sizes(), from.options().dtype(type));
+  const auto copy = [&](const auto* source, auto* target) { std::copy_n(source, from.numel(), target); };
+  if (type == at::kFloat)
+    copy(from.const_data_ptr<double>(), to.mutable_data_ptr<float>());
+  else
+    copy(from.const_data_ptr<float>(), to.mutable_data_ptr<double>());
+  return to;
+}
+
 // -- a whole pass ----------------------------------------------------------------------------------------------------
 
 // Returns y, the moments (2, G, C) float64 and renorm's corrections (2, G, C) in the compute dtype, empty if the layer
@@ -301,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& x, const opt
   call.mean = moments.mutable_data_ptr<double>(), call.invstd = call.mean + groups * call.channels;
   Tensor corrections = put_running(call, RUNNING_OPTIONS);
   run(library.forward, call);
-  corrections = corrections.defined() ? corrections.to(compute_dtype(x)) : at::empty({0}, moments.options());
+  corrections = corrections.defined() ? converted(corrections, compute_dtype(x)) : at::empty({0}, moments.options());
   return {request.as_given(y), moments, corrections};
 }
 
@@ -316,8 +331,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   request.put(call.scale, weight), request.put(call.shift, bias), request.put_residual(residual);
   const int64_t values = groups * call.channels;
   call.mean = request.put_wide(moments, {2, groups, call.channels}), call.invstd = call.mean + values;
+  const Tensor wide_corrections = converted(corrections, at::kDouble);
   if (corrections.numel() != 0)
-    call.r = request.put_wide(corrections, {2, groups, call.channels}), call.d = call.r + values;
+    call.r = request.put_wide(wide_corrections, {2, groups, call.channels}), call.d = call.r + values;
   const Tensor dz = request.put_gradient(grad_output, needs[3]);
   Tensor grad, grad_weight, grad_bias;
   if (needs[0]) {
