@@ -14,7 +14,7 @@ from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine, normalize, scale_and_shift
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
-from syncbn.kernels.dispatch import pick
+from syncbn.kernels.dispatch import pick, whole
 from syncbn.torch_internals import has_transforms, is_transformed
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -43,9 +43,9 @@ def batch_norm(
 
     ``weight`` and ``bias`` are (C,) or None. The output has the shape, dtype and memory format of ``x``.
     """
-    whole = pick(x, differentiable=False).batch_norm
-    if whole is not None and rule.group_name is None and rule.check_count is None and rule.observer is None:
-        done = whole(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
+    if rule.group_name is None and rule.check_count is None and rule.observer is None:
+        function = whole(x)
+        done = function and function(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
         if done is not None:
             return done
     if is_transformed():

@@ -24,7 +24,7 @@ Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches")
 
-MIN_WEIGHT = 2.0**-7
+MIN_WEIGHT = 1 / 128
 """With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
 input from the output loses up to (1 + |bias|) / |weight| in relative precision, which this keeps below about 2^8."""
 
@@ -286,8 +286,8 @@ class SmallBatchNorm(_BatchNorm):
         least = 1.0 if bias is None else bias.detach().abs().clamp(min=1.0)
         enough = (weight.detach().abs() >= MIN_WEIGHT * least).all()
         problem = (
-            f"save='output' needs weights of at least {MIN_WEIGHT:g} in size, and {MIN_WEIGHT:g} of their bias; use "
-            "save='input' for this layer"
+            "save='output' needs weights of at least 1/128 in size, and 1/128 of their bias; use save='input' for this "
+            "layer"
         )
         self._require(x, enough, problem, wait=not x.is_cuda)
 

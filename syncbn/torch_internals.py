@@ -27,22 +27,27 @@ def has_transforms() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is no wrapper, and operations on it are neither transformed nor seen by a ``TorchDispatchMode``.
+
+    Private: dispatch modes and transforms have no public query. ``torch.jit.is_tracing`` is a Python function; each
+    call of one takes about 1 % of a small layer's step.
+    """
+    return not (
+        type(x) not in PLAIN_TYPES
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def runs_at_once(x: Tensor) -> bool:
     """Whether an operation on ``x`` runs when it is called, on x's own values, and nothing but autograd observes it.
 
     Kernels that read memory may run only then. It is not so while torch.compile or make_fx trace, under a transform,
     and under a ``TorchDispatchMode``.
-
-    Private: dispatch modes and transforms have no public query. Written out, because each call of a Python function
-    takes about 1 % of a small layer's step.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or type(x) not in PLAIN_TYPES
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return not torch.compiler.is_compiling() and is_plain(x)
 
 
 def group_size(group_name: str) -> int:

@@ -16,7 +16,7 @@ from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups
-from syncbn.torch_internals import runs_at_once
+from syncbn.torch_internals import PLAIN_TYPES, constant_result, is_plain, is_transformed, runs_at_once
 
 logger = logging.getLogger("syncbn")
 
@@ -40,9 +40,7 @@ class Kernels(NamedTuple):
     grad_input: Callable[[Tensor, Tensor, Affine, Tensor, Groups, Epilogue], Tensor]
     """:func:`syncbn.functional.normalize.grad_input`; reads dy and x, and writes dx."""
     batch_norm: BatchNorm | None = None
-    """(x, weight, bias, running, epilogue, groups, eps, save_output): the output. All steps in one differentiable
-    operator, for groups that are all on this process. It returns None if it cannot update the running statistics; the
-    field is None if there is no such operator."""
+    """See :func:`whole`."""
 
 
 REFERENCE = Kernels(
@@ -73,6 +71,29 @@ def pick(x: Tensor, *, differentiable: bool) -> Kernels:
     if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
         return cuda()
     return REFERENCE
+
+
+def whole(x: Tensor) -> BatchNorm | None:
+    """All steps for ``x`` in one differentiable operator, for groups that are all on this process; None without one.
+
+    It takes (x, weight, bias, running, epilogue, groups, eps, save_output) and returns the output, or None if it cannot
+    update the running statistics. A compiled graph calls it too: it takes less time to compile than the operations that
+    it consists of, and no more to run. An exported graph consists of torch's own operations.
+    """
+    if not x.is_cpu:
+        return None
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or type(x) not in PLAIN_TYPES or is_transformed() or not _has_whole():
+            return None
+        from syncbn.kernels.cpu import functions
+
+        return functions.batch_norm
+    return cpu().batch_norm if is_plain(x) else None
+
+
+@constant_result
+def _has_whole() -> bool:
+    return cpu().batch_norm is not None
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue
 from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.running import Running
-from syncbn.functional.statistics import ONE_GROUP, Groups
+from syncbn.functional.statistics import ONE_GROUP, WIRE_DTYPE, Groups, compute_dtype
 from syncbn.kernels.cpu.library import load
 
 instruction_set = load()
@@ -104,3 +106,23 @@ def batch_norm(
     updates = _NO_RUNNING if running is None else running[:5] + running[6:]
     y: Tensor = _batch_norm(x, weight, bias, *groups, *epilogue, eps, save_output, *updates)
     return y
+
+
+def _fake_forward(x: Tensor, weight: object, bias: object, index: object, groups: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (2, groups, x.shape[1])
+    *_, limits, _update = rest
+    empty = x.new_empty((0,), dtype=WIRE_DTYPE)
+    corrections = empty if limits is None else x.new_empty(shape, dtype=compute_dtype(x))
+    return torch.empty_like(x), x.new_empty(shape, dtype=WIRE_DTYPE), corrections
+
+
+def _fake_backward(grad_output: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    *_, bias_dtype, needs = rest
+    c = x.shape[1]
+    grad_weight = None if weight is None or not needs[1] else weight.new_empty(c)
+    grad_bias = x.new_empty(c, dtype=bias_dtype) if needs[2] else None
+    return torch.empty_like(x) if needs[0] else None, grad_weight, grad_bias, torch.empty_like(x) if needs[3] else None
+
+
+torch.library.register_fake("syncbn::batch_norm_forward", _fake_forward)
+torch.library.register_fake("syncbn::batch_norm_backward", _fake_backward)

@@ -220,6 +220,7 @@ Tensor put_running(Call& call, const RunningOptions& options) {
 // -- the steps -------------------------------------------------------------------------------------------------------
 
 #define SHARED const optional<Tensor>&index, int64_t groups
+#define WHOLE const optional<Tensor>&index, c10::SymInt groups
 #define EPILOGUE const optional<Tensor>&residual, optional<c10::string_view> activation, double negative_slope
 #define RUNNING                                                                                                    \
   const optional<Tensor>&running_mean, const optional<Tensor>&running_var, const optional<Tensor>&tracked,         \
@@ -306,14 +307,15 @@ Tensor converted(const Tensor& from, at::ScalarType type) {
 // Returns y, the moments (2, G, C) float64 and renorm's corrections (2, G, C) in the compute dtype, empty if the layer
 // has none.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& x, const optional<Tensor>& weight,
-                                                      const optional<Tensor>& bias, SHARED, EPILOGUE, double eps,
+                                                      const optional<Tensor>& bias, WHOLE, EPILOGUE, double eps,
                                                       RUNNING) {
-  Request request(x, {index, groups, activation, negative_slope});
+  const int64_t number = groups.expect_int();
+  Request request(x, {index, number, activation, negative_slope});
   Call& call = request.call;
   request.put(call.scale, weight), request.put(call.shift, bias), request.put_residual(residual);
-  Tensor y = at::empty_like(request.x), moments = wide({2, groups, call.channels});
+  Tensor y = at::empty_like(request.x), moments = wide({2, number, call.channels});
   call.out = address(y), call.eps = eps;
-  call.mean = moments.mutable_data_ptr<double>(), call.invstd = call.mean + groups * call.channels;
+  call.mean = moments.mutable_data_ptr<double>(), call.invstd = call.mean + number * call.channels;
   Tensor corrections = put_running(call, RUNNING_OPTIONS);
   run(library.forward, call);
   corrections = corrections.defined() ? converted(corrections, compute_dtype(x)) : at::empty({0}, moments.options());
@@ -324,16 +326,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& x, const opt
 // activation alone: it is grad_output otherwise.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias,
-    const Tensor& moments, const Tensor& corrections, SHARED, EPILOGUE, at::ScalarType bias_dtype,
+    const Tensor& moments, const Tensor& corrections, WHOLE, EPILOGUE, at::ScalarType bias_dtype,
     std::array<bool, 4> needs) {
-  Request request(x, {index, groups, activation, negative_slope});
+  const int64_t number = groups.expect_int();
+  Request request(x, {index, number, activation, negative_slope});
   Call& call = request.call;
   request.put(call.scale, weight), request.put(call.shift, bias), request.put_residual(residual);
-  const int64_t values = groups * call.channels;
-  call.mean = request.put_wide(moments, {2, groups, call.channels}), call.invstd = call.mean + values;
+  const int64_t values = number * call.channels;
+  call.mean = request.put_wide(moments, {2, number, call.channels}), call.invstd = call.mean + values;
   const Tensor wide_corrections = converted(corrections, at::kDouble);
   if (corrections.numel() != 0)
-    call.r = request.put_wide(wide_corrections, {2, groups, call.channels}), call.d = call.r + values;
+    call.r = request.put_wide(wide_corrections, {2, number, call.channels}), call.d = call.r + values;
   const Tensor dz = request.put_gradient(grad_output, needs[3]);
   Tensor grad, grad_weight, grad_bias;
   if (needs[0]) {
@@ -365,12 +368,12 @@ auto operator_of(const char* name, F*) {
 using Composed = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const optional<Tensor>&,
                                                             const optional<Tensor>&, const optional<Tensor>&,
                                                             const optional<Tensor>&, const Tensor&, const Tensor&,
-                                                            int64_t, optional<c10::string_view>, double, double, bool,
+                                                            c10::SymInt, optional<c10::string_view>, double, double, bool,
                                                             at::ScalarType, std::array<bool, 4>);
 
 // What the backward pass needs besides tensors.
 struct Rule : torch::CustomClassHolder {
-  int64_t groups;
+  c10::SymInt groups;
   optional<std::string> activation;
   double negative_slope, eps;
   bool save_output;
@@ -380,7 +383,7 @@ struct Rule : torch::CustomClassHolder {
 
 struct ForwardOptions {
   const optional<Tensor>& index;
-  int64_t groups;
+  c10::SymInt groups;
   optional<c10::string_view> activation;
   double negative_slope, eps;
   bool save_output;
@@ -447,7 +450,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   }
 };
 
-Tensor batch_norm(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias, SHARED, EPILOGUE,
+Tensor batch_norm(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias, WHOLE, EPILOGUE,
                   double eps, bool save_output, RUNNING) {
   return BatchNorm::apply(
       x, weight, bias, residual,
@@ -455,7 +458,7 @@ Tensor batch_norm(const Tensor& x, const optional<Tensor>& weight, const optiona
 }
 
 Tensor batch_norm_without_autograd(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                   SHARED, EPILOGUE, double eps, bool, RUNNING) {
+                                   WHOLE, EPILOGUE, double eps, bool, RUNNING) {
   return std::get<0>(batch_norm_forward(x, weight, bias, index, groups, residual, activation, negative_slope, eps,
                                         running_mean, running_var, tracked, nonfinite, momentum, divisor, limits,
                                         update));
@@ -464,6 +467,7 @@ Tensor batch_norm_without_autograd(const Tensor& x, const optional<Tensor>& weig
 // -- registration ----------------------------------------------------------------------------------------------------
 
 const std::string GROUPS = "Tensor? index, int groups";
+const std::string WHOLE_GROUPS = "Tensor? index, SymInt groups";  // a compiled graph may be for any batch
 const std::string FINAL = "Tensor? residual, str? activation, float negative_slope";
 const std::string AFFINE = "Tensor mean, Tensor invstd, Tensor? scale, Tensor? shift, ";
 const std::string PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias, ";
@@ -489,13 +493,13 @@ TORCH_LIBRARY_FRAGMENT(syncbn, m) {
   define("grad_input(Tensor dz, Tensor x, " + AFFINE + "Tensor means, " + GROUPS +
              ", str? activation, float negative_slope) -> Tensor",
          &grad_input);
-  define("batch_norm_forward(" + PARAMETERS + GROUPS + ", " + FINAL + ", float eps, " + BUFFERS +
+  define("batch_norm_forward(" + PARAMETERS + WHOLE_GROUPS + ", " + FINAL + ", float eps, " + BUFFERS +
              ") -> (Tensor, Tensor, Tensor)",
          &batch_norm_forward);
-  define("batch_norm_backward(Tensor grad_output, " + PARAMETERS + "Tensor moments, Tensor corrections, " + GROUPS +
+  define("batch_norm_backward(Tensor grad_output, " + PARAMETERS + "Tensor moments, Tensor corrections, " + WHOLE_GROUPS +
              ", " + FINAL + ", ScalarType bias_dtype, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
          &batch_norm_backward);
-  m.def(("batch_norm(" + PARAMETERS + GROUPS + ", " + FINAL + ", float eps, bool save_output, " + BUFFERS +
+  m.def(("batch_norm(" + PARAMETERS + WHOLE_GROUPS + ", " + FINAL + ", float eps, bool save_output, " + BUFFERS +
          ") -> Tensor")
             .c_str());
   m.impl("batch_norm", torch::dispatch(c10::DispatchKey::AutogradCPU, &batch_norm));
