@@ -11,7 +11,7 @@
 
 namespace syncbn {
 
-// -- elements, one or sixteen (eight doubles) at a time --------------------------------------------------------------
+// -- elements, one or a vector at a time -----------------------------------------------------------------------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -20,57 +20,59 @@ struct Float16 {
   uint16_t bits;
 };
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float HalfFloats __attribute__((vector_size(32)));
-typedef double HalfDoubles __attribute__((vector_size(32)));
-typedef double QuarterDoubles __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint32_t HalfWords __attribute__((vector_size(32)));
-typedef uint64_t LongWords __attribute__((vector_size(64)));
-typedef uint16_t Shorts __attribute__((vector_size(32)));
-typedef uint16_t HalfShorts __attribute__((vector_size(16)));
+// As wide as the machine's vectors: compilers handle wider ones through memory.
+#if defined(__AVX512F__)
+constexpr int64_t VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int64_t VECTOR_BYTES = 32;
+#else
+constexpr int64_t VECTOR_BYTES = 16;
+#endif
+constexpr int64_t LEAST_VECTOR_BYTES = 16;
 
-// Of the arithmetic V: its scalar, unsigned integers of its size and of half its size, and as many floats.
+template <class S, int64_t N>
+struct Packed {
+  typedef S type __attribute__((vector_size(N * sizeof(S))));
+};
+
+// Of a scalar or a vector: its scalar, and vectors of as many integers of its size, short integers and floats.
 template <class V>
-struct Lanes;
+struct Lanes {
+  using Scalar = std::decay_t<decltype(V{}[0])>;
+  static constexpr int64_t number = sizeof(V) / sizeof(Scalar);
+  using Word = typename Packed<std::conditional_t<sizeof(Scalar) == 8, uint64_t, uint32_t>, number>::type;
+  using Short = typename Packed<uint16_t, number>::type;
+  using Narrow = typename Packed<float, number>::type;
+};
 template <>
 struct Lanes<float> {
   using Scalar = float;
+  static constexpr int64_t number = 1;
   using Word = uint32_t;
   using Short = uint16_t;
-};
-template <>
-struct Lanes<Floats> {
-  using Scalar = float;
-  using Word = Words;
-  using Short = Shorts;
-};
-template <>
-struct Lanes<HalfFloats> {
-  using Scalar = float;
-  using Word = HalfWords;
-  using Short = HalfShorts;
+  using Narrow = float;
 };
 template <>
 struct Lanes<double> {
   using Scalar = double;
+  static constexpr int64_t number = 1;
   using Word = uint64_t;
+  using Short = uint16_t;
   using Narrow = float;
 };
-template <>
-struct Lanes<Doubles> {
-  using Scalar = double;
-  using Word = LongWords;
-  using Narrow = HalfFloats;
-};
 
+template <class V>
+constexpr int64_t width = Lanes<V>::number;
 template <class T>
 using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class A>
-using Vector = std::conditional_t<std::is_same_v<A, double>, Doubles, Floats>;
+using Vector = typename Packed<A, VECTOR_BYTES / sizeof(A)>::type;
+
+// A vector of half the width, or a scalar if that would be shorter than any of the machine's vectors.
 template <class V>
-constexpr int64_t width = sizeof(V) / sizeof(typename Lanes<V>::Scalar);
+using Narrower = typename std::conditional_t<(sizeof(V) > LEAST_VECTOR_BYTES),
+                                             Packed<typename Lanes<V>::Scalar, width<V> / 2>,
+                                             std::common_type<typename Lanes<V>::Scalar>>::type;
 
 template <class To, class From>
 INLINE To bits(From from) {
@@ -88,17 +90,33 @@ INLINE To convert(From from) {
     return __builtin_convertvector(from, To);
 }
 
-template <class Half, class V>
-INLINE Half half(V v, int which) {
-  static_assert(2 * sizeof(Half) == sizeof(V));
-  Half part;
-  std::memcpy(&part, reinterpret_cast<const char*>(&v) + which * sizeof(Half), sizeof(part));
-  return part;
-}
-
 template <class V>
 INLINE V spread(typename Lanes<V>::Scalar value) {
   return V{} + value;
+}
+
+// Ones in the bits of the last lanes, zeros in the others.
+template <class V>
+INLINE V last_lanes(int64_t number) {
+  using Word = typename Lanes<V>::Word;
+  using Element = std::conditional_t<sizeof(typename Lanes<V>::Scalar) == 8, uint64_t, uint32_t>;
+  constexpr int64_t n = width<V>;
+  static constexpr struct Table {
+    Element of[2 * n] = {};
+    constexpr Table() {
+      for (int64_t i = n; i < 2 * n; ++i) of[i] = ~Element(0);
+    }
+  } table;
+  Word mask;
+  std::memcpy(&mask, table.of + number, sizeof(mask));
+  return bits<V>(mask);
+}
+
+// The value where the mask has ones, else 0.
+template <class V>
+INLINE V masked(V value, V mask) {
+  using Word = typename Lanes<V>::Word;
+  return bits<V>(Word(bits<Word>(value) & bits<Word>(mask)));
 }
 
 template <class V>
@@ -165,13 +183,20 @@ INLINE void store(T* to, V value) {
 }
 
 // The sum of a vector's elements over a short run, as a double.
-INLINE double total(Doubles v) {
-  HalfDoubles quarter = half<HalfDoubles>(v, 0) + half<HalfDoubles>(v, 1);
-  QuarterDoubles pair = half<QuarterDoubles>(quarter, 0) + half<QuarterDoubles>(quarter, 1);
-  return pair[0] + pair[1];
-}
-INLINE double total(Floats v) {
-  return total(convert<Doubles>(half<HalfFloats>(v, 0)) + convert<Doubles>(half<HalfFloats>(v, 1)));
+template <class V>
+INLINE double total(V v) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return v;
+  } else if constexpr (sizeof(V) == 2 * sizeof(double) && std::is_same_v<typename Lanes<V>::Scalar, double>) {
+    return v[0] + v[1];
+  } else {
+    using Half = typename Packed<typename Lanes<V>::Scalar, width<V> / 2>::type;
+    using Wide = typename Packed<double, width<V> / 2>::type;
+    Half low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return total(Wide(convert<Wide>(low) + convert<Wide>(high)));
+  }
 }
 
 // -- activations -----------------------------------------------------------------------------------------------------
