@@ -74,6 +74,14 @@ using Narrower = typename std::conditional_t<(sizeof(V) > LEAST_VECTOR_BYTES),
                                              Packed<typename Lanes<V>::Scalar, width<V> / 2>,
                                              std::common_type<typename Lanes<V>::Scalar>>::type;
 
+// Calls f with a value of the widest vector that n elements fill, or of the scalar.
+template <class V, class F>
+INLINE void widest(int64_t n, F f) {
+  if constexpr (width<V> > 1)
+    if (n < width<V>) return widest<Narrower<V>>(n, f);
+  f(V{});
+}
+
 template <class To, class From>
 INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));

@@ -80,7 +80,7 @@ struct Line {
   }
 };
 
-// Pointers to x and the other tensors, all at the same offset.
+// Pointers to x and the other tensors.
 template <class T>
 struct Run {
   using A = Scalar<T>;
@@ -89,14 +89,10 @@ struct Run {
   Activation activation;
   A negative_slope;
 
-  Run(const Call& call, int64_t offset)
-      : x(from(call.x, offset)), dy(from(call.grad_output, offset)), residual(from(call.residual, offset)),
-        dz(const_cast<T*>(from(call.dz, offset))), out(const_cast<T*>(from(call.out, offset))),
+  explicit Run(const Call& call)
+      : x(static_cast<const T*>(call.x)), dy(static_cast<const T*>(call.grad_output)),
+        residual(static_cast<const T*>(call.residual)), dz(static_cast<T*>(call.dz)), out(static_cast<T*>(call.out)),
         activation(static_cast<Activation>(call.activation)), negative_slope(static_cast<A>(call.negative_slope)) {}
-
-  static const T* from(const void* data, int64_t offset) {
-    return data == nullptr ? nullptr : static_cast<const T*>(data) + offset;
-  }
 
   template <class V>
   INLINE V preactivation(const Line<V>& k, V x, int64_t i) const {
