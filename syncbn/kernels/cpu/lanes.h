@@ -6,6 +6,11 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -168,7 +173,15 @@ INLINE typename Lanes<V>::Short narrow(Float16, V value) {
 template <class V, class T>
 INLINE V load(const T* from) {
   if constexpr (std::is_same_v<typename Lanes<V>::Scalar, double> && !std::is_same_v<T, double>) {
-    return convert<V>(load<typename Lanes<V>::Narrow>(from));
+    const auto value = load<typename Lanes<V>::Narrow>(from);
+    // GCC converts these in parts.
+#if defined(__AVX512F__)
+    if constexpr (width<V> == 8) return _mm512_cvtps_pd(value);
+#endif
+#if defined(__AVX2__)
+    if constexpr (width<V> == 4) return _mm256_cvtps_pd(value);
+#endif
+    return convert<V>(value);
   } else if constexpr (std::is_floating_point_v<T>) {
     V value;
     std::memcpy(&value, from, sizeof(value));
@@ -190,20 +203,39 @@ INLINE void store(T* to, V value) {
   }
 }
 
-// The sum of a vector's elements over a short run, as a double.
+template <class V, size_t... I>
+INLINE Narrower<V> upper_half(V v, std::index_sequence<I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(v, v, (I + sizeof...(I))...);
+#else
+  Narrower<V> half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof(half), sizeof(half));
+  return half;
+#endif
+}
+template <class V, size_t... I>
+INLINE Narrower<V> lower_half(V v, std::index_sequence<I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(v, v, I...);
+#else
+  Narrower<V> half;
+  std::memcpy(&half, &v, sizeof(half));
+  return half;
+#endif
+}
+
+// The sum of a vector's elements.
 template <class V>
-INLINE double total(V v) {
+INLINE typename Lanes<V>::Scalar total(V v) {
   if constexpr (std::is_arithmetic_v<V>) {
     return v;
-  } else if constexpr (sizeof(V) == 2 * sizeof(double) && std::is_same_v<typename Lanes<V>::Scalar, double>) {
-    return v[0] + v[1];
+  } else if constexpr (std::is_arithmetic_v<Narrower<V>>) {
+    typename Lanes<V>::Scalar sum = v[0] + v[width<V> / 2];
+    for (int64_t i = 1; i < width<V> / 2; ++i) sum += v[i] + v[i + width<V> / 2];
+    return sum;
   } else {
-    using Half = typename Packed<typename Lanes<V>::Scalar, width<V> / 2>::type;
-    using Wide = typename Packed<double, width<V> / 2>::type;
-    Half low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return total(Wide(convert<Wide>(low) + convert<Wide>(high)));
+    constexpr std::make_index_sequence<width<V> / 2> half;
+    return total(Narrower<V>(lower_half(v, half) + upper_half(v, half)));
   }
 }
 

@@ -61,7 +61,7 @@ struct Planes {
     static constexpr int PARTS = 4;
     V first[PARTS] = {}, second[PARTS] = {};
 
-    static INLINE double total_of(const V* parts) { return total(V((parts[0] + parts[1]) + (parts[2] + parts[3]))); }
+    static INLINE A total_of(const V* parts) { return total(V((parts[0] + parts[1]) + (parts[2] + parts[3]))); }
   };
 
   // Calls f(start, n) for the short runs that a tile's planes consist of; if there are several, there is one plane.
