@@ -18,6 +18,7 @@ struct Planes {
   const Call& call;
   // All samples of these channels, or some of them; all samples of a group or none.
   int64_t first_sample, last_sample, first_channel, last_channel;
+  const int64_t size = call.size, stride = call.channels * call.size;  // of a plane; from one to the next of its channel
 
   // Some planes of a channel and a group, each of successive samples. The first begins at this offset.
   struct Tile {
@@ -27,29 +28,29 @@ struct Planes {
   // What is computed for a channel is needed once for all planes of a tile. `begin` is told when the group changes.
   template <class Begin, class Each>
   INLINE void each_tile(Begin begin, Each each) const {
-    const int64_t most = std::clamp(SHORT_RUN / call.size, int64_t(1), MOST_PLANES);
+    const int64_t most = std::clamp(SHORT_RUN / size, int64_t(1), MOST_PLANES);
     int64_t current = -1;
     for (int64_t n = first_sample, end; n < last_sample; n = end) {
       const int64_t group = call.group_of(n);
       for (end = n + 1; end < last_sample && end < n + most && call.group_of(end) == group;) ++end;
       if (group != current) begin(current = group);
       for (int64_t c = first_channel; c < last_channel; ++c)
-        each(Tile{group, c, (n * call.channels + c) * call.size, end - n});
+        each(Tile{group, c, n * stride + c * size, end - n});
     }
   }
 
   // Calls each(line, at) for vectors that together are the tile; the last two of a plane may overlap.
   template <class Each>
-  INLINE void each_vector(void (Coefficients<A>::*make)(const Call&, int64_t, int64_t), Each each) const {
+  void each_vector(void (Coefficients<A>::*make)(const Call&, int64_t, int64_t), Each each) const {
     Coefficients<A> k(last_channel - first_channel);
-    widest<Vector<A>>(call.size, [&](auto v) {
+    widest<Vector<A>>(size, [&](auto v) {
       using V = decltype(v);
       each_tile([&](int64_t group) { (k.*make)(call, group, first_channel); }, [&](const Tile& tile) {
         const auto line = Line<V>::of_channel(k, tile.channel - first_channel);
-        for (int64_t p = 0, at = tile.offset; p < tile.planes; ++p, at += call.channels * call.size) {
+        for (int64_t p = 0, at = tile.offset; p < tile.planes; ++p, at += stride) {
           int64_t i = 0;
-          for (; i + width<V> <= call.size; i += width<V>) each(line, at + i);
-          if (i < call.size) each(line, at + call.size - width<V>);
+          for (; i + width<V> <= size; i += width<V>) each(line, at + i);
+          if (i < size) each(line, at + size - width<V>);
         }
       });
     });
@@ -67,7 +68,7 @@ struct Planes {
   // Calls f(start, n) for the short runs that a tile's planes consist of; if there are several, there is one plane.
   template <class F>
   INLINE void each_run(F f) const {
-    for (int64_t start = 0; start < call.size; start += SHORT_RUN) f(start, std::min(SHORT_RUN, call.size - start));
+    for (int64_t start = 0; start < size; start += SHORT_RUN) f(start, std::min(SHORT_RUN, size - start));
   }
 
   // Adds to the sums by add(at, first, second) for the vectors of n elements of each plane of a tile.
@@ -75,7 +76,7 @@ struct Planes {
   INLINE Sums<V> sums_of(const Tile& tile, int64_t start, int64_t n, Add add) const {
     Sums<V> sums;
     const V rest = last_lanes<V>(n % width<V>);
-    for (int64_t p = 0, at = tile.offset + start; p < tile.planes; ++p, at += call.channels * call.size) {
+    for (int64_t p = 0, at = tile.offset + start; p < tile.planes; ++p, at += stride) {
       int64_t i = 0;
       for (; i + sums.PARTS * width<V> <= n; i += sums.PARTS * width<V>)
 #pragma GCC unroll 4
@@ -103,7 +104,7 @@ struct Planes {
     const T* x = static_cast<const T*>(call.x) + tile.offset + start;
     const int64_t last = std::max<int64_t>(n - width<V>, 0), third = last / 3;
     V sums{}, more{};
-    for (int64_t p = 0; p < tile.planes; ++p, x += call.channels * call.size) {
+    for (int64_t p = 0; p < tile.planes; ++p, x += stride) {
       sums += load<V>(x) + load<V>(x + third);
       more += load<V>(x + 2 * third) + load<V>(x + last);
     }
@@ -113,7 +114,7 @@ struct Planes {
   // Sums and sums of squares about zero, by those about a centre (Chan, Golub, LeVeque 1983, eq. 2.1).
   void group_sums() const {
     const T* x = static_cast<const T*>(call.x);
-    widest<Vector<A>>(call.size, [&](auto v) {
+    widest<Vector<A>>(size, [&](auto v) {
       using V = decltype(v);
       each_tile([](int64_t) {}, [&](const Tile& tile) {
         double* row = call.sums + tile.group * (2 * call.channels + 1) + 1 + tile.channel;
@@ -133,34 +134,36 @@ struct Planes {
   }
 
   void normalize() const {
-    const Run<T> all(call);
-    each_vector(&Coefficients<A>::for_normalizing, [&](const auto& line, int64_t at) { all.normalize(line, at); });
+    with_run<T>(call, [&](const auto run) {
+      each_vector(&Coefficients<A>::for_normalizing, [=](const auto& line, int64_t at) { run.normalize(line, at); });
+    });
   }
 
   // Sums of dz and of dz * (x - centre); finish_group turns the latter into the sum of dz * xhat.
   void backward_sums() const {
-    const Run<T> all(call);
+    with_run<T>(call, [&](const auto run) { widest<Vector<A>>(size, [&](auto v) { backward_sums(run, v); }); });
+  }
+
+  template <class R, class V>
+  void backward_sums(const R run, V) const {
     Coefficients<A> k(last_channel - first_channel);
-    widest<Vector<A>>(call.size, [&](auto v) {
-      using V = decltype(v);
-      const auto begin = [&](int64_t group) { k.for_normalizing(call, group, first_channel); };
-      each_tile(begin, [&](const Tile& tile) {
-        const auto line = Line<V>::of_channel(k, tile.channel - first_channel);
-        double* row = call.sums + tile.group * 2 * call.channels + tile.channel;
-        each_run([&](int64_t start, int64_t n) {
-          const Sums<V> sums = sums_of<V>(tile, start, n, [&](int64_t at, V& first, V& second) {
-            all.add_products(line, at, first, second);
-          });
-          row[0] += sums.total_of(sums.first);
-          row[call.channels] += sums.total_of(sums.second);
+    each_tile([&](int64_t group) { k.for_normalizing(call, group, first_channel); }, [&](const Tile& tile) {
+      const auto line = Line<V>::of_channel(k, tile.channel - first_channel);
+      double* row = call.sums + tile.group * 2 * call.channels + tile.channel;
+      each_run([&](int64_t start, int64_t n) {
+        const Sums<V> sums = sums_of<V>(tile, start, n, [=](int64_t at, V& first, V& second) {
+          run.add_products(line, at, first, second);
         });
+        row[0] += sums.total_of(sums.first);
+        row[call.channels] += sums.total_of(sums.second);
       });
     });
   }
 
   void grad_input() const {
-    const Run<T> all(call);
-    each_vector(&Coefficients<A>::for_gradient, [&](const auto& line, int64_t at) { all.differentiate(line, at); });
+    with_run<T>(call, [&](const auto run) {
+      each_vector(&Coefficients<A>::for_gradient, [=](const auto& line, int64_t at) { run.differentiate(line, at); });
+    });
   }
 };
 

@@ -124,20 +124,22 @@ struct Rows {
   }
 
   void normalize(Coefficients<A>& k) const {
-    const Run<T> all(call);
-    each_element(k, [&](const auto& line, int64_t at) { all.normalize(line, at); });
+    with_run<T>(call, [&](const auto run) {
+      each_element(k, [=](const auto& line, int64_t at) { run.normalize(line, at); });
+    });
   }
 
   // Sums of dz and of dz * (x - centre), into 2C numbers.
   void backward_sums(Coefficients<A>& k, double* sums) const {
     const int64_t c = call.channels;
-    const Run<T> all(call);
     std::vector<A> scratch(2 * c);
     A *sum = scratch.data(), *products = sum + c;
     auto each = [&](const Rows& block) {
       std::fill(scratch.begin(), scratch.end(), A(0));
-      block.add(sum, products, [&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); },
-                [&](const auto& line, int64_t at, auto& s, auto& p) { all.add_products(line, at, s, p); });
+      with_run<T>(call, [&](const auto run) {
+        block.add(sum, products, [&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); },
+                  [=](const auto& line, int64_t at, auto& s, auto& p) { run.add_products(line, at, s, p); });
+      });
     };
     each_block(each, [&](int64_t) {
       for (int64_t i = 0; i < c; ++i) {
@@ -148,8 +150,9 @@ struct Rows {
   }
 
   void grad_input(Coefficients<A>& k) const {
-    const Run<T> all(call);
-    each_element(k, [&](const auto& line, int64_t at) { all.differentiate(line, at); });
+    with_run<T>(call, [&](const auto run) {
+      each_element(k, [=](const auto& line, int64_t at) { run.differentiate(line, at); });
+    });
   }
 };
 

@@ -80,8 +80,8 @@ struct Line {
   }
 };
 
-// Pointers to x and the other tensors.
-template <class T>
+// Pointers to x and the other tensors, and the epilogue. If PLAIN, there is none, so loops need not ask.
+template <class T, bool PLAIN>
 struct Run {
   using A = Scalar<T>;
   const T *x, *dy, *residual;
@@ -97,18 +97,19 @@ struct Run {
   template <class V>
   INLINE V preactivation(const Line<V>& k, V x, int64_t i) const {
     V z = (x - k.centre) * k.slope + k.constant;
-    return residual == nullptr ? z : z + load<V>(residual + i);
+    return PLAIN || residual == nullptr ? z : z + load<V>(residual + i);
   }
 
   template <class V>
   INLINE void normalize(const Line<V>& k, int64_t i) const {
-    store(out + i, activate(preactivation<V>(k, load<V>(x + i), i), activation, negative_slope));
+    const V z = preactivation<V>(k, load<V>(x + i), i);
+    store(out + i, PLAIN ? z : activate(z, activation, negative_slope));
   }
 
   template <class V>
   INLINE V gradient_of_z(const Line<V>& k, V x, int64_t i) const {
     const V gradient = load<V>(dy + i);
-    if (activation == NONE) return gradient;
+    if (PLAIN || activation == NONE) return gradient;
     return activation_grad(gradient, preactivation<V>(k, x, i), activation, negative_slope);
   }
 
@@ -117,7 +118,7 @@ struct Run {
   INLINE void add_products(const Line<V>& k, int64_t i, V& sum, V& product) const {
     const V value = load<V>(x + i);
     V gradient = gradient_of_z<V>(k, value, i);
-    if (dz != nullptr) {
+    if (!PLAIN && dz != nullptr) {
       store(dz + i, gradient);
       gradient = load<V>(dz + i);
     }
@@ -132,5 +133,13 @@ struct Run {
     store(out + i, V(gradient * k.slope + ((value - k.centre) * k.slope_x + k.constant_x)));
   }
 };
+
+template <class T, class F>
+INLINE void with_run(const Call& call, F f) {
+  if (call.activation == NONE && call.residual == nullptr && call.dz == nullptr)
+    f(Run<T, true>(call));
+  else
+    f(Run<T, false>(call));
+}
 
 }  // namespace syncbn
