@@ -79,12 +79,17 @@ using Narrower = typename std::conditional_t<(sizeof(V) > LEAST_VECTOR_BYTES),
                                              Packed<typename Lanes<V>::Scalar, width<V> / 2>,
                                              std::common_type<typename Lanes<V>::Scalar>>::type;
 
-// Calls f with a value of the widest vector that n elements fill, or of the scalar.
+// Calls f with a value of the widest type that n elements fill: a vector, one of the shortest vectors, or a scalar.
 template <class V, class F>
 INLINE void widest(int64_t n, F f) {
-  if constexpr (width<V> > 1)
-    if (n < width<V>) return widest<Narrower<V>>(n, f);
-  f(V{});
+  using Scalar = typename Lanes<V>::Scalar;
+  using Least = typename Packed<Scalar, LEAST_VECTOR_BYTES / sizeof(Scalar)>::type;
+  if (n >= width<V>)
+    f(V{});
+  else if (n >= width<Least>)
+    f(Least{});
+  else
+    f(Scalar{});
 }
 
 template <class To, class From>
@@ -101,6 +106,46 @@ INLINE To convert(From from) {
     return static_cast<To>(from);
   else
     return __builtin_convertvector(from, To);
+}
+
+// What follows has instructions that GCC does not find, or does not use for vectors as wide as these.
+template <class Word, class Short>
+INLINE Word words_of(Short h) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Word) == 64) return bits<Word>(_mm512_cvtepu16_epi32(bits<__m256i>(h)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(Word) == 32) return bits<Word>(_mm256_cvtepu16_epi32(bits<__m128i>(h)));
+  if constexpr (sizeof(Word) == 16) return bits<Word>(_mm_cvtepu16_epi32(__m128i{bits<int64_t>(h), 0}));
+#endif
+  return convert<Word>(h);
+}
+
+// Of words that are less than 2^16.
+template <class Short, class Word>
+INLINE Short shorts_of(Word words) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Word) == 64) return bits<Short>(_mm512_cvtepi32_epi16(bits<__m512i>(words)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(Word) == 32) {
+    const __m256i all = bits<__m256i>(words);
+    return bits<Short>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+  }
+  if constexpr (sizeof(Word) == 16) return bits<Short>(_mm_packus_epi32(bits<__m128i>(words), __m128i{})[0]);
+#endif
+  return convert<Short>(words);
+}
+
+template <class Wide, class Narrow>
+INLINE Wide doubles_of(Narrow floats) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Wide) == 64) return _mm512_cvtps_pd(floats);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(Wide) == 32) return _mm256_cvtps_pd(floats);
+#endif
+  return convert<Wide>(floats);
 }
 
 template <class V>
@@ -134,13 +179,21 @@ INLINE V masked(V value, V mask) {
 
 template <class V>
 INLINE V widen(BFloat16, typename Lanes<V>::Short h) {
-  return bits<V>(convert<typename Lanes<V>::Word>(h) << 16);
+  return bits<V>(words_of<typename Lanes<V>::Word>(h) << 16);
 }
 
 template <class V>
 INLINE V widen(Float16, typename Lanes<V>::Short h) {
+#if defined(__AVX512F__)
+  if constexpr (width<V> == 16) return _mm512_cvtph_ps(bits<__m256i>(h));
+#endif
+#if defined(__F16C__) && defined(__AVX2__)
+  if constexpr (width<V> == 8) return _mm256_cvtph_ps(bits<__m128i>(h));
+  if constexpr (width<V> == 4) return _mm_cvtph_ps(__m128i{bits<int64_t>(h), 0});
+  if constexpr (width<V> == 1) return _cvtsh_ss(h);
+#endif
   using Word = typename Lanes<V>::Word;
-  Word u = convert<Word>(h), exponent = u & 0x7c00, rest = (u & 0x7fff) << 13;
+  Word u = words_of<Word>(h), exponent = u & 0x7c00, rest = (u & 0x7fff) << 13;
   // Without subnormal numbers of the arithmetic, because a process may flush them to 0.
   V subnormal = bits<V>(Word(rest + 0x38800000)) - 0x1p-14f;
   Word value = exponent == 0 ? bits<Word>(subnormal) : Word(rest + 0x38000000);
@@ -155,33 +208,34 @@ INLINE typename Lanes<V>::Short narrow(BFloat16, V value) {
   Word u = bits<Word>(value);
   Word rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   Word nan = (u >> 16) | 0x40;
-  return convert<typename Lanes<V>::Short>(Word((u & 0x7fffffff) > 0x7f800000 ? nan : rounded));
+  return shorts_of<typename Lanes<V>::Short>(Word((u & 0x7fffffff) > 0x7f800000 ? nan : rounded));
 }
 
 template <class V>
 INLINE typename Lanes<V>::Short narrow(Float16, V value) {
   using Word = typename Lanes<V>::Word;
+  using Short = typename Lanes<V>::Short;
+#if defined(__AVX512F__)
+  if constexpr (width<V> == 16) return bits<Short>(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__) && defined(__AVX2__)
+  if constexpr (width<V> == 8) return bits<Short>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (width<V> == 4) return bits<Short>(_mm_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT)[0]);
+  if constexpr (width<V> == 1) return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#endif
   Word u = bits<Word>(value), magnitude = u & 0x7fffffff;
   Word normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
   Word subnormal = bits<Word>(V(bits<V>(magnitude) + 0.5f)) - 0x3f000000;
   Word result = magnitude < 0x38800000 ? subnormal : normal;
   result = magnitude >= 0x47800000 ? Word{} + 0x7c00 : result;
   result = magnitude > 0x7f800000 ? Word{} + 0x7e00 : result;
-  return convert<typename Lanes<V>::Short>(Word(result | (u >> 16 & 0x8000)));
+  return shorts_of<Short>(Word(result | (u >> 16 & 0x8000)));
 }
 
 template <class V, class T>
 INLINE V load(const T* from) {
   if constexpr (std::is_same_v<typename Lanes<V>::Scalar, double> && !std::is_same_v<T, double>) {
-    const auto value = load<typename Lanes<V>::Narrow>(from);
-    // GCC converts these in parts.
-#if defined(__AVX512F__)
-    if constexpr (width<V> == 8) return _mm512_cvtps_pd(value);
-#endif
-#if defined(__AVX2__)
-    if constexpr (width<V> == 4) return _mm256_cvtps_pd(value);
-#endif
-    return convert<V>(value);
+    return doubles_of<V>(load<typename Lanes<V>::Narrow>(from));
   } else if constexpr (std::is_floating_point_v<T>) {
     V value;
     std::memcpy(&value, from, sizeof(value));

@@ -8,7 +8,7 @@ namespace syncbn {
 
 // Number of elements that are summed in the precision of the arithmetic, in a few parts for each lane of a vector.
 constexpr int64_t SHORT_RUN = 2048;
-// Most planes of a channel that are taken together. They lie apart, and a cache keeps few places a power of two apart.
+// Most planes of a channel that are taken together. They may be a power of two apart, where a cache keeps few lines.
 constexpr int64_t MOST_PLANES = 8;
 
 template <class T>
@@ -18,7 +18,8 @@ struct Planes {
   const Call& call;
   // All samples of these channels, or some of them; all samples of a group or none.
   int64_t first_sample, last_sample, first_channel, last_channel;
-  const int64_t size = call.size, stride = call.channels * call.size;  // of a plane; from one to the next of its channel
+  // Of a plane, and from a plane to the next of its channel.
+  const int64_t size = call.size, stride = call.channels * call.size;
 
   // Some planes of a channel and a group, each of successive samples. The first begins at this offset.
   struct Tile {
@@ -56,13 +57,16 @@ struct Planes {
     });
   }
 
-  // Two sums, each in as many parts as hide the time of an addition.
-  template <class V>
+  // Two sums, each in parts, so that an addition need not wait for the one before.
+  template <class V, int PARTS>
   struct Sums {
-    static constexpr int PARTS = 4;
     V first[PARTS] = {}, second[PARTS] = {};
 
-    static INLINE A total_of(const V* parts) { return total(V((parts[0] + parts[1]) + (parts[2] + parts[3]))); }
+    static INLINE A total_of(const V* parts) {
+      V sum = parts[0];
+      for (int j = 1; j < PARTS; ++j) sum += parts[j];
+      return total(sum);
+    }
   };
 
   // Calls f(start, n) for the short runs that a tile's planes consist of; if there are several, there is one plane.
@@ -72,17 +76,17 @@ struct Planes {
   }
 
   // Adds to the sums by add(at, first, second) for the vectors of n elements of each plane of a tile.
-  template <class V, class Add>
-  INLINE Sums<V> sums_of(const Tile& tile, int64_t start, int64_t n, Add add) const {
-    Sums<V> sums;
+  template <class V, int PARTS, class Add>
+  INLINE Sums<V, PARTS> sums_of(const Tile& tile, int64_t start, int64_t n, Add add) const {
+    Sums<V, PARTS> sums;
     const V rest = last_lanes<V>(n % width<V>);
     for (int64_t p = 0, at = tile.offset + start; p < tile.planes; ++p, at += stride) {
       int64_t i = 0;
-      for (; i + sums.PARTS * width<V> <= n; i += sums.PARTS * width<V>)
+      for (; i + PARTS * width<V> <= n; i += PARTS * width<V>)
 #pragma GCC unroll 4
-        for (int j = 0; j < sums.PARTS; ++j) add(at + i + j * width<V>, sums.first[j], sums.second[j]);
+        for (int j = 0; j < PARTS; ++j) add(at + i + j * width<V>, sums.first[j], sums.second[j]);
 #pragma GCC unroll 4
-      for (int j = 0; j < sums.PARTS - 1; ++j)
+      for (int j = 0; j < PARTS - 1; ++j)
         if (i + width<V> <= n) {
           add(at + i, sums.first[j], sums.second[j]);
           i += width<V>;
@@ -90,15 +94,15 @@ struct Planes {
       if (i < n) {  // the last whole vector of the plane, without what has been added
         V first{}, second{};
         add(at + n - width<V>, first, second);
-        sums.first[sums.PARTS - 1] += masked(first, rest);
-        sums.second[sums.PARTS - 1] += masked(second, rest);
+        sums.first[PARTS - 1] += masked(first, rest);
+        sums.second[PARTS - 1] += masked(second, rest);
       }
     }
     return sums;
   }
 
   // The mean of four vectors of each plane. The squares about it are at most 1 + n / (4 * width) times those about the
-  // mean, whatever the values.
+  // mean, whatever the values; finding the mean itself would take as long as the sums.
   template <class V>
   INLINE A centre_of(const Tile& tile, int64_t start, int64_t n) const {
     const T* x = static_cast<const T*>(call.x) + tile.offset + start;
@@ -120,7 +124,7 @@ struct Planes {
         double* row = call.sums + tile.group * (2 * call.channels + 1) + 1 + tile.channel;
         each_run([&](int64_t start, int64_t n) {
           const A centre = centre_of<V>(tile, start, n);
-          const Sums<V> sums = sums_of<V>(tile, start, n, [&](int64_t at, V& first, V& second) {
+          const auto sums = sums_of<V, 4>(tile, start, n, [&](int64_t at, V& first, V& second) {
             const V d = load<V>(x + at) - centre;
             first += d;
             second += d * d;
@@ -144,14 +148,15 @@ struct Planes {
     with_run<T>(call, [&](const auto run) { widest<Vector<A>>(size, [&](auto v) { backward_sums(run, v); }); });
   }
 
-  template <class R, class V>
-  void backward_sums(const R run, V) const {
+  template <bool PLAIN, class V>
+  void backward_sums(const Run<T, PLAIN> run, V) const {
+    constexpr int PARTS = PLAIN ? 4 : 2;  // with an epilogue, additions are not what takes time
     Coefficients<A> k(last_channel - first_channel);
     each_tile([&](int64_t group) { k.for_normalizing(call, group, first_channel); }, [&](const Tile& tile) {
       const auto line = Line<V>::of_channel(k, tile.channel - first_channel);
       double* row = call.sums + tile.group * 2 * call.channels + tile.channel;
       each_run([&](int64_t start, int64_t n) {
-        const Sums<V> sums = sums_of<V>(tile, start, n, [=](int64_t at, V& first, V& second) {
+        const auto sums = sums_of<V, PARTS>(tile, start, n, [=](int64_t at, V& first, V& second) {
           run.add_products(line, at, first, second);
         });
         row[0] += sums.total_of(sums.first);
