@@ -16,7 +16,7 @@ namespace syncbn {
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15;   // elements below which a thread is not worth its start
-constexpr int64_t CACHED = 1 << 17;  // elements that all passes go over before the next
+constexpr int64_t CACHED = 1 << 17;  // elements, of all tensors that are read, that all passes go over before the next
 constexpr int64_t PIECE = 1 << 18;   // elements of rows that one thread takes at a time
 
 // Each thread calls f(first, last) for its share of the items.
@@ -107,7 +107,7 @@ void over_planes(const Task& task) {
   for (const Stretch& run : runs) longest = std::max(longest, run.last - run.first);
   // As many channels at a time as fit into the cache, but few enough that every thread has some.
   const int64_t fair = (call.channels + call.threads - 1) / call.threads;
-  const int64_t step = std::max<int64_t>(std::min(CACHED / (longest * call.size), fair), 1);
+  const int64_t step = std::max<int64_t>(std::min(CACHED / (task.forward ? 1 : 2) / (longest * call.size), fair), 1);
   const int64_t parts = (call.channels + step - 1) / step;
   parallel(call, parts * runs.size(), [&](int64_t start, int64_t stop) {
     for (int64_t i = start; i < stop; ++i) {

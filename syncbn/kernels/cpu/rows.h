@@ -24,19 +24,25 @@ struct Rows {
   // Coefficients are loaded and sums are stored once per ROWS rows. One row at a time is faster if results are stored.
   template <int64_t ROWS, class Begin, class Each, class End>
   INLINE void each_column(Begin begin, Each each, End end) const {
-    const int64_t c = call.channels, whole = c / width<V> * width<V>;
+    const int64_t c = call.channels;
     const auto rows = [&](int64_t row, auto number) {
       const auto column = [&](auto v, int64_t i) {
         auto state = begin(v, i);
         for (int64_t j = 0; j < number(); ++j) each(state, (row + j) * c + i);
         end(state, i);
       };
-      for (int64_t i = 0; i < whole; i += width<V>) column(V{}, i);
-      for (int64_t i = whole; i < c; ++i) column(A{}, i);
+      columns<V>(0, c, column);
     };
     int64_t row = first_row;
     for (; row + ROWS <= last_row; row += ROWS) rows(row, std::integral_constant<int64_t, ROWS>());
     for (; row < last_row; ++row) rows(row, std::integral_constant<int64_t, 1>());
+  }
+
+  // Calls column(V{}, i) for successive vectors, of half the width where a vector would go past the end.
+  template <class W, class Column>
+  static INLINE void columns(int64_t i, int64_t end, Column column) {
+    for (; i + width<W> <= end; i += width<W>) column(W{}, i);
+    if constexpr (width<W> > 1) columns<Narrower<W>>(i, end, column);
   }
 
   // Calls f for each element with the coefficients of its channel.
@@ -118,20 +124,22 @@ struct Rows {
   }
 
   void normalize(Coefficients<A>& k) const {
-    const Run<T> all(call, 0);
-    each_element(k, [&](const auto& line, int64_t at) { all.normalize(line, at); });
+    with_run<T>(call, [&](const auto run) {
+      each_element(k, [=](const auto& line, int64_t at) { run.normalize(line, at); });
+    });
   }
 
   // Sums of dz and of dz * (x - centre), into 2C numbers.
   void backward_sums(Coefficients<A>& k, double* sums) const {
     const int64_t c = call.channels;
-    const Run<T> all(call, 0);
     std::vector<A> scratch(2 * c);
     A *sum = scratch.data(), *products = sum + c;
     auto each = [&](const Rows& block) {
       std::fill(scratch.begin(), scratch.end(), A(0));
-      block.add(sum, products, [&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); },
-                [&](const auto& line, int64_t at, auto& s, auto& p) { all.add_products(line, at, s, p); });
+      with_run<T>(call, [&](const auto run) {
+        block.add(sum, products, [&](auto v, int64_t i) { return Line<decltype(v)>::from_channel(k, i); },
+                  [=](const auto& line, int64_t at, auto& s, auto& p) { run.add_products(line, at, s, p); });
+      });
     };
     each_block(each, [&](int64_t) {
       for (int64_t i = 0; i < c; ++i) {
@@ -142,8 +150,9 @@ struct Rows {
   }
 
   void grad_input(Coefficients<A>& k) const {
-    const Run<T> all(call, 0);
-    each_element(k, [&](const auto& line, int64_t at) { all.differentiate(line, at); });
+    with_run<T>(call, [&](const auto run) {
+      each_element(k, [=](const auto& line, int64_t at) { run.differentiate(line, at); });
+    });
   }
 };
 

@@ -80,8 +80,8 @@ struct Line {
   }
 };
 
-// Pointers to x and the other tensors, all at the same offset.
-template <class T>
+// Pointers to x and the other tensors, and the epilogue. If PLAIN, there is none, so loops need not ask.
+template <class T, bool PLAIN>
 struct Run {
   using A = Scalar<T>;
   const T *x, *dy, *residual;
@@ -89,30 +89,27 @@ struct Run {
   Activation activation;
   A negative_slope;
 
-  Run(const Call& call, int64_t offset)
-      : x(from(call.x, offset)), dy(from(call.grad_output, offset)), residual(from(call.residual, offset)),
-        dz(const_cast<T*>(from(call.dz, offset))), out(const_cast<T*>(from(call.out, offset))),
+  explicit Run(const Call& call)
+      : x(static_cast<const T*>(call.x)), dy(static_cast<const T*>(call.grad_output)),
+        residual(static_cast<const T*>(call.residual)), dz(static_cast<T*>(call.dz)), out(static_cast<T*>(call.out)),
         activation(static_cast<Activation>(call.activation)), negative_slope(static_cast<A>(call.negative_slope)) {}
-
-  static const T* from(const void* data, int64_t offset) {
-    return data == nullptr ? nullptr : static_cast<const T*>(data) + offset;
-  }
 
   template <class V>
   INLINE V preactivation(const Line<V>& k, V x, int64_t i) const {
     V z = (x - k.centre) * k.slope + k.constant;
-    return residual == nullptr ? z : z + load<V>(residual + i);
+    return PLAIN || residual == nullptr ? z : z + load<V>(residual + i);
   }
 
   template <class V>
   INLINE void normalize(const Line<V>& k, int64_t i) const {
-    store(out + i, activate(preactivation<V>(k, load<V>(x + i), i), activation, negative_slope));
+    const V z = preactivation<V>(k, load<V>(x + i), i);
+    store(out + i, PLAIN ? z : activate(z, activation, negative_slope));
   }
 
   template <class V>
   INLINE V gradient_of_z(const Line<V>& k, V x, int64_t i) const {
     const V gradient = load<V>(dy + i);
-    if (activation == NONE) return gradient;
+    if (PLAIN || activation == NONE) return gradient;
     return activation_grad(gradient, preactivation<V>(k, x, i), activation, negative_slope);
   }
 
@@ -121,7 +118,7 @@ struct Run {
   INLINE void add_products(const Line<V>& k, int64_t i, V& sum, V& product) const {
     const V value = load<V>(x + i);
     V gradient = gradient_of_z<V>(k, value, i);
-    if (dz != nullptr) {
+    if (!PLAIN && dz != nullptr) {
       store(dz + i, gradient);
       gradient = load<V>(dz + i);
     }
@@ -136,5 +133,13 @@ struct Run {
     store(out + i, V(gradient * k.slope + ((value - k.centre) * k.slope_x + k.constant_x)));
   }
 };
+
+template <class T, class F>
+INLINE void with_run(const Call& call, F f) {
+  if (call.activation == NONE && call.residual == nullptr && call.dz == nullptr)
+    f(Run<T, true>(call));
+  else
+    f(Run<T, false>(call));
+}
 
 }  // namespace syncbn
