@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 	echo "setting up $(VENV) (once; a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m syncbn.kernels.cpu.build > /dev/null || true  # without a compiler torch's own operations serve
 	touch $@
 
 study: setup
@@ -59,5 +60,5 @@ format: setup
 
 clean:
 	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
-	rm -rf syncbn/kernels/cpu/kernels-*.so syncbn/kernels/cpu/.build-*
+	rm -rf syncbn/kernels/cpu/*.so syncbn/kernels/cpu/.build-* syncbn/kernels/cpu/.operators.lock
 	find configs docs examples launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +

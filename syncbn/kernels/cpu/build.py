@@ -172,7 +172,9 @@ def _compile_operators(target: Path, cxx: list[str]) -> None:
 
 def main() -> int:
     try:
-        for path in (*build(), build_operators()):
+        if not all(library(kind).exists() for kind in kinds()):
+            build()
+        for path in (*map(library, kinds()), build_operators()):
             print(path)
     except BuildError as error:
         print(f"the CPU's kernels were not built: {error}", file=sys.stderr)
