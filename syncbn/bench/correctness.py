@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.bench.problem import D_MAX, EPS, GROUPS, R_MAX, Problem
+from syncbn.bench.problem import D_MAX, EPS, GHOST_GROUPS, R_MAX, Problem
 
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias", "grad_residual")
 """What a step returns, in this order; the last one only if it has a residual."""
@@ -22,8 +22,8 @@ def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, .
     Computed on one process. It uses torch's own ``batch_norm`` and autograd, and shares no code with the layers.
 
     Args:
-        kind: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part), ``"ghost"``,
-            ``"renorm"``, ``"relu"`` or ``"add_relu"``.
+        kind: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part), ``"ghost"`` (of each of
+            32 parts of the batch), ``"halves"`` (of two), ``"renorm"``, ``"relu"`` or ``"add_relu"``.
         parts: the problems of all processes that share statistics, by rank.
         rank: whose part of the results is returned; its weight and bias gradients are sums over its own samples.
     """
@@ -34,7 +34,7 @@ def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, .
         torch.stack([getattr(part, name) for part in parts]).double().requires_grad_()
         for name in ("x", "weight", "bias", "residual")
     )
-    normalized = _normalize(x, GROUPS if kind == "ghost" else 1)
+    normalized = _normalize(x, GHOST_GROUPS.get(kind, 1))
     if kind == "renorm":
         r, d = _corrections(x, parts[0])
         normalized = normalized * r + d
