@@ -1,4 +1,4 @@
-"""Training steps of a model under torch.compile, with each normalization: how long they take, and how long to compile."""
+"""Training steps under torch.compile, with each normalization: how long they take, and how long to compile."""
 
 from __future__ import annotations
 

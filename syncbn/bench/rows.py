@@ -102,7 +102,7 @@ def _measured(
     missing = [dtype for dtype in dtypes if dtype not in {m.dtype for m in found}]
     if missing:
         reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable and not found}
-        none = f"no shape of '{suite}' was timed in {', '.join(missing)}; see --shapes and --dtype"
+        none = f"no shape of '{suite}' was timed in {', '.join(missing)}; see --shapes, --dtype and --cpu"
         raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     return found
 
@@ -181,7 +181,9 @@ ROWS = (
     Row("CPU: SyncBatchNorm in a group of one / nn.BatchNorm", 0.85, quotient("alone", _SYNC, _LOCAL), "cpu"),
     Row("CPU: BatchRenorm / nn.BatchNorm", 0.95, quotient("alone", _RENORM, _LOCAL), "cpu"),
     Row("CPU: 2 ghost groups / nn.BatchNorm", 0.95, quotient("alone", _HALVES, _LOCAL), "cpu"),
-    Row("CPU: SyncBatchNorm in a group of one / nn.BatchNorm, worst shape", 1.3, worst("alone", (_SYNC,), _LOCAL), "cpu"),
+    Row(
+        "CPU: SyncBatchNorm in a group of one / nn.BatchNorm, worst shape", 1.3, worst("alone", (_SYNC,), _LOCAL), "cpu"
+    ),
     Row("CPU: BatchRenorm / nn.BatchNorm, worst shape", 1.4, worst("alone", (_RENORM,), _LOCAL), "cpu"),
     Row("CPU: 2 ghost groups / nn.BatchNorm, worst shape", 1.4, worst("alone", (_HALVES,), _LOCAL), "cpu"),
     Row("CPU: host time, the slowest of these three / nn.BatchNorm", 1.3, _HOST, "cpu"),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
-from syncbn.bench.costs import Bandwidth, Costs, measure_costs
+from syncbn.bench.costs import Bandwidth, Costs, measure_costs, saved
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import (
     DTYPES,
@@ -49,6 +49,7 @@ class Selection:
     check: bool = False  # measure only what the rows need
     compiled: bool = False  # measure compiled training steps instead
     instruction_sets: tuple[str, ...] = ()  # of the CPU, each measured in a process of its own; () is that in use
+    several_processes: bool = True  # measure also what several processes do together
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ SUITES = (
 
 def suites_of(selection: Selection) -> list[Suite]:
     """The suites to run: all, or those that rows need."""
-    return [s for s in SUITES if selection.device in (s.rows_on if selection.check else s.runs_on)]
+    suites = [s for s in SUITES if selection.device in (s.rows_on if selection.check else s.runs_on)]
+    return [suite for suite in suites if suite.world_size == 1 or selection.several_processes]
 
 
 @dataclass
@@ -246,12 +248,16 @@ def measure(
     steps = _checked_steps(contenders, parts, rank, found)
     found.timings = interleaved(steps, rounds=suite.rounds(selection, shape), device=device, together=group is not None)
     for name, step in steps.items():
-        groups = GHOST_GROUPS.get(CONTENDERS[name].kind, 1)
+        known, numbers = (*step.known, *step.buffers), shape.size[1] * GHOST_GROUPS.get(CONTENDERS[name].kind, 1)
+        if selection.check:  # no row is about other costs
+            if CONTENDERS[name].ours:
+                found.costs[name] = Costs(**saved(step, known, numbers), missing="all else: left out by --check")
+            continue
         found.costs[name] = measure_costs(
             step,
-            (*step.known, *step.buffers),
+            known,
             device=device,
-            channels_and_groups=shape.size[1] * groups,
+            channels_and_groups=numbers,
             compiled=CONTENDERS[name].compiled,
             profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
         )

@@ -172,9 +172,10 @@ def progress(text: str) -> None:
 
 
 def run_with_environment(variables: Mapping[str, str], function: Callable[..., Any], *args: Any) -> Any:
-    """Run ``function(*args)`` in a new process with these environment variables; returns its answer or raises its error.
+    """Run ``function(*args)`` in a new process with these environment variables; returns its answer.
 
     For what libraries read once, when they are loaded. The function is sent by name, so it must be one of a module.
+    What it raises is raised here, and ProcessError if the process ends.
     """
     before = dict(os.environ)
     os.environ.update(variables)
