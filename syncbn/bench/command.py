@@ -22,7 +22,7 @@ from syncbn.bench.rows import COMPILED_ROWS, ROWS, BenchResults, comparison, jud
 from syncbn.bench.steps import measure_emulation, run_steps
 from syncbn.bench.suites import Selection, WrongError, large_mean_errors, run_suite, suites_of, world_of_one
 from syncbn.bench.timing import ProcessError, progress, run_with_environment
-from syncbn.kernels.cpu.library import instruction_sets
+from syncbn.kernels.cpu.library import instruction_sets, wanted
 
 ROUNDS = {"cpu": 7, "cuda": 15}
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
@@ -172,8 +172,10 @@ def _run(selection: Selection, out: Path | None) -> int:
 
 
 def _measure_with(instruction_set: str, selection: Selection) -> BenchResults:
-    """:func:`_measure` in a process in which this package, torch and its libraries use these instructions."""
+    """:func:`_measure` in a process in which this package, torch and oneDNN use these instructions."""
     progress(f"instruction set: {instruction_set}")
+    if {wanted(), torch.backends.cpu.get_cpu_capability().lower()} == {instruction_set}:
+        return _measure(selection)  # this process is one
     variables = {
         "SYNCBN_CPU": instruction_set,
         "ATEN_CPU_CAPABILITY": instruction_set,

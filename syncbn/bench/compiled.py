@@ -77,5 +77,5 @@ def time_compiled_steps(rounds: int, config: StepConfig) -> dict[str, Timing]:
 def _step(config: StepConfig, options: Options, *, compiled: bool) -> TrainingStep:
     model = build(config, options, CPU, torch.float32)
     if compiled:
-        model.compile(fullgraph=True)
+        model = torch.compile(model, fullgraph=True)
     return make_step(model, *make_batch(config, CPU, torch.float32))
