@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def time_compiled_steps(rounds: int, config: StepConfig) -> dict[str, Timing]:
 
 
 def _step(config: StepConfig, options: Options, *, compiled: bool) -> TrainingStep:
-    model = build(config, options, CPU, torch.float32)
+    model: Any = build(config, options, CPU, torch.float32)
     if compiled:
         model = torch.compile(model, fullgraph=True)
     return make_step(model, *make_batch(config, CPU, torch.float32))
