@@ -126,7 +126,7 @@ def test_libraries_of_a_new_process_see_its_environment(monkeypatch):
 
 
 def test_errors_of_a_new_process_are_raised():
-    with pytest.raises(ProcessError, match="ends_at_once with {'A': 'B'}: "):
+    with pytest.raises(ProcessError, match=r"ends_at_once with {'A': 'B'}: "):
         run_with_environment({"A": "B"}, ends_at_once)
     with pytest.raises(ZeroDivisionError):
         run_with_environment({"A": "B"}, divmod, 1, 0)
