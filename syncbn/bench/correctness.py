@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.bench.problem import D_MAX, EPS, GROUPS, R_MAX, Problem
+from syncbn.bench.problem import D_MAX, EPS, GHOST_GROUPS, R_MAX, Problem
 
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias", "grad_residual")
 """What a step returns, in this order; the last one only if it has a residual."""
+PIECE = 1 << 16  # numbers of a large tensor that are compared at a time
 
 
 def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, ...]:
@@ -22,29 +23,30 @@ def reference(kind: str, parts: Sequence[Problem], rank: int) -> tuple[Tensor, .
     Computed on one process. It uses torch's own ``batch_norm`` and autograd, and shares no code with the layers.
 
     Args:
-        kind: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part), ``"ghost"``,
-            ``"renorm"``, ``"relu"`` or ``"add_relu"``.
+        kind: ``"batch"`` (statistics of the whole batch), ``"local"`` (of this process's part), ``"ghost"`` (of each of
+            32 parts of the batch), ``"halves"`` (of two), ``"renorm"``, ``"relu"`` or ``"add_relu"``.
         parts: the problems of all processes that share statistics, by rank.
         rank: whose part of the results is returned; its weight and bias gradients are sums over its own samples.
     """
     if kind == "local":
         parts, rank = [parts[rank]], 0
     # Each process has its own row of x (R, N, C, *) and of the parameters (R, C), and so its own gradients.
-    x, weight, bias, residual = (
-        torch.stack([getattr(part, name) for part in parts]).double().requires_grad_()
-        for name in ("x", "weight", "bias", "residual")
-    )
-    normalized = _normalize(x, GROUPS if kind == "ghost" else 1)
+    names = ("x", "weight", "bias", *(("residual",) if kind == "add_relu" else ()))
+    leaves = [torch.stack([getattr(part, name) for part in parts]).double().requires_grad_() for name in names]
+    x, weight, bias, *residual = leaves
+    scale, shift, groups = weight, bias, GHOST_GROUPS.get(kind, 1)
     if kind == "renorm":
         r, d = _corrections(x, parts[0])
-        normalized = normalized * r + d
-    view = (*weight.shape[:1], 1, -1, *(1,) * (x.dim() - 3))
-    y = normalized * weight.view(view) + bias.view(view)
-    if kind == "add_relu":
-        y = y + residual
+        scale, shift = weight * r, weight * d + bias
+    if len(parts) == 1:  # in fewer passes
+        y = _normalize(x, groups, scale[0], shift[0])
+    else:
+        view = (*weight.shape[:1], 1, -1, *(1,) * (x.dim() - 3))
+        y = _normalize(x, groups) * scale.view(view) + shift.view(view)
+    if residual:
+        y = y + residual[0]
     if kind in ("relu", "add_relu"):
         y = F.relu(y)
-    leaves = (x, weight, bias, *((residual,) if kind == "add_relu" else ()))
     grad_output = torch.stack([part.grad_output for part in parts]).double()
     return tuple(tensor[rank] for tensor in (y.detach(), *torch.autograd.grad(y, leaves, grad_output)))
 
@@ -55,21 +57,21 @@ def references(parts: Sequence[Problem], rank: int) -> Callable[[str], tuple[Ten
     return lambda kind: cached("batch" if kind == "local" and len(parts) == 1 else kind)
 
 
-def _normalize(x: Tensor, groups: int = 1) -> Tensor:
+def _normalize(x: Tensor, groups: int = 1, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (R, N, C, *), normalized by the statistics of each of ``groups`` parts of the whole batch."""
     chunks = x.flatten(0, 1).chunk(groups)
-    return torch.cat([F.batch_norm(chunk, None, None, training=True, eps=EPS) for chunk in chunks]).view_as(x)
+    normalized = [F.batch_norm(chunk, None, None, weight, bias, training=True, eps=EPS) for chunk in chunks]
+    return (torch.cat(normalized) if groups > 1 else normalized[0]).view_as(x)
 
 
 def _corrections(x: Tensor, part: Problem) -> tuple[Tensor, Tensor]:
-    """r and d (Ioffe 2017, algorithm 1), constants for the gradient, from the running statistics before the step."""
+    """r and d (C,) (Ioffe 2017, algorithm 1), from the running statistics before the step; no gradient passes them."""
     with torch.no_grad():
-        view = (-1, *(1,) * (x.dim() - 3))
         var, mean = torch.var_mean(x, (0, 1, *range(3, x.dim())), correction=0)
         sigma = torch.sqrt(part.running_var.double() + EPS)
         r = (torch.sqrt(var + EPS) / sigma).clamp(1 / R_MAX, R_MAX)
         d = ((mean - part.running_mean.double()) / sigma).clamp(-D_MAX, D_MAX)
-        return r.view(view), d.view(view)
+        return r, d
 
 
 def avoid_kinks(parts: Sequence[Problem]) -> None:
@@ -115,6 +117,18 @@ def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, flo
     for name, tensor, right in zip(NAMES, found, expected, strict=False):
         error = math.inf
         if tensor.shape == right.shape:
-            error = float((tensor.detach().double() - right).abs().max()) / (float(right.abs().max()) or 1.0)
+            # In pieces that stay in the cache.
+            size = max(1, len(right) * PIECE // right.numel())
+            pieces = right.split(size)
+            pairs = zip(tensor.detach().split(size), pieces, strict=True)
+            differences = (p.double().sub_(q) for p, q in pairs)
+            error = _largest(differences) / (_largest(pieces) or 1.0)
         result[name] = error if math.isfinite(error) else math.inf
     return result
+
+
+def _largest(pieces: Iterable[Tensor]) -> float:
+    """The largest magnitude; NaN if there is one."""
+    # In memory order, because max() copies what is not contiguous.
+    ordered = (piece if piece.is_contiguous() else piece.movedim(1, -1) for piece in pieces)
+    return float(torch.stack([piece.abs().max() for piece in ordered]).max())

@@ -242,6 +242,7 @@ _ALL = (
     Contender("BatchRenorm", "renorm", _renorm, ours=True),
     Contender("GhostBatchNorm", "ghost", lambda p: _ghost(p, GROUPS), ours=True),
     Contender("GhostBatchNorm of 1 group", "batch", lambda p: _ghost(p, 1), ours=True),
+    Contender("GhostBatchNorm of 2 groups", "halves", lambda p: _ghost(p, 2), ours=True),
     Contender("SyncBatchNorm + ReLU", "relu", lambda p: _sync(p, "relu"), ours=True),
     Contender("SyncBatchNorm + add + ReLU", "add_relu", lambda p: _sync(p, "relu", with_residual=True), ours=True),
     Contender("nn.BatchNorm", "local", lambda p: _layer_step(_batchnorm(p), p)),

@@ -14,7 +14,9 @@ from torch import Tensor
 EPS = 1e-5
 MOMENTUM = 0.1
 R_MAX, D_MAX = 3.0, 5.0
-GROUPS = 32  # ghost groups of the contenders that have them
+GROUPS = 32  # ghost groups of the contenders that have many
+GHOST_GROUPS = {"ghost": GROUPS, "halves": 2}
+"""The ghost groups of each kind of contender that has several; see :func:`syncbn.bench.correctness.reference`."""
 
 # (channels, edge of the cubic feature map, layers): two convolutions at each level, down and up, on patches of 64.
 _UNET3D = ((32, 64, 4), (64, 32, 4), (128, 16, 4), (256, 8, 4), (320, 4, 2))
@@ -79,10 +81,19 @@ FAMILIES = {
     "detector": resnet50(2, 800, 1216, "detector"),
     "unet3d": [Shape("unet3d", (2, c, edge, edge, edge), layers) for c, edge, layers in _UNET3D],
     "mlp": [Shape("mlp", size) for size in ((128, 512), (1024, 1024), (4096, 256))],
+    # Of small images and late stages, where the cost of a call counts as much as that of memory.
+    "small": [
+        *(Shape("small", (n, c, edge, edge)) for n, c, edge in ((2, 16, 8), (2, 256, 7), (8, 64, 14), (16, 512, 7))),
+        *(Shape("small", (n, c, edge, edge)) for n, c, edge in ((4, 256, 28), (8, 64, 56))),
+        Shape("small", (2, 16, 16, 16, 16)),
+        Shape("small", (256, 512)),
+    ],
+    # 1 KB, which the kernels pass in no time: what remains is the time of the host.
+    "host": [Shape("host", (2, 16, 2, 4)), Shape("host", (16, 16))],
     # Of no network: for a quick look at whether everything runs.
     "tiny": [Shape("tiny", (32, 8, 6, 6)), Shape("tiny", (64, 8))],
 }
-DEFAULT_FAMILIES = ("resnet50", "detector", "unet3d", "mlp")
+DEFAULT_FAMILIES = ("resnet50", "detector", "unet3d", "mlp", "small", "host")
 
 
 def layer_shapes(families: Sequence[str], batches: Sequence[int], most_elements: int | None) -> list[Shape]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import syncbn
+from syncbn.bench.compiled import COMPILED_SUITES
 from syncbn.bench.correctness import NAMES, tolerances
 from syncbn.bench.costs import Bandwidth, Costs
 from syncbn.bench.growth import LINKS, GrowthRow
@@ -27,9 +28,17 @@ from syncbn.bench.rows import BenchResults, JudgedRow
 from syncbn.bench.steps import STEP_SUITES
 from syncbn.bench.suites import LARGE_MEAN, SUITES, Measurement, Selection, Suite
 from syncbn.bench.timing import Spread, geometric_mean_of_ratios
+from syncbn.kernels import dispatch as kernels
+from syncbn.kernels.cpu.library import wanted
 
 WIDTH = 100
-ALL_SUITES = (*SUITES, *STEP_SUITES)
+ALL_SUITES = (*SUITES, *STEP_SUITES, *COMPILED_SUITES)
+
+
+def heading(results: BenchResults) -> str:
+    """The processor or GPU, the instruction set, and the versions, in one line."""
+    found = results.machine
+    return f"{found['processor']}, {found['instructions']}, torch {found['torch']}, syncbn {found['syncbn']}"
 
 
 def summary(results: BenchResults) -> list[str]:
@@ -128,12 +137,26 @@ def _large_mean_lines(measurement: Measurement) -> Iterable[str]:
 
 
 def write_files(
-    out: Path, selection: Selection, results: BenchResults, judged: Sequence[JudgedRow], growth: Sequence[GrowthRow]
+    out: Path,
+    selection: Selection,
+    runs: Sequence[tuple[BenchResults, Sequence[JudgedRow]]],
+    growth: Sequence[GrowthRow],
 ) -> None:
     """Write bench.json with everything, bench.csv with a row per time, and growth.csv."""
     content = {
-        "machine": machine(),
         "selection": selection,
+        "runs": [_run_content(results, judged) for results, judged in runs],
+        "growth": {"links": LINKS, "rows": growth},
+    }
+    (out / "bench.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
+    _write_csv(out / "bench.csv", [row for results, _ in runs for row in csv_rows(results)])
+    _write_csv(out / "growth.csv", [row._asdict() for row in growth])
+
+
+def _run_content(results: BenchResults, judged: Sequence[JudgedRow]) -> dict[str, Any]:
+    """A run with one instruction set."""
+    return {
+        "machine": results.machine,
         "copy_bandwidth": results.bandwidth,
         "table": [
             {"row": j.row.name, "bound": j.row.bound, "measured": j.value, "verdict": j.word, "note": j.note}
@@ -141,11 +164,7 @@ def write_files(
         ],
         "measurements": [_plain(m) | {"label": m.shape.label, "wrong": m.wrong} for m in results.measurements],
         "step_checks": results.step_checks,
-        "growth": {"links": LINKS, "rows": growth},
     }
-    (out / "bench.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
-    _write_csv(out / "bench.csv", list(csv_rows(results)))
-    _write_csv(out / "growth.csv", [row._asdict() for row in growth])
 
 
 def _plain(value: Any) -> Any:
@@ -167,8 +186,8 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer.writerows(rows)
 
 
-def machine() -> dict[str, Any]:
-    """What the measurements depend on: versions, processor, GPU."""
+def machine(device: str) -> dict[str, Any]:
+    """What the measurements depend on: versions, processor, instruction set, GPU."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     with open("/proc/cpuinfo") as file:
         cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), None)
@@ -177,6 +196,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
+        "processor": gpu.name if gpu is not None and device == "cuda" else cpu or platform.machine(),
+        "instructions": _instructions() if device == "cpu" else "CUDA",
         "cpu": cpu or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -185,6 +206,13 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
     }
+
+
+def _instructions() -> str:
+    """The instruction set of this package's kernels on the CPU, and torch's if it is another one."""
+    ours = wanted() if kernels.cpu() is not kernels.REFERENCE else "no compiled kernels"
+    torchs = torch.backends.cpu.get_cpu_capability().lower()
+    return ours if ours == torchs else f"{ours} (torch: {torchs})"
 
 
 def csv_rows(results: BenchResults) -> Iterator[dict[str, Any]]:
@@ -196,6 +224,7 @@ def csv_rows(results: BenchResults) -> Iterator[dict[str, Any]]:
         limit = m.memory_limit(results.bandwidth) if results.bandwidth is not None and m.costs else None
         for name, timing in m.timings.items():
             yield {
+                **{name: results.machine.get(name) for name in ("processor", "instructions", "torch")},
                 "suite": m.suite,
                 "family": m.shape.family,
                 "size": "x".join(map(str, m.shape.size)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class BenchResults:
     measurements: list[Measurement] = field(default_factory=list)
     bandwidth: Bandwidth | None = None
     step_checks: dict[str, float] = field(default_factory=dict)  # differences of training steps that must be equal
+    machine: dict[str, Any] = field(default_factory=dict)  # see :func:`syncbn.bench.report.machine`
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ def table(judged: Sequence[JudgedRow]) -> list[str]:
     return lines
 
 
+def comparison(columns: Mapping[str, Sequence[JudgedRow]]) -> list[str]:
+    """The medians of several tables side by side, one column each, without the rows that none of them measured."""
+    lines = [f"{'':<19}" + "".join(f"{name:<20}" for name in columns).rstrip()]
+    for same in zip(*columns.values(), strict=True):
+        if any(found.value is not None for found in same):
+            values = ["-" if f.value is None else f"{f.value.median:.3g} {f.word}" for f in same]
+            line = f"    {same[0].row.bound:<15}" + "".join(f"{value:<20}" for value in values)
+            lines += [same[0].row.name, line.rstrip()]
+    return lines
+
+
 def _measured(
     results: BenchResults, suite: str, names: Sequence[str], dtypes: Sequence[str], family: str | None = None
 ) -> list[Measurement]:
@@ -90,7 +102,7 @@ def _measured(
     missing = [dtype for dtype in dtypes if dtype not in {m.dtype for m in found}]
     if missing:
         reasons = {m.unavailable[name] for m in of_suite for name in names if name in m.unavailable and not found}
-        none = f"no shape of '{suite}' was timed in {', '.join(missing)}; see --shapes and --dtype"
+        none = f"no shape of '{suite}' was timed in {', '.join(missing)}; see --shapes, --dtype and --cpu"
         raise NotMeasuredError("; ".join(sorted(reasons)) or none)
     return found
 
@@ -110,6 +122,20 @@ def quotient(
     def measure(results: BenchResults) -> RowValue:
         found = _measured(results, suite, (numerator, denominator), dtypes, family)
         return _over_shapes(found, [measurement.ratio(numerator, denominator) for measurement in found], max)
+
+    return measure
+
+
+def worst(
+    suite: str, numerators: Sequence[str], denominator: str, dtypes: Sequence[str] = ("float32",)
+) -> Callable[[BenchResults], RowValue]:
+    """The largest median ratio to the denominator's time over a suite's shapes and several contenders."""
+
+    def measure(results: BenchResults) -> RowValue:
+        found = _measured(results, suite, (*numerators, denominator), dtypes)
+        largest = {n: max((m.ratio(n, denominator), m.shape.label) for m in found) for n in numerators}
+        note = "; ".join(f"{name} {ratio.median:.2f} ({label})" for name, (ratio, label) in largest.items())
+        return max(largest.values())[0], note
 
     return measure
 
@@ -144,17 +170,27 @@ def bandwidth(results: BenchResults) -> RowValue:
 _BOTH = ("float32", "bfloat16")
 _SYNC, _LOCAL, _RENORM, _TORCH = "SyncBatchNorm", "nn.BatchNorm", "BatchRenorm", "torch's SyncBatchNorm function"
 _GHOST, _ONE_GROUP, _LOOP = "GhostBatchNorm", "GhostBatchNorm of 1 group", "loop over chunks"
+_HALVES = "GhostBatchNorm of 2 groups"
+_VARIANTS = ("sync", "ghost", "renorm")
 _ALONE_ON_CUDA = quotient("alone", _SYNC, _TORCH, _BOTH, "resnet50")
 _EMULATION = quotient("emulation", "emulated", "real")
+_HOST = worst("host", (_SYNC, _RENORM, _HALVES), _LOCAL)
 _FUSED, _OPS = "SyncBatchNorm + add + ReLU", "nn.BatchNorm, add, ReLU"
 
 ROWS = (
     Row("CPU: SyncBatchNorm in a group of one / nn.BatchNorm", 0.85, quotient("alone", _SYNC, _LOCAL), "cpu"),
+    Row("CPU: BatchRenorm / nn.BatchNorm", 0.95, quotient("alone", _RENORM, _LOCAL), "cpu"),
+    Row("CPU: 2 ghost groups / nn.BatchNorm", 0.95, quotient("alone", _HALVES, _LOCAL), "cpu"),
+    Row(
+        "CPU: SyncBatchNorm in a group of one / nn.BatchNorm, worst shape", 1.3, worst("alone", (_SYNC,), _LOCAL), "cpu"
+    ),
+    Row("CPU: BatchRenorm / nn.BatchNorm, worst shape", 1.4, worst("alone", (_RENORM,), _LOCAL), "cpu"),
+    Row("CPU: 2 ghost groups / nn.BatchNorm, worst shape", 1.4, worst("alone", (_HALVES,), _LOCAL), "cpu"),
+    Row("CPU: host time, the slowest of these three / nn.BatchNorm", 1.3, _HOST, "cpu"),
     Row("CPU, 2 processes: SyncBatchNorm / textbook all-reduce", 0.45, quotient("pair", _SYNC, "textbook"), "cpu"),
     Row("CPU, 2 processes: SyncBatchNorm / textbook compiled", 1, quotient("pair", _SYNC, "textbook compiled"), "cpu"),
     Row("CPU: 32 ghost groups / 1 group", 1.4, quotient("ghost", _GHOST, _ONE_GROUP), "cpu"),
     Row("CPU: 32 ghost groups / loop over chunks", 0.6, quotient("ghost", _GHOST, _LOOP), "cpu"),
-    Row("CPU: BatchRenorm / nn.BatchNorm", 1.1, quotient("alone", _RENORM, _LOCAL), "cpu"),
     Row("saved for backward beyond the input, numbers per channel and group", 8, saved),
     Row("CPU: 8 emulated GPUs in one process / the step on 4 real processes", 0.5, _EMULATION, "cpu"),
     Row("CUDA: SyncBatchNorm alone in its group / torch's SyncBatchNorm function", 0.7, _ALONE_ON_CUDA, "cuda"),
@@ -163,3 +199,9 @@ ROWS = (
     Row("CUDA: 32 ghost groups / 1 group", 1.15, quotient("ghost", _GHOST, _ONE_GROUP, _BOTH), "cuda"),
     Row("CUDA: 32 ghost groups / loop over chunks", 0.2, quotient("ghost", _GHOST, _LOOP, _BOTH), "cuda"),
 )
+
+COMPILED_ROWS = (
+    Row("CPU: compiled ResNet-18, step / with torch's BatchNorm", 1.05, worst("compiled", _VARIANTS, "local"), "cpu"),
+    Row("CPU: compiled ResNet-18, compilation", 1.3, worst("compilation", _VARIANTS, "local"), "cpu"),
+)
+"""The rows of ``--compile``."""

@@ -32,7 +32,7 @@ TrainingStep = Callable[[], Tensor]
 Options = Mapping[str, Any] | None
 """Arguments of :func:`syncbn.convert`; None leaves torch's BatchNorm."""
 
-CLASSES = {"resnet20": 10, "resnet50": 1000}
+CLASSES = {"resnet20": 10, "resnet18": 1000, "resnet50": 1000}
 LEARNING_RATE = 1e-3  # so small that the loss of a batch of two images falls from the first step on, which is checked
 TOLERANCE = 1e-9  # of the relative difference between equal steps in float64: rounding errors of twenty layers
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class StepConfig:
-    model: Literal["resnet20", "resnet50"]
+    model: Literal["resnet20", "resnet18", "resnet50"]
     batch: int  # images per process
     image_size: int  # side of the square images in pixels
     ghost_batch_size: int
@@ -74,7 +74,8 @@ def build(config: StepConfig, options: Options, device: torch.device, dtype: tor
             model = cifar_resnet(20, 3, CLASSES[config.model], 16, nn.BatchNorm2d)
             initialize(model)
         else:
-            model = import_torchvision("models").resnet50(weights=None, num_classes=CLASSES[config.model])
+            make = getattr(import_torchvision("models"), config.model)
+            model = make(weights=None, num_classes=CLASSES[config.model])
     if options is not None:
         convert(model, **options)
     memory_format = config.shape.memory_format

@@ -13,13 +13,24 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from syncbn.bench.correctness import avoid_kinks, errors, references, tolerances
-from syncbn.bench.costs import Bandwidth, Costs, measure_costs
+from syncbn.bench.costs import Bandwidth, Costs, measure_costs, saved
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
-from syncbn.bench.problem import DTYPES, FAMILIES, GROUPS, Problem, Shape, ends_block, layer_shapes, make_problem
+from syncbn.bench.problem import (
+    DTYPES,
+    GHOST_GROUPS,
+    GROUPS,
+    Problem,
+    Shape,
+    ends_block,
+    layer_shapes,
+    make_problem,
+)
 from syncbn.bench.timing import Spread, Timing, interleaved, progress, ratio, run_processes
 
 COMPILED_BATCH = 8
 PROFILED_CHANNELS = 256  # of layers whose GPU kernels are counted; every family has some, and the profiler is slow
+SMALL_ELEMENTS = 1 << 18  # 1 MB in float32: up to here a sample takes a millisecond, and more of them cost little
+SMALL_ROUNDS = 3  # times as many rounds for such inputs
 LARGE_MEAN = 1e3  # at which the errors of all contenders are shown; the standard deviation is 1
 
 
@@ -36,6 +47,9 @@ class Selection:
     families: tuple[str, ...]
     rounds: int
     check: bool = False  # measure only what the rows need
+    compiled: bool = False  # measure compiled training steps instead
+    instruction_sets: tuple[str, ...] = ()  # of the CPU, each measured in a process of its own; () is that in use
+    several_processes: bool = True  # measure also what several processes do together
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,14 @@ class Suite:
     baseline: str  # the contender that the times of the others are divided by
     needed: tuple[str, ...]  # contenders that a row is about
     more: tuple[str, ...] = ()
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] = ()
     batches: tuple[int, ...] = (2, 8, 32)  # samples per process of ResNet-50's shapes
     cpu_elements: int = 1 << 23  # largest input on the CPU, where a pass over 64 MiB takes tens of milliseconds
     keep: Callable[[Shape, torch.dtype], bool] = lambda shape, dtype: True  # which of the families' shapes are measured
     rows_on: tuple[str, ...] = ("cpu", "cuda")  # devices for which there are rows about this suite
     runs_on: tuple[str, ...] = ("cpu", "cuda")
     world_size: int = 1
+    more_rounds: int = 1  # times as many rounds as the others
     separate: bool = False  # report each shape by itself, not their geometric mean
 
     def shapes(self, selection: Selection, dtype: torch.dtype) -> list[Shape]:
@@ -59,15 +74,36 @@ class Suite:
         found = layer_shapes(families, self.batches, self.cpu_elements if selection.device == "cpu" else None)
         return [shape for shape in found if self.keep(shape, dtype)]
 
+    def rounds(self, selection: Selection, shape: Shape) -> int:
+        more = SMALL_ROUNDS if shape.elements <= SMALL_ELEMENTS else 1
+        return selection.rounds * max(self.more_rounds, more)
+
 
 SUITES = (
     Suite(
         "alone",
         "one process, forward and backward",
         baseline="nn.BatchNorm",
-        needed=("nn.BatchNorm", "SyncBatchNorm", "BatchRenorm", "torch's SyncBatchNorm function"),
+        needed=(
+            "nn.BatchNorm",
+            "SyncBatchNorm",
+            "BatchRenorm",
+            "GhostBatchNorm of 2 groups",
+            "torch's SyncBatchNorm function",
+        ),
         more=("textbook", "textbook compiled", "renorm of eager ops", "torchrl's BatchRenorm1d"),
+        families=("resnet50", "detector", "unet3d", "mlp", "small", "tiny"),
         cpu_elements=1 << 24,
+    ),
+    Suite(
+        "host",
+        "a layer of 1 KB on one process: the time of the host",
+        baseline="nn.BatchNorm",
+        needed=("nn.BatchNorm", "SyncBatchNorm", "BatchRenorm", "GhostBatchNorm of 2 groups"),
+        more=("torch's SyncBatchNorm function",),
+        families=("host",),
+        rows_on=("cpu",),
+        more_rounds=30,
     ),
     Suite(
         "pair",
@@ -126,7 +162,8 @@ SUITES = (
 
 def suites_of(selection: Selection) -> list[Suite]:
     """The suites to run: all, or those that rows need."""
-    return [s for s in SUITES if selection.device in (s.rows_on if selection.check else s.runs_on)]
+    suites = [s for s in SUITES if selection.device in (s.rows_on if selection.check else s.runs_on)]
+    return [suite for suite in suites if suite.world_size == 1 or selection.several_processes]
 
 
 @dataclass
@@ -209,14 +246,18 @@ def measure(
         found.unavailable = {contender.name: reason for contender in skipped}
         contenders = [contender for contender in contenders if contender not in skipped]
     steps = _checked_steps(contenders, parts, rank, found)
-    found.timings = interleaved(steps, rounds=selection.rounds, device=device, together=group is not None)
+    found.timings = interleaved(steps, rounds=suite.rounds(selection, shape), device=device, together=group is not None)
     for name, step in steps.items():
-        groups = GROUPS if CONTENDERS[name].kind == "ghost" else 1
+        known, numbers = (*step.known, *step.buffers), shape.size[1] * GHOST_GROUPS.get(CONTENDERS[name].kind, 1)
+        if selection.check:  # no row is about other costs
+            if CONTENDERS[name].ours:
+                found.costs[name] = Costs(**saved(step, known, numbers), missing="all else: left out by --check")
+            continue
         found.costs[name] = measure_costs(
             step,
-            (*step.known, *step.buffers),
+            known,
             device=device,
-            channels_and_groups=shape.size[1] * groups,
+            channels_and_groups=numbers,
             compiled=CONTENDERS[name].compiled,
             profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import gc
 import math
+import multiprocessing
+import os
 import pickle
 import random
 import statistics
@@ -16,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +169,24 @@ def progress(text: str) -> None:
     """Write a line to stderr, on one process only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def run_with_environment(variables: Mapping[str, str], function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function(*args)`` in a new process with these environment variables; returns its answer.
+
+    For what libraries read once, when they are loaded. The function is sent by name, so it must be one of a module.
+    What it raises is raised here, and ProcessError if the process ends.
+    """
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    except BrokenProcessPool as error:
+        raise ProcessError(f"{function.__name__} with {dict(variables)}: {error}") from None
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:

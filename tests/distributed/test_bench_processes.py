@@ -14,7 +14,7 @@ from syncbn.bench.correctness import errors, references, tolerances
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import Shape, make_problem
 from syncbn.bench.suites import SUITES, Selection, WrongError
-from syncbn.bench.timing import ProcessError, interleaved, run_processes
+from syncbn.bench.timing import ProcessError, interleaved, run_processes, run_with_environment
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -108,6 +108,29 @@ def test_a_failing_process_is_an_error_with_its_reason(function, message):
 def test_a_process_that_does_not_answer_is_an_error():
     with pytest.raises(ProcessError, match=r"ranks \[0, 1\] of 2 gave no answer within 5 s"):
         run_processes(sleeps, 2, timeout=5)
+
+
+def environment(name):
+    return os.environ.get(name), torch.backends.cpu.get_cpu_capability()
+
+
+def ends_at_once():
+    os._exit(3)
+
+
+def test_libraries_of_a_new_process_see_its_environment(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    variables = {"ATEN_CPU_CAPABILITY": "default"}
+    assert run_with_environment(variables, environment, "ATEN_CPU_CAPABILITY") == ("default", "DEFAULT")
+    assert "ATEN_CPU_CAPABILITY" not in os.environ
+
+
+def test_errors_of_a_new_process_are_raised():
+    with pytest.raises(ProcessError, match=r"ends_at_once with {'A': 'B'}: "):
+        run_with_environment({"A": "B"}, ends_at_once)
+    with pytest.raises(ZeroDivisionError):
+        run_with_environment({"A": "B"}, divmod, 1, 0)
+    assert "A" not in os.environ
 
 
 def test_synchronized_contenders_are_those_of_the_whole_batch():

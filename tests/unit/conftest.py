@@ -12,6 +12,7 @@ import torch.distributed as dist
 SLOW = {
     "test_bench.py": "it runs every contender of the bench",
     "test_bench_command.py": "it runs the bench",
+    "test_bench_compiled.py": "it traces whole models",
     "test_compat.py": "each test imports torch in a process of its own",
     "test_compiled_kernels.py": "it needs a C++ compiler, and works on large inputs",
     "test_compiled_limits.py": "it needs a C++ compiler",

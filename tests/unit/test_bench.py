@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from syncbn.bench.costs import Bandwidth, OperationCounter, measure_bandwidth, m
 from syncbn.bench.peers import CONTENDERS, Contender, LayerStep, UnavailableError
 from syncbn.bench.problem import DEFAULT_FAMILIES, DTYPES, Shape, layer_shapes, make_problem, resnet50
 from syncbn.bench.report import ALL_SUITES
-from syncbn.bench.rows import ROWS, BenchResults, NotMeasuredError, Row, judge
+from syncbn.bench.rows import COMPILED_ROWS, ROWS, BenchResults, NotMeasuredError, Row, judge
 from syncbn.bench.suites import GROUPS, SUITES, Measurement, Selection, WrongError
 from syncbn.bench.timing import Spread, Timing, geometric_mean_of_ratios, interleaved, ratio, spread
 from syncbn.cli import main
 from syncbn.compat import import_torchvision
+from syncbn.kernels.cpu.library import wanted
 
 CPU = torch.device("cpu")
 SMALL = Shape("tiny", (GROUPS, 3, 5, 4))
@@ -123,11 +125,32 @@ def test_resnet50_has_53_layers_as_torchvision_has_them():
 def test_every_kind_of_shape_is_timed_on_the_cpu():
     selection = Selection("cpu", ("float32",), DEFAULT_FAMILIES, 7, check=True)
     alone = SUITES[0].shapes(selection, torch.float32)
-    assert {shape.family for shape in alone} == set(DEFAULT_FAMILIES)
+    assert {shape.family for shape in alone} == set(DEFAULT_FAMILIES) - {"host"}
     for n in (2, 8):
         for shape in resnet50(n):
             assert {s.channels_last for s in alone if s.size == shape.size} == {False, True}
     assert any(shape.size[0] == 32 and shape.family == "resnet50" for shape in alone)
+    sizes = [shape.size for shape in alone if shape.family == "small"]
+    assert len(sizes) == 15
+    assert all(sizes.count(size) == (1 if len(size) == 2 else 2) for size in sizes)
+
+
+def test_short_samples_are_repeated_more_often():
+    selection = Selection("cpu", ("float32",), DEFAULT_FAMILIES, 7, check=True)
+    alone, host = (next(suite for suite in SUITES if suite.name == name) for name in ("alone", "host"))
+    assert alone.rounds(selection, Shape("resnet50", (32, 64, 56, 56))) == 7
+    assert alone.rounds(selection, Shape("small", (2, 16, 8, 8))) == 21
+    (shape, *_) = shapes = host.shapes(selection, torch.float32)
+    assert host.rounds(selection, shape) == 210
+    assert all(shape.elements * 4 == 1024 for shape in shapes)
+
+
+def test_suites_of_several_processes_can_be_left_out():
+    selection = Selection("cpu", ("float32",), DEFAULT_FAMILIES, 7, check=True)
+    names = [
+        [suite.name for suite in suites.suites_of(s)] for s in (selection, replace(selection, several_processes=False))
+    ]
+    assert names == [["alone", "host", "pair", "ghost"], ["alone", "host", "ghost"]]
 
 
 def test_large_inputs_are_large_in_every_dtype():
@@ -183,7 +206,7 @@ def test_a_wrong_layer_of_ours_stops_the_bench(monkeypatch, capsys):
     selection = Selection("cpu", ("float32",), ("tiny",), 1, check=True)
     with pytest.raises(WrongError, match="BatchRenorm on tiny N=32 3x5x4, float32: output is off"):
         suites.measure(suite, selection, SMALL, "float32", None)
-    assert main(["bench", "--shapes", "tiny", "--rounds", "1", "--check"]) == 1
+    assert main(["bench", "--shapes", "tiny", "--rounds", "1", "--check", "--cpu", wanted()]) == 1
     assert "syncbn: error: BatchRenorm" in capsys.readouterr().err
 
 
@@ -204,6 +227,17 @@ def test_a_wrong_peer_is_timed_and_marked(monkeypatch):
     assert found.wrong == ["nn.BatchNorm"]
     assert found.timings["nn.BatchNorm"].median > 0
     assert found.unavailable["textbook"] == "RuntimeError: no such thing"
+
+
+def test_one_wrong_number_of_a_large_tensor_is_found():
+    right = torch.linspace(-2, 1, 4 * 3 * 200 * 200, dtype=torch.float64).view(4, 3, 200, 200)
+    for format in (torch.contiguous_format, torch.channels_last):
+        tensor = right.float().contiguous(memory_format=format)
+        assert errors([tensor], [right])["output"] < 1e-7
+        tensor[3, 1, 150, 7] += 0.5
+        assert errors([tensor], [right])["output"] == pytest.approx(0.25)
+        tensor[0, 0, 0, 0] = float("nan")
+        assert errors([tensor], [right])["output"] == float("inf")
 
 
 def test_what_is_not_finite_is_infinitely_wrong():
@@ -302,6 +336,30 @@ def test_a_ratio_row_is_the_geometric_mean_over_the_shapes():
     assert judge(ROWS[:1], BenchResults("cpu", other))[0].word == "not measured"
 
 
+def test_a_worst_row_is_the_largest_ratio_of_any_shape_and_contender():
+    measurements = [
+        fake("host", {"a": [0.5], "b": [1.2], "base": [1.0]}),
+        fake("host", {"a": [2.0], "b": [1.1], "base": [1.0]}),
+    ]
+    value, note = rows.worst("host", ("a", "b"), "base")(BenchResults("cpu", measurements))
+    assert value.median == 2
+    assert note == f"a 2.00 ({SMALL.label}); b 1.20 ({SMALL.label})"
+
+
+def test_tables_side_by_side():
+    def give(value: float) -> Callable[[BenchResults], tuple[Spread, str]]:
+        return lambda results: (Spread(value, value, value), "")
+
+    columns = {}
+    for name, value in (("avx512", 0.5), ("avx2", 1.25)):
+        columns[name] = judge((Row("a", 1.0, give(value)), Row("b", 1.0, give(1.0), "cuda")), BenchResults("cpu"))
+    assert [line.split() for line in rows.comparison(columns)] == [
+        ["avx512", "avx2"],
+        ["a"],
+        ["at", "most", "1", "0.5", "ok", "1.25", "falls", "short"],
+    ]
+
+
 def test_every_row_names_contenders_that_its_suite_has():
     for device in ("cpu", "cuda"):
         dtypes = command.DEFAULT_DTYPES[device]
@@ -314,12 +372,14 @@ def test_every_row_names_contenders_that_its_suite_has():
         for measurement in measurements:
             measurement.shape = resnet50(32)[0]
         results = BenchResults(device, measurements, Bandwidth(Spread(1e9, 1e9, 1e9), 0))
-        own = [row for row in ROWS if row.device == device]
+        own = [row for row in (*ROWS, *COMPILED_ROWS) if row.device == device]
         assert [verdict.value is not None for verdict in judge(own, results)] == [True] * len(own)
 
 
 def test_the_row_of_saved_numbers_takes_the_worst_of_ours():
     selection = Selection("cpu", ("float32",), ("tiny",), 1, check=True)
     found = suites.measure(SUITES[0], selection, SMALL, "float32", None)
-    most = max(found.costs[name].saved_numbers for name in ("SyncBatchNorm", "BatchRenorm"))
+    ours = ("SyncBatchNorm", "BatchRenorm", "GhostBatchNorm of 2 groups")
+    assert set(found.costs) == set(ours)  # of the peers no row needs the costs
+    most = max(found.costs[name].saved_numbers for name in ours)
     assert rows.saved(BenchResults("cpu", [found]))[0].median == most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -12,9 +13,12 @@ import torch
 
 from syncbn.bench import command, suites
 from syncbn.bench.peers import CONTENDERS, Contender, UnavailableError
-from syncbn.bench.rows import ROWS, Row
+from syncbn.bench.report import machine
+from syncbn.bench.rows import ROWS, BenchResults, Row
 from syncbn.bench.suites import SUITES
 from syncbn.cli import main
+from syncbn.kernels.cpu.build import library
+from syncbn.kernels.cpu.library import instruction_sets, wanted
 
 
 @pytest.fixture
@@ -39,11 +43,13 @@ def test_the_command_writes_what_it_measures(one_suite, tmp_path, capfd):
     assert "USDT" not in err
     assert out.index("time / nn.BatchNorm") < out.index("copy bandwidth") < out.index("at most 0.85")
     content = json.loads((tmp_path / "bench.json").read_text())
-    assert content["machine"]["torch"] == torch.__version__
     assert content["selection"]["dtypes"] == ["float32", "bfloat16"]
-    assert [line["row"] for line in content["table"]] == [row.name for row in ROWS]
-    first = next(m for m in content["measurements"] if m["suite"] == "alone")
-    assert len(first["timings"]["SyncBatchNorm"]["samples"]) == 3
+    (run,) = content["runs"]
+    assert run["machine"]["torch"] == torch.__version__
+    assert f"{run['machine']['processor']}, {run['machine']['instructions']}, torch" in out
+    assert [line["row"] for line in run["table"]] == [row.name for row in ROWS]
+    first = next(m for m in run["measurements"] if m["suite"] == "alone")
+    assert len(first["timings"]["SyncBatchNorm"]["samples"]) == 9  # a small input
     assert first["costs"]["SyncBatchNorm"]["collectives"] == 0
     assert "SyncBatchNorm" in first["errors"]
     assert "SyncBatchNorm" not in first["wrong"]
@@ -51,6 +57,8 @@ def test_the_command_writes_what_it_measures(one_suite, tmp_path, capfd):
     with (tmp_path / "bench.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert {line["suite"] for line in lines} == {"alone", "ghost", "fused", "activation"}
+    machine = {name: run["machine"][name] for name in ("processor", "instructions", "torch")}
+    assert all(machine.items() <= line.items() for line in lines)
     local = [line for line in lines if line["contender"] == "nn.BatchNorm"]
     assert local
     assert all(float(line["ratio"]) == 1 for line in local)
@@ -62,14 +70,46 @@ def test_the_command_writes_what_it_measures(one_suite, tmp_path, capfd):
 def test_check_ends_with_1_where_a_row_falls_short(one_suite, monkeypatch, capsys, limit, code):
     row = Row("CPU: a row", limit, ROWS[0].measure, "cpu")
     monkeypatch.setattr(command, "ROWS", (row, Row("CUDA: a row", 0.0, ROWS[0].measure, "cuda")))
-    assert main(["bench", "--check", "--shapes", "tiny", "--rounds", "1"]) == code
+    assert main(["bench", "--check", "--shapes", "tiny", "--rounds", "1", "--cpu", wanted()]) == code
     out = capsys.readouterr().out
     assert ("falls short" in out) == bool(code)
     assert "not measured: needs --device cuda" in out
     assert "measured on tiny alone" in out
 
 
+def measured_instructions(selection):
+    """In the child process: what this package and torch use there."""
+    results = BenchResults(selection.device, machine=machine(selection.device))
+    results.step_checks = {"several processes": float(selection.several_processes)}
+    return results
+
+
+def test_check_measures_each_instruction_set_in_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "_measure", measured_instructions)
+    environment = dict(os.environ)
+    assert main(["bench", "--check", "--out", str(tmp_path)]) == 0
+    assert dict(os.environ) == environment
+    runs = json.loads((tmp_path / "bench.json").read_text())["runs"]
+    names = instruction_sets()
+    unavailable = [name for name in names if not library(name).exists()]
+    for name, run in zip(names, runs, strict=True):
+        expected = f"no compiled kernels (torch: {name})" if name in unavailable else name
+        assert run["machine"]["instructions"] == expected
+        assert run["step_checks"]["several processes"] == (name in (names[0], names[-1]))
+    lines = capsys.readouterr().out.splitlines()
+    assert (names in [line.split() for line in lines]) == (len(names) > 1)
+
+
+def test_one_instruction_set_can_be_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_measure", measured_instructions)
+    name = instruction_sets()[-1]
+    assert main(["bench", "--check", "--cpu", name]) == 0
+    assert capsys.readouterr().err == f"instruction set: {name}\n"
+
+
 MISTAKES = [
+    ("--cpu foo", "cpu: got 'foo', expected any of "),
+    ("--compile --device cuda", "device: got "),
     ("--device tpu", "device: got 'tpu', expected one of cpu, cuda"),
     ("--rounds 0", "rounds: got '0', expected a positive integer"),
     ("--dtype int8", "dtype: got 'int8', expected any of float32, bfloat16, float16"),
