@@ -134,8 +134,8 @@ class _Pass(NamedTuple):
     """The arguments that all passes over x have in common."""
 
     plan: _Plan
-    strides: list[Strides | None]
-    """Strides of the tensors, in order."""
+    strides: list[Strides]
+    """Strides of the tensors, in order. A missing one has those of x: Triton 3.6 takes no None beside tuples."""
     sizes: tuple[int, int, int, int, int, int]
     options: dict[str, object]
 
@@ -147,15 +147,14 @@ def _dense(groups: Groups) -> Tensor | None:
 
 def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_processor: int) -> _Pass | None:
     """A pass over ``x`` and other tensors of its shape (or None); None if the kernels cannot read one of them."""
-    strides: list[Strides | None] = []
+    strides: list[Strides] = []
     size = math.prod(x.shape[2:])
     flat = True
     for t in (x, *others):
-        found = None if t is None else _strides(t)
-        if t is not None:
-            if found is None:
-                return None
-            flat = flat and found[0] == size * found[2]
+        found = _strides(x if t is None else t)
+        if found is None:
+            return None
+        flat = flat and found[0] == size * found[2]
         strides.append(found)
     samples, channels = x.shape[0], x.shape[1]
     row_size = size
@@ -163,11 +162,9 @@ def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_proc
     if flat and mode is not PER_SAMPLE:
         samples, size = 1, samples * size
     first = strides[0]
-    assert first is not None
     processors = _processors(x.get_device())
     plan = _plan(samples, channels, size, first[1] == 1 and first[2] != 1, per_processor * processors, 2 * processors)
-    used = [found for found in strides if found is not None]
-    reach = max(plan.rows * position + plan.columns * channel for _, channel, position in used)
+    reach = max(plan.rows * position + plan.columns * channel for _, channel, position in strides)
     options: dict[str, object] = {
         "GROUPS": mode.value,
         "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
@@ -180,7 +177,7 @@ def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_proc
 
 
 def _coefficients(affine: Affine) -> Coefficients:
-    strides = (None if t is None else t.stride() for t in (affine.scale, affine.shift))
+    strides = ((0, 0) if t is None else t.stride() for t in (affine.scale, affine.shift))
     return Coefficients(affine.mean.contiguous(), affine.invstd.contiguous(), affine.scale, affine.shift, *strides)
 
 
