@@ -29,7 +29,7 @@ def run(arguments, **environment):
 @pytest.mark.timeout(900)
 def test_kernels_in_the_interpreter():
     out = run(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "triton_interpreted.py"], TRITON_INTERPRET="1"
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], TRITON_INTERPRET="1"
     )
     assert " passed" in out
     assert "skipped" not in out
