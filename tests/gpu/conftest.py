@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: skipped, with the reason, where there is none; ``device.py`` says how to rehearse them.
+"""Tests that need a CUDA device: skipped, with the reason, where there is none, unless they are rehearsed (device.py).
 
 They need torch, triton, torchvision, accelerate, numpy and pytest, and no other package.
 """

@@ -18,7 +18,6 @@ from syncbn.collectives import all_reduce_sum
 from syncbn.layers import SampleGroups
 
 
-
 def grouped(c, **options):
     layer = SyncBatchNorm(c, **options)
     index = torch.tensor([0, 0, 1, 1, 0, 2, 2, 1], device=options.get("device", "cpu"))

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that need not be there: ``python triton_compiled.py FILE`` writes a CSV file.
 
-The interpreter takes much that the compiler does not. Each row has what a launch needs of a multiprocessor: registers of
-a thread, bytes of its stack, bytes that it spills because registers do not suffice, bytes of shared memory.
+The interpreter takes much that the compiler does not. Each row has what a launch needs of a multiprocessor: registers
+of a thread, bytes of its stack, bytes that it spills because registers do not suffice, bytes of shared memory.
 """
 
 from __future__ import annotations
@@ -114,19 +114,22 @@ def cases():
 
 def rows(capabilities):
     """A row of COLUMNS for each kernel, case and capability."""
-    driver, found, run = Driver(), [], JITFunction.run
+    driver, run = Driver(), JITFunction.run
+    kernels = []
+
+    def compile_instead(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
     triton.runtime.driver.set_active(driver)
-
-    def compiled(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        figures = resources(kernel, driver.capability)
-        found.append((driver.capability, kernel.metadata.name, case, *figures, triton.__version__))
-
-    JITFunction.run = compiled
+    JITFunction.run = compile_instead
+    found = []
     for driver.capability in capabilities:
         for case, launch in cases().items():
             launch()
-    JITFunction.run = run
+            for kernel in kernels:
+                figures = resources(kernel, driver.capability)
+                found.append((driver.capability, kernel.metadata.name, case, *figures, triton.__version__))
+            kernels.clear()
     return found
 
 

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything about CUDA in at most ten minutes: bash tests/gpu/prove.sh OUT
+# The tests, then the table of `syncbn bench --check`, both with all that they wrote in OUT. Exit code 0: all holds.
+# Without a CUDA device it rehearses: the tests in Triton's interpreter, the bench on the CPU with small inputs.
+set -uo pipefail
+out=$(mkdir -p "${1:?is not given: the folder for the results}" && cd "$1" && pwd) || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3} failed=()
+
+# part NAME SECONDS COMMAND...: its output in OUT/NAME.log. It is stopped when its time is over.
+part() {
+  local began=$SECONDS
+  timeout -k 5 "$2" "${@:3}" >"$out/$1.log" 2>&1 </dev/null
+  local code=$?
+  ((code == 0)) || failed+=("$1")
+  echo "== $1: exit code $code after $((SECONDS - began)) s"
+}
+
+bench=(--device cuda --rounds 7)
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  bench=(--device cpu --shapes tiny --rounds 3)
+  export TRITON_INTERPRET=1
+fi
+# Most of the tests' time is compilation, on the host.
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))") || workers=()
+
+part environment 60 "$python" -m torch.utils.collect_env
+part tests "${TESTS_SECONDS:-260}" "$python" -m pytest tests/gpu -q -p no:cacheprovider "${workers[@]}" \
+  --junitxml="$out/tests.xml" --durations=15
+part bench "${BENCH_SECONDS:-$((590 - SECONDS))}" "$python" -m syncbn bench --check --out "$out" "${bench[@]}"
+
+tail -n 40 "$out/tests.log"
+sed -n '/^SyncBatchNorm\|^CPU\|^CUDA\|^saved/,$p' "$out/bench.log" | tail -n 45
+echo "== results in $out; ${failed[*]:+failed: }${failed[*]:-all parts passed}"
+((${#failed[@]} == 0))
