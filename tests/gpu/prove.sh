@@ -17,7 +17,7 @@ part() {
   echo "== $1: exit code $code after $((SECONDS - began)) s"
 }
 
-bench=(--device cuda --rounds 7)
+bench=(--check --device cuda --rounds 7)
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   bench=(--device cpu --shapes tiny --rounds 3)
   export TRITON_INTERPRET=1
@@ -25,10 +25,9 @@ fi
 # Most of the tests' time is compilation, on the host.
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))") || workers=()
 
-part environment 60 "$python" -m torch.utils.collect_env
 part tests "${TESTS_SECONDS:-260}" "$python" -m pytest tests/gpu -q -p no:cacheprovider "${workers[@]}" \
   --junitxml="$out/tests.xml" --durations=15
-part bench "${BENCH_SECONDS:-$((590 - SECONDS))}" "$python" -m syncbn bench --check --out "$out" "${bench[@]}"
+part bench "${BENCH_SECONDS:-$((590 - SECONDS))}" "$python" -m syncbn bench --out "$out" "${bench[@]}"
 
 tail -n 40 "$out/tests.log"
 sed -n '/^SyncBatchNorm\|^CPU\|^CUDA\|^saved/,$p' "$out/bench.log" | tail -n 45

@@ -1,4 +1,4 @@
-"""Tests of ``triton_accesses.py``, in Triton's interpreter: planted faults are found."""
+"""In Triton's interpreter: planted faults are found, and launches and bytes are those that are predicted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import torch
 import triton
 import triton.language as tl
 from triton_accesses import recorded
+from triton_traffic import KERNELS, Traffic, predicted
+
+from syncbn import GhostBatchNorm
+from syncbn.kernels.cuda import functions as kernels
+from syncbn.kernels.dispatch import Kernels
 
 
 @triton.jit
@@ -59,3 +64,38 @@ def test_planted_faults_are_found(fault):
     message, run = FAULTS[fault]
     with pytest.raises(AssertionError, match=message), recorded():
         run(torch.arange(10.0))
+
+
+# -- launches and bytes ------------------------------------------------------------------------------------------------
+
+INPUTS = {
+    "images": ((6, 7, 9, 11), torch.float32, False),
+    "images, channels_last": ((6, 7, 9, 11), torch.bfloat16, True),
+    "few positions, channels_last": ((8, 20, 3, 3), torch.float32, True),
+    "(N, C)": ((40, 9), torch.float64, False),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["alone", "add, relu"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", INPUTS)
+def test_launches_and_bytes_are_as_predicted(name, groups, fused, monkeypatch):
+    shape, dtype, channels_last = INPUTS[name]
+    ours = Kernels("triton", *(getattr(kernels, field) for field in Kernels._fields[1:6]))
+    monkeypatch.setattr("syncbn.autograd.pick", lambda x, differentiable: ours)
+    options = {"activation": "relu"} if fused else {}
+    layer = GhostBatchNorm(shape[1], shape[0] // groups, **options)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, residual, dy = (torch.randn(shape).to(dtype, memory_format=memory_format) for _ in range(3))
+    leaves = [t.requires_grad_() for t in ((x, residual) if fused else (x,))]
+    with recorded() as launches:
+        y = layer(*leaves)
+        forward = len(launches)
+        torch.autograd.grad(y, [*leaves, layer.weight, layer.bias], dy)
+    names = [launch.kernel for launch in launches]
+    assert tuple(names[:forward]) == KERNELS["forward"]
+    assert tuple(names[forward:]) == KERNELS["backward"]
+    found = {each.kernel: Traffic(each.bytes_of("load"), each.bytes_of("store", "add")) for each in launches}
+    assert found == predicted(shape, dtype, groups, fused, fused)
+    # No element of x is read twice in a pass.
+    assert [each.elements_of("load", x) for each in launches if each.kernel != "finish_kernel"] == [x.numel()] * 4

@@ -84,7 +84,7 @@ class Launch:
         """How many elements of this tensor are accessed, each as often as it is."""
         return sum(a.addresses.size for a in self._of(kind, tensor))
 
-    def bytes_of(self, kinds: tuple[str, ...]) -> int:
+    def bytes_of(self, *kinds: str) -> int:
         """Bytes with accesses of these kinds, each byte once."""
         total = 0
         for index, tensor in enumerate(self.arguments):
