@@ -120,7 +120,7 @@ def cpu() -> Kernels:
 def cuda() -> Kernels:
     """Triton's kernels, or the twins and one line in the log if Triton cannot be imported."""
     try:
-        from syncbn.kernels.cuda import functions
+        from syncbn.kernels.cuda import functions, local
     except ImportError as error:
         logger.warning("Triton cannot be imported (%s): slower torch operations are used", error)
         return REFERENCE
@@ -131,4 +131,6 @@ def cuda() -> Kernels:
         functions.normalize,
         functions.backward_sums,
         functions.grad_input,
+        local.local_forward,
+        local.local_backward,
     )

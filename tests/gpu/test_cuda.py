@@ -13,7 +13,7 @@ from torch import nn
 
 import syncbn
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.bench.costs import kernels, operations, peak_bytes, saved
+from syncbn.bench.costs import kernels, peak_bytes, saved
 from syncbn.collectives import all_reduce_sum
 from syncbn.layers import SampleGroups
 
@@ -71,9 +71,10 @@ def step(layer, x, dy):
 
 def check(found, expected, dtype, from_output=False):
     """Output and input gradient, then the parameters' gradients; ``from_output`` is how these were computed."""
-    # A few roundings in float32 (or float64), the statistics being exact, and one to the result's own dtype.
+    # A few roundings in float32 and one to the result's own dtype. In float64 the statistics are not exact beside them:
+    # what is reduced costs the variance (mean / std)^2 = 25 roundings.
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    eps = max(torch.finfo(dtype).eps, 8 * wide)
+    eps = max(torch.finfo(dtype).eps, (100 if dtype == torch.float64 else 8) * wide)
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         # The parameters' gradients are sums over up to a thousand values of up to 10, and may be small themselves.
         atol = 4 * eps if index < 2 else 1000 * wide
@@ -236,17 +237,15 @@ def test_output_alone_is_kept():
     assert x.nbytes <= kept["saved_bytes"] <= x.nbytes + 2**10
 
 
-@pytest.mark.parametrize("name", ["sync", "ghost", "renorm"])
-def test_launches(name):
+@only_on_cuda
+@pytest.mark.parametrize(("name", "most"), {"sync": 8, "ghost": 15, "renorm": 13}.items())
+def test_launches(name, most):
+    """Six kernels, and two fills of sums with zeros. Ghost groups have an index and counts, renorm scale and shift."""
     layer = LAYERS[name](6, device=DEVICE)
     x, dy = (sample((8, 6, 5, 5), seed).to(DEVICE) for seed in range(2))
     for _ in range(2):
         step(layer, x, dy)
-    if REHEARSAL:
-        found = operations(lambda: step(layer, x, dy))["operations"]
-    else:
-        found = kernels(lambda: step(layer, x, dy))["kernels"]
-    assert found <= 99
+    assert 6 < kernels(lambda: step(layer, x, dy))["kernels"] <= most
 
 
 # -- the host does not wait --------------------------------------------------------------------------------------------

@@ -80,6 +80,10 @@ class Launch:
             if np.unique(written).size < written.size or np.intersect1d(written, others).size:
                 self.problems.append(f"{self.kernel}: a thread stores what another one accesses, without a barrier")
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it is among the arguments."""
+        return (tensor.data_ptr(), tensor.stride()) in [(t.data_ptr(), t.stride()) for t in self.arguments]
+
     def elements_of(self, kind: str, tensor: torch.Tensor) -> int:
         """How many elements of this tensor are accessed, each as often as it is."""
         return sum(a.addresses.size for a in self._of(kind, tensor))

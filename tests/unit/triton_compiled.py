@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from syncbn.functional.epilogue import Epilogue
+from syncbn.functional.finish import LocalStatistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running
@@ -78,6 +79,15 @@ def passes(x, index, num_groups, activation, has_residual):
     kernels.grad_input(dz, x, affine, sums, groups, rest)
 
 
+def gradients(groups, renorm):
+    from syncbn.kernels.cuda.local import local_backward
+
+    x, moments = torch.empty(8, 64, 5, 5), torch.zeros(2, groups.number, 64, dtype=torch.float64)
+    statistics = LocalStatistics(moments, torch.ones(2, groups.number, 64) if renorm else None)
+    weight = torch.ones(64)
+    local_backward(x, x, (weight, weight, weight.dtype), statistics, groups, Epilogue(), (False, True, True, False))
+
+
 def finish(rule, limits):
     from syncbn.kernels.cuda import functions as kernels
 
@@ -97,6 +107,7 @@ def in_two_launches(rule):
 def cases():
     images = torch.empty(8, 64, 56, 56)
     last = images.contiguous(memory_format=torch.channels_last)
+    few = torch.empty(2, 100, 7, 7)
     samples = torch.arange(8)
     return {
         "float32": lambda: passes(images, None, 1, None, False),
@@ -104,10 +115,13 @@ def cases():
         "float16, silu, channels_last": lambda: passes(last.half(), None, 1, "silu", False),
         "float32, groups, channels_last": lambda: passes(last, samples, 8, None, False),
         "float64, groups, add, leaky_relu": lambda: passes(images.double(), samples, 8, "leaky_relu", True),
-        "float32, groups, silu, (N, C)": lambda: passes(torch.empty(64, 100), torch.arange(64), 64, "silu", False),
-        "float32, 7 x 7": lambda: passes(torch.empty(2, 100, 7, 7), None, 1, None, False),
+        "float32, groups, add, silu, (N, C)": lambda: passes(torch.empty(64, 100), torch.arange(64), 64, "silu", True),
+        "float32, 7 x 7": lambda: passes(few, None, 1, None, False),
+        "bfloat16, groups, add, relu, 7 x 7": lambda: passes(few.bfloat16(), torch.arange(2), 2, "relu", True),
         "no buffers": lambda: finish(None, None),
         "renorm": lambda: finish((0.1,), Limits(3.0, 5.0, 0, 40, 25)),
+        "one group": lambda: gradients(Groups(), False),
+        "groups, renorm": lambda: gradients(Groups(samples, 8), True),
         "cumulative, two launches": lambda: in_two_launches((None, "mean", 2.5)),
     }
 

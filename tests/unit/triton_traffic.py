@@ -1,8 +1,8 @@
-"""The launches of a layer's step on CUDA, and the bytes that each must move: ``python triton_traffic.py`` prints a table.
+"""The launches of a layer's step on CUDA, and the bytes that each must move; as a script it prints a table.
 
-Bytes that several programs read count once, because the caches hold what is that small. The limit is what any layer must
-move: forward reads x for the statistics, reads it again and writes y; backward reads x and dy for the sums, reads both
-again and writes dx.
+Bytes that several programs read count once, because the caches hold what is that small. The limit is what any layer
+must move: forward reads x for the statistics, reads it again and writes y; backward reads x and dy for the sums, reads
+both again and writes dx.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LIMIT = {"forward": 3, "backward": 5}
 """Passes over a tensor of the input's size."""
 KERNELS = {
     "forward": ("group_sums_kernel", "finish_kernel", "normalize_kernel"),
-    "backward": ("backward_sums_kernel", "grad_input_kernel"),
+    "backward": ("backward_sums_kernel", "gradients_kernel", "grad_input_kernel"),
 }
 
 
@@ -33,7 +33,7 @@ def predicted(
     """By kernel, for an input (N, C, *), float32 parameters and buffers, and ``groups`` ghost groups."""
     n, c = shape[:2]
     x = math.prod(shape) * dtype.itemsize
-    index = 8 * n if groups > 1 else 0
+    index, counts = (8 * n, 8 * groups) if groups > 1 else (0, 0)
     matrix, sums = 8 * groups * c, 8 * groups * (2 * c + 1)  # float64
     parameter, buffers = 4 * c, 2 * 4 * c
     candidates, counters = 2 * 8 * c, 8
@@ -42,9 +42,10 @@ def predicted(
     both = activation and residual  # then the residual's gradient is written, and stands for that of the output
     return {
         "group_sums_kernel": Traffic(x + index, sums),
-        "finish_kernel": Traffic(sums + buffers + candidates + counters, 3 * matrix + candidates + buffers + counters),
+        "finish_kernel": Traffic(sums + buffers + candidates + counters, 2 * matrix + candidates + buffers + counters),
         "normalize_kernel": Traffic(x * (1 + residual) + affine + index, x),
         "backward_sums_kernel": Traffic(x * (2 + both) + affine_backward + index, 2 * matrix + x * both),
+        "gradients_kernel": Traffic(2 * matrix + parameter + counts, 2 * matrix + 2 * parameter),
         "grad_input_kernel": Traffic(2 * x + affine_backward + 2 * matrix + index, x),
     }
 
