@@ -147,7 +147,7 @@ class LocalNorm(torch.autograd.Function):
     """:class:`SyncedNorm` for groups that are all on this process: each pass is one call.
 
     The statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`,
-    without the count, which the shapes give. On CUDA a process alone uses ``SyncedNorm`` too: Triton has no such call.
+    without the count, which the shapes give.
     """
 
     @staticmethod

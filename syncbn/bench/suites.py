@@ -218,7 +218,7 @@ def measure(
             device=device,
             channels_and_groups=shape.size[1] * groups,
             compiled=CONTENDERS[name].compiled,
-            profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
+            profiled=not selection.check and (shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny"),
         )
     return found
 

@@ -27,7 +27,7 @@ fi
 
 part tests "${TESTS_SECONDS:-260}" "$python" -m pytest tests/gpu -q -p no:cacheprovider "${workers[@]}" \
   --junitxml="$out/tests.xml" --durations=15
-part bench "${BENCH_SECONDS:-$((590 - SECONDS))}" "$python" -m syncbn bench --out "$out" "${bench[@]}"
+part bench "${BENCH_SECONDS:-$((570 - SECONDS))}" "$python" -m syncbn bench --out "$out" "${bench[@]}"
 
 tail -n 40 "$out/tests.log"
 sed -n '/^SyncBatchNorm\|^CPU\|^CUDA\|^saved/,$p' "$out/bench.log" | tail -n 45

@@ -50,6 +50,11 @@ def test_compiled_kernels_are_those_of_the_table(tmp_path):
         assert found == kept
 
 
+def test_predicted_traffic_is_that_of_the_page():
+    page = (HERE.parents[1] / "docs/speed.md").read_text()
+    assert run([HERE / "triton_traffic.py"]) in page
+
+
 def kernels():
     """The names of all kernels in the sources."""
     sources = (HERE.parents[1] / "syncbn/kernels/cuda").glob("*.py")

@@ -56,7 +56,7 @@ def passes(traffic: dict[str, Traffic], direction: str, x_bytes: int) -> float:
 
 
 def main() -> None:
-    print("| input | groups | fused | MB forward | MB backward | passes forward | passes backward |")
+    print("| input | groups | epilogue | MB forward | MB backward | passes forward | passes backward |")
     print("|---|---|---|---|---|---|---|")
     for shape, dtype, groups, fused in (
         ((8, 64, 112, 112), torch.float32, 1, False),
@@ -69,10 +69,9 @@ def main() -> None:
         traffic, x = predicted(shape, dtype, groups, fused, fused), math.prod(shape) * dtype.itemsize
         counts = [passes(traffic, direction, x) for direction in LIMIT]
         label = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-        megabytes = " | ".join(f"{count * x / 1e6:.1f}" for count in counts)
-        print(
-            f"| {label} | {groups} | {'add, ReLU' if fused else ''} | {megabytes} | {counts[0]:.3f} | {counts[1]:.3f} |"
-        )
+        columns = [label, str(groups), "add, ReLU" if fused else "none"]
+        columns += [f"{count * x / 1e6:.1f}" for count in counts] + [f"{count:.2f}" for count in counts]
+        print("|", " | ".join(columns), "|")
 
 
 if __name__ == "__main__":
