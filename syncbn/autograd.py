@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue, activation_grad, invert
-from syncbn.functional.finish import LocalStatistics, Statistics
+from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine, normalize, scale_and_shift
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
-from syncbn.kernels.dispatch import Gradients, LocalForward, pick
+from syncbn.kernels.dispatch import pick
 from syncbn.torch_internals import has_transforms, is_transformed
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, weight, bias and residual."""
 
 
 class Rule(NamedTuple):
@@ -40,20 +43,20 @@ def batch_norm(
 
     ``weight`` and ``bias`` are (C,) or None. The output has the shape, dtype and memory format of ``x``.
     """
+    whole = pick(x, differentiable=False).batch_norm
+    if whole is not None and rule.group_name is None and rule.check_count is None and rule.observer is None:
+        done = whole(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
+        if done is not None:
+            return done
+    if is_transformed():
+        return _composed(x, weight, bias, running, epilogue, rule)
+    with torch.no_grad():
+        statistics = _reduced_statistics(x, running, rule)
     residual = epilogue.residual
     activation = epilogue if residual is None else epilogue._replace(residual=None)
-    y: Tensor
-    local_forward = pick(x, differentiable=False).local_forward
-    if local_forward is not None and rule.group_name is None and rule.check_count is None and rule.observer is None:
-        y = LocalNorm.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, residual, running, activation, rule, local_forward
-        )
-    elif is_transformed():
-        y = _composed(x, weight, bias, running, epilogue, rule)
-    else:
-        with torch.no_grad():
-            statistics = _reduced_statistics(x, running, rule)
-        y = SyncedNorm.apply(x, weight, bias, residual, statistics, activation, rule)  # type: ignore[no-untyped-call]
+    y: Tensor = SyncedNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, residual, statistics, activation, rule
+    )
     return y
 
 
@@ -135,90 +138,45 @@ class SyncedNorm(torch.autograd.Function):
         count, mean, invstd, r, d, _ = statistics
         corrections = None if r is None or d is None else torch.stack((r, d)).to(compute_dtype(x))
         kept = torch.stack((mean, invstd)), corrections, None if rule.group_name is None else count
-        _save(ctx, (y if rule.save_output else x, weight, bias, residual), kept, activation, rule)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if activation.activation is None:
+            residual = None
+            bias = bias if rule.save_output else None
+        index = rule.groups.index
+        if index is not None or rule.check_count is not None or rule.observer is not None:
+            # The graph must not keep what the functions refer to: the layer and its input.
+            rule = rule._replace(groups=Groups(None, rule.groups.number), check_count=None, observer=None)
+        ctx.activation, ctx.rule = activation, rule
+        # The operator of the CPU saves the same without the count: activation checkpointing may repeat the forward pass
+        # of one by the other.
+        ctx.save_for_backward(y if rule.save_output else x, weight, bias, residual, index, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grad_output, *ctx.saved_tensors), None, None, None
+        needs = ctx.needs_input_grad[:4]
+        grads = _gradients(ctx.rule, ctx.activation, ctx.bias_dtype, needs, grad_output, ctx.saved_tensors)
+        return *grads, None, None, None
 
 
-class LocalNorm(torch.autograd.Function):
-    """:class:`SyncedNorm` for groups that are all on this process: each pass is one call.
-
-    The statistics and the update of the running ones are part of the forward pass. Saved: as in :class:`SyncedNorm`,
-    without the count, which the shapes give.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running: Running | None,
-        activation: Epilogue,
-        rule: Rule,
-        local_forward: LocalForward,
-    ) -> Tensor:
-        epilogue = activation if residual is None else activation._replace(residual=residual)
-        y, moments, corrections = local_forward(x, weight, bias, rule.eps, running, rule.groups, epilogue)
-        _save(
-            ctx, (y if rule.save_output else x, weight, bias, residual), (moments, corrections, None), activation, rule
-        )
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        x, weight, bias, residual, index, moments, corrections, _ = saved
-        rule, done = ctx.rule, None
-        local_backward = pick(x, differentiable=torch.is_grad_enabled()).local_backward
-        if local_backward is not None and not rule.save_output:
-            epilogue = ctx.activation if residual is None else ctx.activation._replace(residual=residual)
-            groups = rule.groups if index is None else Groups(index, rule.groups.number)
-            parameters, statistics = (weight, bias, ctx.bias_dtype), LocalStatistics(moments, corrections)
-            done = local_backward(grad_output, x, parameters, statistics, groups, epilogue, ctx.needs_input_grad)
-        if done is None:
-            done = _gradients(ctx, grad_output, *saved)
-        return *done, None, None, None, None
-
-
-def _save(
-    ctx: Any,
-    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    statistics: tuple[Tensor, Tensor | None, Tensor | None],
-    activation: Epilogue,
+def _gradients(
     rule: Rule,
-) -> None:
-    """Save the input or output, weight, bias, residual and the statistics, in one form for both functions.
-
-    Activation checkpointing may repeat the forward pass of one function by the other.
-    """
-    x_or_y, weight, bias, residual = tensors
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    if activation.activation is None:
-        residual = None
-        bias = bias if rule.save_output else None
-    index = rule.groups.index
-    if index is not None or rule.check_count is not None or rule.observer is not None:
-        # The graph must not keep what the functions refer to: the layer and its input.
-        rule = rule._replace(groups=Groups(None, rule.groups.number), check_count=None, observer=None)
-    ctx.activation, ctx.rule = activation, rule
-    ctx.save_for_backward(x_or_y, weight, bias, residual, index, *statistics)
-
-
-def _gradients(ctx: Any, grad_output: Tensor, x_or_y: Tensor, *saved: Tensor | None) -> Gradients:
-    """The backward pass of :class:`SyncedNorm`, from the tensors of :func:`_save`."""
-    weight, bias, residual, index, kept, corrections, count = saved
-    assert kept is not None, "the moments"
-    rule, groups = ctx.rule, Groups(index, ctx.rule.groups.number)
+    activation: Epilogue,
+    bias_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+    grad_output: Tensor,
+    saved: Sequence[Tensor | None],
+) -> Gradients:
+    """The backward pass of :class:`SyncedNorm`, from the tensors that its forward pass saved."""
+    x_or_y, weight, bias, residual, index, kept, corrections, count = saved
+    assert x_or_y is not None, "always saved"
+    assert kept is not None, "always saved"
+    groups = Groups(index, rule.groups.number)
     mean, invstd = kept
     r, d = (None, None) if corrections is None else corrections
     if count is None:
         count = group_counts(x_or_y, groups)
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    needs_x, needs_weight, needs_bias, needs_residual = needs
     # A compiled backward pass is not recorded again, whatever the grad mode while it is traced.
     recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if recorded:
@@ -230,10 +188,10 @@ def _gradients(ctx: Any, grad_output: Tensor, x_or_y: Tensor, *saved: Tensor | N
     kernels = pick(x_or_y, differentiable=recorded)
     affine = Affine(mean, invstd, scale, shift)
     if rule.save_output:
-        z, dz, affine_of_z = _from_output(x_or_y, grad_output, affine, ctx.activation)
+        z, dz, affine_of_z = _from_output(x_or_y, grad_output, affine, activation)
         dz, rest, sums = kernels.backward_sums(dz, z, affine_of_z, groups, NO_EPILOGUE)
     else:
-        epilogue = ctx.activation._replace(residual=residual)
+        epilogue = activation._replace(residual=residual)
         dz, rest, sums = kernels.backward_sums(grad_output, x_or_y, affine, groups, epilogue)
     pending = grad_x = grad_weight = grad_bias = None
     if needs_x or rule.group_name is not None:
@@ -243,7 +201,7 @@ def _gradients(ctx: Any, grad_output: Tensor, x_or_y: Tensor, *saved: Tensor | N
         per_group = sums[:, 1] if r is None or d is None else r * sums[:, 1] + d * sums[:, 0]
         grad_weight = per_group.sum(0).to(weight.dtype)
     if needs_bias:
-        grad_bias = sums[:, 0].sum(0).to(ctx.bias_dtype)
+        grad_bias = sums[:, 0].sum(0).to(bias_dtype)
     if pending is not None:
         means = pending.wait() / count.clamp(min=1).unsqueeze(1)
         if needs_x and rule.save_output:
@@ -263,3 +221,30 @@ def _from_output(y: Tensor, grad_output: Tensor, affine: Affine, activation: Epi
     mean = zero if affine.shift is None else affine.shift.to(zero.dtype)
     invstd = one if affine.scale is None else affine.scale.to(one.dtype).reciprocal()
     return z, activation_grad(grad_output, z, activation), Affine(mean, invstd)
+
+
+_library = torch.library.Library("syncbn", "FRAGMENT")
+_library.define(
+    "composed_backward(Tensor grad_output, Tensor x_or_y, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor? index, Tensor moments, Tensor corrections, int groups, str? activation, float negative_slope, float eps, "
+    "bool save_output, ScalarType bias_dtype, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "composed_backward", "CompositeImplicitAutograd")
+def _composed_backward(
+    grad_output: Tensor,
+    x_or_y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    index: Tensor | None,
+    kept: Tensor,
+    corrections: Tensor,
+    *rest: Any,
+) -> Gradients:
+    """The backward pass of the CPU's operator where it is recorded (``create_graph=True``) or has the output alone."""
+    number, activation, negative_slope, eps, save_output, bias_dtype, needs = rest
+    rule = Rule(eps, Groups(None, number), save_output=save_output)
+    saved = (x_or_y, weight, bias, residual, index, kept, corrections if corrections.numel() else None, None)
+    return _gradients(rule, Epilogue(None, activation, negative_slope), bias_dtype, needs, grad_output, saved)

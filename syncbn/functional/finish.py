@@ -29,15 +29,6 @@ class Statistics(NamedTuple):
     """(G, C), biased; None if nothing reads it."""
 
 
-class LocalStatistics(NamedTuple):
-    """The statistics of groups that are all on this process, in the form in which they are saved."""
-
-    moments: Tensor
-    """(2, G, C) float64: mean and invstd."""
-    corrections: Tensor | None
-    """(2, G, C), batch renormalization's r and d in the compute dtype; None if the layer has none."""
-
-
 def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statistics:
     """Moments, renorm's corrections, and the update of the running statistics, which are changed in place.
 

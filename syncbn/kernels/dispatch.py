@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncbn.functional import finish, normalize, statistics
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.finish import LocalStatistics, Statistics
+from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups
@@ -20,23 +20,8 @@ from syncbn.torch_internals import runs_at_once
 
 logger = logging.getLogger("syncbn")
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Of x, weight, bias and residual."""
-LocalForward = Callable[
-    [Tensor, Tensor | None, Tensor | None, float, Running | None, Groups, Epilogue],
-    tuple[Tensor, Tensor, Tensor | None],
-]
-LocalBackward = Callable[
-    [
-        Tensor,
-        Tensor,
-        tuple[Tensor | None, Tensor | None, torch.dtype | None],
-        LocalStatistics,
-        Groups,
-        Epilogue,
-        Sequence[bool],
-    ],
-    Gradients | None,
+BatchNorm = Callable[
+    [Tensor, Tensor | None, Tensor | None, Running | None, Epilogue, Groups, float, bool], Tensor | None
 ]
 
 
@@ -54,12 +39,10 @@ class Kernels(NamedTuple):
     """:func:`syncbn.functional.normalize.backward_sums`; reads dy and x."""
     grad_input: Callable[[Tensor, Tensor, Affine, Tensor, Groups, Epilogue], Tensor]
     """:func:`syncbn.functional.normalize.grad_input`; reads dy and x, and writes dx."""
-    local_forward: LocalForward | None = None
-    """(x, weight, bias, eps, running, groups, epilogue): the output and the :class:`LocalStatistics`. ``group_sums``,
-    ``finish`` and ``normalize`` in one call, for groups that are all on this process. None if there is no such call."""
-    local_backward: LocalBackward | None = None
-    """(grad_output, x, (weight, bias), statistics, groups, epilogue, needs): the backward pass in one call, likewise.
-    ``needs`` says which gradients are wanted; the others are None. It returns None if it cannot read a tensor."""
+    batch_norm: BatchNorm | None = None
+    """(x, weight, bias, running, epilogue, groups, eps, save_output): the output. All steps in one differentiable
+    operator, for groups that are all on this process. It returns None if it cannot update the running statistics; the
+    field is None if there is no such operator."""
 
 
 REFERENCE = Kernels(
@@ -111,8 +94,7 @@ def cpu() -> Kernels:
         functions.normalize,
         functions.backward_sums,
         functions.grad_input,
-        functions.local_forward,
-        functions.local_backward,
+        functions.batch_norm,
     )
 
 
@@ -131,6 +113,5 @@ def cuda() -> Kernels:
         functions.normalize,
         functions.backward_sums,
         functions.grad_input,
-        local.local_forward,
-        local.local_backward,
+        local.batch_norm,
     )

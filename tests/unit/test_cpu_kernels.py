@@ -24,7 +24,7 @@ from syncbn.functional import statistics
 from syncbn.functional.epilogue import Epilogue
 from syncbn.functional.statistics import Groups, moments
 from syncbn.kernels import dispatch
-from syncbn.kernels.cpu import build
+from syncbn.kernels.cpu import build, library
 from syncbn.kernels.dispatch import REFERENCE, pick
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -189,9 +189,9 @@ def test_which_kernels_run():
 def test_without_the_library(monkeypatch, caplog):
     """The twins serve, and one line says so and how to build the library."""
     monkeypatch.setattr(build, "library", lambda kind: Path("nowhere") / kind)
-    for name in ("call", "functions"):
-        monkeypatch.delitem(sys.modules, f"syncbn.kernels.cpu.{name}", raising=False)
-        monkeypatch.delattr(f"syncbn.kernels.cpu.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "syncbn.kernels.cpu.functions", raising=False)
+    monkeypatch.delattr("syncbn.kernels.cpu.functions", raising=False)
+    library.load.cache_clear()
     dispatch.cpu.cache_clear()
     try:
         with caplog.at_level("WARNING", logger="syncbn"):
@@ -199,4 +199,5 @@ def test_without_the_library(monkeypatch, caplog):
             assert pick(torch.ones(2, 3), differentiable=False) is REFERENCE
         assert [record.message.count("syncbn.kernels.cpu.build") for record in caplog.records] == [1]
     finally:
+        library.load.cache_clear()
         dispatch.cpu.cache_clear()

@@ -102,7 +102,7 @@ def test_no_groups_and_no_samples():
     layer(torch.zeros(0, 4, requires_grad=True)).sum().backward()
     assert torch.equal(layer.weight.grad, torch.zeros(4))
     layer.sample_groups = SampleGroups(None, 3, smallest=5)
-    with pytest.raises(AssertionError, match="index"):
+    with pytest.raises(ValueError, match="index"):
         layer(torch.zeros(6, 4))
 
 

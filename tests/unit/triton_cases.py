@@ -338,7 +338,7 @@ def test_layers(device, make, local, name, monkeypatch):
     shape = (8, *SHAPES[name][1:])
     module = make(shape[1], dtype=torch.float64, activation="leaky_relu", negative_slope=SLOPE)
     twin_module, module = copy.deepcopy(module), module.to(device)
-    ours = cuda() if local else cuda()._replace(local_forward=None, local_backward=None)
+    ours = cuda() if local else cuda()._replace(batch_norm=None)
     for seed in range(2):
         x, dy, residual = (formatted(sample(shape, 3 * seed + i, torch.float64, loc=2.0), name) for i in range(3))
         results = []

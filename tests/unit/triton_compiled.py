@@ -19,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from syncbn.functional.epilogue import Epilogue
-from syncbn.functional.finish import LocalStatistics
 from syncbn.functional.normalize import Affine
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running
@@ -79,13 +78,15 @@ def passes(x, index, num_groups, activation, has_residual):
     kernels.grad_input(dz, x, affine, sums, groups, rest)
 
 
-def gradients(groups, renorm):
-    from syncbn.kernels.cuda.local import local_backward
+def gradients(number, renorm):
+    from syncbn.kernels.cuda import local
 
-    x, moments = torch.empty(8, 64, 5, 5), torch.zeros(2, groups.number, 64, dtype=torch.float64)
-    statistics = LocalStatistics(moments, torch.ones(2, groups.number, 64) if renorm else None)
-    weight = torch.ones(64)
-    local_backward(x, x, (weight, weight, weight.dtype), statistics, groups, Epilogue(), (False, True, True, False))
+    x, moments, weight = torch.empty(8, 64, 5, 5), torch.zeros(2, number, 64, dtype=torch.float64), torch.ones(64)
+    corrections = torch.ones(2, number, 64) if renorm else None
+    affine = local._affine(moments, weight, weight, corrections)
+    groups = Groups(None if number == 1 else torch.arange(8) * number // 8, number)
+    needs = (False, True, True, False)
+    local._gradients(x, x, affine, corrections, weight, weight.dtype, groups, Epilogue(), needs)
 
 
 def finish(rule, limits):
@@ -120,8 +121,8 @@ def cases():
         "bfloat16, groups, add, relu, 7 x 7": lambda: passes(few.bfloat16(), torch.arange(2), 2, "relu", True),
         "no buffers": lambda: finish(None, None),
         "renorm": lambda: finish((0.1,), Limits(3.0, 5.0, 0, 40, 25)),
-        "one group": lambda: gradients(Groups(), False),
-        "groups, renorm": lambda: gradients(Groups(samples, 8), True),
+        "one group": lambda: gradients(1, False),
+        "groups, renorm": lambda: gradients(4, True),
         "cumulative, two launches": lambda: in_two_launches((None, "mean", 2.5)),
     }
 

@@ -1,8 +1,9 @@
-"""Compiles the CPU kernels to shared libraries beside their sources, one for each set of vector instructions.
+"""Compiles the CPU kernels to shared libraries, one for each set of vector instructions, and torch's operators for them.
 
-The installation of the package runs it. ``python -m syncbn.kernels.cpu.build`` runs it by hand, for example in a source
-tree. A library's name contains a hash of the sources, including this file, so an outdated library is never loaded.
-``CXX`` and ``CXXFLAGS`` have their usual meaning.
+The installation of the package compiles the kernels, which do not depend on torch. The operators are compiled for the
+torch that is installed, which takes about half a minute, when they are first used or by hand:
+``python -m syncbn.kernels.cpu.build`` compiles both. A library's name contains a hash of its sources, including this
+file, so an outdated library is never loaded. ``CXX`` and ``CXXFLAGS`` have their usual meaning.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
-    # Vectors wider than the machine's are passed in memory, between functions of this library alone.
+OPERATORS = (FOLDER / "call.h", FOLDER / "lanes.h", FOLDER / "operators.cpp")
+"""The sources of the operators: what they include, then the file itself."""
+COMMON_FLAGS = [
+    *("-fPIC", "-shared", "-fvisibility=hidden"),
+    # Vectors wider than the machine's are passed in memory, between functions of one library alone.
     *("-Wall", "-Wextra", "-Wno-psabi"),
+]
+FLAGS = [
+    *("-std=c++17", "-O3", "-fopenmp", *COMMON_FLAGS),
     # No roundings change but those of fused multiply-adds; NaN and infinity stay what they are.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
@@ -34,16 +40,33 @@ class BuildError(RuntimeError):
 
 
 def sources() -> list[Path]:
-    """The headers, then the source file that includes them."""
+    """The headers of the kernels, then the source file that includes them."""
     return [*sorted(FOLDER.glob("*.h")), FOLDER / "kernels.cpp"]
 
 
 def library(kind: str) -> Path:
-    """The path of the library of a kind, which need not exist."""
+    """The path of the kernels' library of a kind, which need not exist."""
+    return FOLDER / f"kernels-{_digest(*sources())}-{kind}.so"
+
+
+def operators() -> Path:
+    """The path of the operators' library for this torch, which need not exist.
+
+    It lies beside the sources, or in the user's cache if that folder cannot be written.
+    """
+    import torch
+
+    name = f"operators-{_digest(*OPERATORS)}-torch{torch.__version__}.so"
+    if (FOLDER / name).exists() or os.access(FOLDER, os.W_OK):
+        return FOLDER / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncbn" / name
+
+
+def _digest(*files: Path) -> str:
     digest = hashlib.sha256(platform.machine().encode())
-    for source in (*sources(), Path(__file__)):
-        digest.update(source.read_bytes())
-    return FOLDER / f"kernels-{digest.hexdigest()[:12]}-{kind}.so"
+    for file in (*files, Path(__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def kinds() -> list[str]:
@@ -110,9 +133,46 @@ def _compile_into(scratch: Path, cxx: list[str], errors: list[str]) -> list[Path
     return built
 
 
+def build_operators() -> Path:
+    """Compile the operators for the torch that is installed, unless another process has done so meanwhile.
+
+    Raises:
+        BuildError: they could not be compiled, or written.
+    """
+    from filelock import FileLock  # torch needs it too
+
+    target, cxx = operators(), compiler()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / ".operators.lock"):
+            if not target.exists():
+                _compile_operators(target, cxx)
+    except OSError as error:
+        raise BuildError(str(error)) from error
+    return target
+
+
+def _compile_operators(target: Path, cxx: list[str]) -> None:
+    import torch
+
+    root = Path(torch.__file__).parent
+    headers = [f"-isystem{root / folder}" for folder in ("include", "include/torch/csrc/api/include")]
+    link = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        made = Path(scratch) / target.name
+        flags = ["-std=c++20", "-O2", *COMMON_FLAGS, *headers, *_arguments("CXXFLAGS")]
+        command = [*cxx, *flags, str(OPERATORS[-1]), "-o", str(made), *link]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError(f"{cxx[0]} failed\n{done.stderr.strip()[-2000:]}")
+        for old in target.parent.glob(f"operators-*-torch{torch.__version__}.so"):
+            old.unlink(missing_ok=True)
+        os.replace(made, target)
+
+
 def main() -> int:
     try:
-        for path in build():
+        for path in (*build(), build_operators()):
             print(path)
     except BuildError as error:
         print(f"the CPU's kernels were not built: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Finds the compiled library for this machine."""
+"""Finds and loads the compiled libraries for this machine."""
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import logging
 import os
 
@@ -37,27 +37,41 @@ def wanted() -> str:
     return chosen
 
 
-def load() -> ctypes.CDLL:
-    """Load the library for the :func:`wanted` instruction set.
+@functools.cache
+def load() -> str:
+    """Load the operators, ``torch.ops.syncbn``, with the kernels for the :func:`wanted` instruction set.
 
-    If it is missing or cannot be loaded, the next one in :data:`build.KINDS` is tried; ImportError if none is left.
-    With ``SYNCBN_CPU`` no other is tried.
+    If that set's library is missing or cannot be loaded, the next one in :data:`build.KINDS` is tried; with
+    ``SYNCBN_CPU`` none is. The operators are compiled first if that has not been done for this torch.
+
+    Returns:
+        the instruction set in use.
+
+    Raises:
+        ImportError: no library is left, or the operators cannot be compiled.
     """
     first = wanted()
     usable = instruction_sets()
     fitting = [first] if "SYNCBN_CPU" in os.environ else usable[usable.index(first) :]
-    problem: object = "they are not built"
     try:
-        found = [path for path in map(build.library, fitting) if path.exists()]
-    except OSError as error:  # the name of the library depends on the sources, which are missing
+        found = {kind: build.library(kind) for kind in fitting}
+        operators = build.operators()
+        if any(path.exists() for path in found.values()) and not operators.exists():
+            logger.warning("compiling the CPU operators for torch %s (once; half a minute)", torch.__version__)
+            build.build_operators()
+        torch.ops.load_library(operators)
+    except (OSError, build.BuildError) as error:  # the names of the libraries depend on the sources
         raise ImportError(error) from error
-    for path in found:
+    problem: object = "they are not built"
+    for kind, path in found.items():
+        if not path.exists():
+            continue
         try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
+            torch.ops.syncbn.open(str(path))
+        except RuntimeError as error:
             problem = error
             continue
-        if path != build.library(first):
-            logger.info("using %s, although %s is wanted", path.name, first)
-        return library
+        if kind != first:
+            logger.info("using the kernels for %s, although %s is wanted", kind, first)
+        return kind
     raise ImportError(problem)

@@ -301,9 +301,9 @@ def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statisti
 
     The twin serves buffers that are not contiguous and updates other than ``"mean"``.
     """
-    if not is_finishable(sums, running):
-        return finish_twin.finish(sums, eps, running)
     g, c = sums.shape[0], (sums.shape[1] - 1) // 2
+    if not (sums.is_contiguous() and is_finishable(g, c, running)):
+        return finish_twin.finish(sums, eps, running)
     has_corrections = running is not None and running.limits is not None
     # One tensor each: a tensor saved for the backward pass must not keep the others alive. The last is scratch.
     *found, candidates = (sums.new_empty(rows, c) for rows in [g] * (5 if has_corrections else 3) + [2])
@@ -313,13 +313,12 @@ def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statisti
     return Statistics(sums[:, :1].clone(), results.mean, results.invstd, results.r, results.d, results.var)
 
 
-def is_finishable(sums: Tensor, running: Running | None) -> bool:
-    """Whether :func:`launch_finish` can read these."""
-    if not sums.is_contiguous() or sums.shape[0] == 0 or sums.shape[1] == 1:
-        return False
-    return running is None or (
-        running.mean.is_contiguous() and running.var.is_contiguous() and (not running.update or running.mode == "mean")
-    )
+def is_finishable(num_groups: int, channels: int, running: Running | None) -> bool:
+    """Whether :func:`launch_finish` can compute this."""
+    if running is None or not num_groups * channels:
+        return num_groups * channels > 0
+    contiguous = running.mean.is_contiguous() and running.var.is_contiguous()
+    return contiguous and (running.mode == "mean" or not running.update)
 
 
 def finish_blocks(num_groups: int, channels: int) -> tuple[int, int, int]:
