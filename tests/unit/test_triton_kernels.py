@@ -39,7 +39,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_kernels_are_those_of_the_table(tmp_path):
-    """For each GPU of the table. Other releases of Triton need other numbers of registers: 3.6 spills one in one case."""
+    """For each GPU of the table. Other releases of Triton need other numbers of registers: 3.6 spills one in a case."""
     run([HERE / "triton_compiled.py", tmp_path / "found.csv"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     found, kept = (list(csv.DictReader(path.open(newline=""))) for path in (tmp_path / "found.csv", TABLE))
     names = [[(row["capability"], row["kernel"], row["case"]) for row in rows] for rows in (found, kept)]
