@@ -259,7 +259,7 @@ def measure(
             device=device,
             channels_and_groups=numbers,
             compiled=CONTENDERS[name].compiled,
-            profiled=shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny",
+            profiled=not selection.check and (shape.size[1] == PROFILED_CHANNELS or shape.family == "tiny"),
         )
     return found
 

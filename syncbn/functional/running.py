@@ -76,7 +76,7 @@ def sequential_weights(filled: Tensor, momentum: float | None, tracked: Tensor) 
     number = filled.sum()
     if momentum is None:
         return tracked / (tracked + number).clamp(min=1), filled / (tracked + number).clamp(min=1)
-    later = number - filled.cumsum(0)
+    later = number - filled.long().cumsum(0)  # of integers: CUDA's cumsum of floats is not deterministic
     keep = 1.0 - momentum
     return keep**number, filled * momentum * keep**later
 

@@ -64,8 +64,10 @@ def pick(x: Tensor, *, differentiable: bool) -> Kernels:
         x: (N, C, *).
         differentiable: whether autograd must be able to differentiate each operation.
     """
-    if differentiable or not runs_at_once(x):
-        return REFERENCE
+    return REFERENCE if differentiable or not runs_at_once(x) else _compiled(x)
+
+
+def _compiled(x: Tensor) -> Kernels:
     if x.is_cpu:
         return cpu()
     if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
@@ -74,25 +76,24 @@ def pick(x: Tensor, *, differentiable: bool) -> Kernels:
 
 
 def whole(x: Tensor) -> BatchNorm | None:
-    """All steps for ``x`` in one differentiable operator, for groups that are all on this process; None without one.
+    """All steps for ``x`` in one differentiable function, for groups that are all on this process; None without one.
 
     It takes (x, weight, bias, running, epilogue, groups, eps, save_output) and returns the output, or None if it cannot
-    update the running statistics. A compiled graph calls it too: it takes less time to compile than the operations that
-    it consists of, and no more to run. An exported graph consists of torch's own operations.
+    update the running statistics. On the CPU it is an operator, which a compiled graph calls too: it takes less time to
+    compile than the operations that it consists of, and no more to run. An exported program consists of torch's own
+    operations.
     """
-    if not x.is_cpu:
-        return None
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or type(x) not in PLAIN_TYPES or is_transformed() or not _has_whole():
+        if torch.compiler.is_exporting() or not (x.is_cpu and type(x) in PLAIN_TYPES and _has_cpu_operator()):
             return None
         from syncbn.kernels.cpu import functions
 
-        return functions.batch_norm
-    return cpu().batch_norm if is_plain(x) else None
+        return None if is_transformed() else functions.batch_norm
+    return _compiled(x).batch_norm if is_plain(x) else None
 
 
 @constant_result
-def _has_whole() -> bool:
+def _has_cpu_operator() -> bool:
     return cpu().batch_norm is not None
 
 
@@ -123,7 +124,7 @@ def cpu() -> Kernels:
 def cuda() -> Kernels:
     """Triton's kernels, or the twins and one line in the log if Triton cannot be imported."""
     try:
-        from syncbn.kernels.cuda import functions
+        from syncbn.kernels.cuda import functions, local
     except ImportError as error:
         logger.warning("Triton cannot be imported (%s): slower torch operations are used", error)
         return REFERENCE
@@ -134,4 +135,5 @@ def cuda() -> Kernels:
         functions.normalize,
         functions.backward_sums,
         functions.grad_input,
+        local.batch_norm,
     )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="a CPU build of torch does not bring Triton")
 
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-
+from device import DEVICE, no_synchronization, only_on_cuda
 from triton_cases import *  # noqa: F403
 from triton_cases import close, kernels, sample
 from triton_finish_cases import *  # noqa: F403
@@ -24,39 +20,29 @@ from syncbn.functional.normalize import Affine
 from syncbn.functional.statistics import moments
 from syncbn.kernels.dispatch import pick
 
-CUDA = torch.device("cuda")
-
 
 @pytest.fixture
 def device():
-    return CUDA
+    return DEVICE
 
 
 def make_layers():
-    options = {"activation": "silu", "device": CUDA}
+    options = {"activation": "silu", "device": DEVICE}
     return SyncBatchNorm(6, **options), GhostBatchNorm(6, 4, **options)
 
 
 def batch(seed, memory_format=torch.channels_last):
-    tensors = (sample((8, 6, 5, 5), 3 * seed + i).to(CUDA, memory_format=memory_format) for i in range(3))
+    tensors = (sample((8, 6, 5, 5), 3 * seed + i).to(DEVICE, memory_format=memory_format) for i in range(3))
     x, residual, dy = tensors
     return x.requires_grad_(), residual.requires_grad_(), dy
 
 
-@contextlib.contextmanager
-def no_synchronization():
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
+@only_on_cuda
 def test_they_are_what_is_picked():
-    assert pick(torch.ones(1, device=CUDA), differentiable=False).name == "triton"
+    assert pick(torch.ones(1, device=DEVICE), differentiable=False).name == "triton"
 
 
+@only_on_cuda
 @pytest.mark.parametrize("index", [0, 1], ids=["sync", "ghost"])
 def test_the_host_never_waits(index):
     layer = make_layers()[index]
@@ -68,6 +54,7 @@ def test_the_host_never_waits(index):
     assert layer.num_batches_tracked == 3
 
 
+@only_on_cuda
 @pytest.mark.parametrize("index", [0, 1], ids=["sync", "ghost"])
 def test_capture_in_a_cuda_graph(index, monkeypatch):
     monkeypatch.undo()  # the graph allocates as it does without tests
@@ -104,6 +91,7 @@ def test_capture_in_a_cuda_graph(index, monkeypatch):
             torch.testing.assert_close(getattr(layer, name), buffer, **equal)
 
 
+@only_on_cuda
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "one plane", "few rows"])
 def test_more_elements_than_an_int32_counts(layout, monkeypatch):
     monkeypatch.undo()
@@ -115,7 +103,7 @@ def test_more_elements_than_an_int32_counts(layout, monkeypatch):
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of free device memory")
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.ones(shape, dtype=torch.bfloat16, device=CUDA).contiguous(memory_format=memory_format)
+    x = torch.ones(shape, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=memory_format)
     x[-1, -1] = 3.0
     c = shape[1]
     each = elements // c
@@ -132,11 +120,12 @@ def test_more_elements_than_an_int32_counts(layout, monkeypatch):
     del y
     dz, rest, sums = kernels.backward_sums(x, x, affine)
     torch.testing.assert_close(sums[0, 0, -1].item(), float(each + 2 * marked), rtol=1e-6, atol=0)
-    means = torch.zeros(1, 2, c, dtype=torch.float64, device=CUDA)
+    means = torch.zeros(1, 2, c, dtype=torch.float64, device=DEVICE)
     dx = kernels.grad_input(dz, x, affine, means, epilogue=rest)
     close(dx[-1, -1].flatten()[-1], 3 * affine.invstd[0, -1].cpu(), torch.bfloat16, "dx")
 
 
+@only_on_cuda
 def test_another_device_than_the_current():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")

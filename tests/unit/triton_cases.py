@@ -19,7 +19,7 @@ from syncbn.functional.epilogue import Epilogue
 from syncbn.functional.normalize import Affine
 from syncbn.functional.statistics import Groups, moments
 from syncbn.kernels.cuda import functions as kernels
-from syncbn.kernels.dispatch import REFERENCE, Kernels
+from syncbn.kernels.dispatch import REFERENCE, cuda
 
 SHAPES = {
     "mlp": (37, 5),
@@ -331,14 +331,14 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", ["mlp", "images", "images, channels_last"])
+@pytest.mark.parametrize("local", [True, False], ids=["one call", "steps"])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_layers(device, make, name, monkeypatch):
+def test_layers(device, make, local, name, monkeypatch):
     """Two steps of training, float64, against the same layer on the twins."""
     shape = (8, *SHAPES[name][1:])
     module = make(shape[1], dtype=torch.float64, activation="leaky_relu", negative_slope=SLOPE)
     twin_module, module = copy.deepcopy(module), module.to(device)
-    fields = ("group_sums", "finish", "normalize", "backward_sums", "grad_input")
-    ours = Kernels("triton", *(getattr(kernels, field) for field in fields))
+    ours = cuda() if local else cuda()._replace(batch_norm=None)
     for seed in range(2):
         x, dy, residual = (formatted(sample(shape, 3 * seed + i, torch.float64, loc=2.0), name) for i in range(3))
         results = []

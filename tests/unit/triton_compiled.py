@@ -1,15 +1,17 @@
-"""Compile the Triton kernels for a GPU that need not be there; ``test_triton_kernels.py`` runs this as a script.
+"""Compile the Triton kernels for GPUs that need not be there: ``python triton_compiled.py FILE`` writes a CSV file.
 
-The interpreter takes much that the compiler does not. For each launch one line: the kernel's name, and the bytes of
-stack that a thread needs, which are registers that did not suffice.
+The interpreter takes much that the compiler does not. Each row has what a launch needs of a multiprocessor: registers
+of a thread, bytes of its stack, bytes that it spills because registers do not suffice, bytes of shared memory.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -22,15 +24,23 @@ from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups
 
+CAPABILITIES = (80, 90, 100)
+COLUMNS = (
+    *("capability", "kernel", "case", "warps", "registers"),
+    *("stack", "spill_stores", "spill_loads", "shared_memory", "triton"),
+)
+
 
 class Driver:
     """What the compiler asks of a driver."""
 
+    capability = 0
+
     def get_current_target(self):
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        return self.capability  # compiled kernels are kept by device
 
     def get_current_stream(self, device=0):
         return 0
@@ -39,20 +49,20 @@ class Driver:
         return torch.device("cpu")
 
 
-def report(kernel):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+def resources(kernel, capability):
+    """The figures of a compiled kernel, from the assembler's report."""
+    knobs = triton.knobs.nvidia
+    assembler = knobs.ptxas_blackwell if capability >= 100 else knobs.ptxas
+    target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    print(kernel.metadata.name, *re.findall(r"STACK:(\d+)", text))
-
-
-def compile_instead(run):
-    def compiled(self, *args, grid, warmup, **options):
-        report(run(self, *args, grid=grid, warmup=True, **options))
-
-    return compiled
+        command = [assembler.path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    # Of the kernel, which comes last; functions that it calls may come before.
+    frame = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)[-1]
+    registers = re.findall(r"Used (\d+) registers", report)[-1]
+    return kernel.metadata.num_warps, int(registers), *map(int, frame), kernel.metadata.shared
 
 
 def passes(x, index, num_groups, activation, has_residual):
@@ -68,25 +78,79 @@ def passes(x, index, num_groups, activation, has_residual):
     kernels.grad_input(dz, x, affine, sums, groups, rest)
 
 
-def main():
+def gradients(number, renorm):
+    from syncbn.kernels.cuda import local
+
+    x, moments, weight = torch.empty(8, 64, 5, 5), torch.zeros(2, number, 64, dtype=torch.float64), torch.ones(64)
+    corrections = torch.ones(2, number, 64) if renorm else None
+    affine = local._affine(moments, weight, weight, corrections)
+    groups = Groups(None if number == 1 else torch.arange(8) * number // 8, number)
+    needs = (False, True, True, False)
+    local._gradients(x, x, affine, corrections, weight, weight.dtype, groups, Epilogue(), needs)
+
+
+def finish(rule, limits):
     from syncbn.kernels.cuda import functions as kernels
 
-    triton.runtime.driver.set_active(Driver())
-    JITFunction.run = compile_instead(JITFunction.run)
-    images = torch.empty(8, 64, 56, 56)
-    last = torch.channels_last
-    passes(images.bfloat16(), None, 1, "relu", True)
-    passes(images.half().contiguous(memory_format=last), None, 1, "silu", False)
-    passes(images.contiguous(memory_format=last), torch.arange(8), 8, None, False)
-    passes(images.double(), torch.arange(8), 8, "leaky_relu", True)
-    passes(torch.empty(64, 100), torch.arange(64), 64, "silu", False)
-    passes(torch.empty(2, 100, 7, 7), None, 1, None, False)
     buffers = torch.zeros(64), torch.ones(64), torch.tensor(0), torch.tensor(0)
-    sums = torch.zeros(4, 129, dtype=torch.float64)
-    kernels.finish(sums, 1e-5)
-    kernels.finish(sums, 1e-5, Running(*buffers, 0.1, limits=Limits(3.0, 5.0, 0, 40, 25)))
-    kernels._FINISH_ALONE = 0
-    kernels.finish(sums, 1e-5, Running(*buffers, None, "mean", 2.5))
+    running = None if rule is None else Running(*buffers, *rule, limits=limits)
+    kernels.finish(torch.zeros(4, 129, dtype=torch.float64), 1e-5, running)
+
+
+def in_two_launches(rule):
+    from syncbn.kernels.cuda import functions as kernels
+
+    alone, kernels._FINISH_ALONE = kernels._FINISH_ALONE, 0
+    finish(rule, None)
+    kernels._FINISH_ALONE = alone
+
+
+def cases():
+    images = torch.empty(8, 64, 56, 56)
+    last = images.contiguous(memory_format=torch.channels_last)
+    few = torch.empty(2, 100, 7, 7)
+    samples = torch.arange(8)
+    return {
+        "float32": lambda: passes(images, None, 1, None, False),
+        "bfloat16, add, relu": lambda: passes(images.bfloat16(), None, 1, "relu", True),
+        "float16, silu, channels_last": lambda: passes(last.half(), None, 1, "silu", False),
+        "float32, groups, channels_last": lambda: passes(last, samples, 8, None, False),
+        "float64, groups, add, leaky_relu": lambda: passes(images.double(), samples, 8, "leaky_relu", True),
+        "float32, groups, add, silu, (N, C)": lambda: passes(torch.empty(64, 100), torch.arange(64), 64, "silu", True),
+        "float32, 7 x 7": lambda: passes(few, None, 1, None, False),
+        "bfloat16, groups, add, relu, 7 x 7": lambda: passes(few.bfloat16(), torch.arange(2), 2, "relu", True),
+        "no buffers": lambda: finish(None, None),
+        "renorm": lambda: finish((0.1,), Limits(3.0, 5.0, 0, 40, 25)),
+        "one group": lambda: gradients(1, False),
+        "groups, renorm": lambda: gradients(4, True),
+        "cumulative, two launches": lambda: in_two_launches((None, "mean", 2.5)),
+    }
+
+
+def rows(capabilities):
+    """A row of COLUMNS for each kernel, case and capability."""
+    driver, run = Driver(), JITFunction.run
+    kernels = []
+
+    def compile_instead(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    triton.runtime.driver.set_active(driver)
+    JITFunction.run = compile_instead
+    found = []
+    for driver.capability in capabilities:
+        for case, launch in cases().items():
+            launch()
+            for kernel in kernels:
+                figures = resources(kernel, driver.capability)
+                found.append((driver.capability, kernel.metadata.name, case, *figures, triton.__version__))
+            kernels.clear()
+    return found
+
+
+def main():
+    with Path(sys.argv[1]).open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows(CAPABILITIES)])
 
 
 if __name__ == "__main__":

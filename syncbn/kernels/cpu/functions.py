@@ -108,9 +108,9 @@ def batch_norm(
     return y
 
 
-def _fake_forward(x: Tensor, weight: object, bias: object, index: object, groups: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, weight: object, bias: object, index: object, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    groups, *_, limits, _update = rest
     shape = (2, groups, x.shape[1])
-    *_, limits, _update = rest
     empty = x.new_empty((0,), dtype=WIRE_DTYPE)
     corrections = empty if limits is None else x.new_empty(shape, dtype=compute_dtype(x))
     return torch.empty_like(x), x.new_empty(shape, dtype=WIRE_DTYPE), corrections

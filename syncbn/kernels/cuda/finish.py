@@ -1,4 +1,4 @@
-"""The Triton kernels of :func:`syncbn.kernels.cuda.functions.finish`. All arithmetic is float64."""
+"""The Triton kernels that finish what a pass over x has summed. All arithmetic is float64."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
@@ -22,7 +22,7 @@ class Buffers(NamedTuple):
 
 
 class Results(NamedTuple):
-    """(G, C) float64, contiguous; r and d may be None. ``candidates`` (2, C) are the new running statistics."""
+    """(G, C), contiguous; var, r and d may be None. ``candidates`` (2, C) are the new running statistics."""
 
     mean: Any
     var: Any
@@ -152,7 +152,8 @@ def finish_kernel(
             var = tl.where(var < 0, 0.0, var)
             at = rows * channels + cols
             tl.store(results.mean + at, mean, mask)
-            tl.store(results.var + at, var, mask)
+            if results.var is not None:
+                tl.store(results.var + at, var, mask)
             tl.store(results.invstd + at, 1.0 / tl.sqrt(var + eps), mask)
             if results.r is not None:
                 write_corrections(
@@ -169,3 +170,56 @@ def finish_kernel(
     if COMMIT:
         tl.debug_barrier()
         commit(sums, results.candidates, buffers, num_groups, channels, HAS_DIVISOR, BLOCK_GROUPS * BLOCK_COLS)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def gradients_kernel(
+    sums,
+    counts,
+    count: tl.float64,
+    scale,
+    scale_strides,
+    corrections,
+    means,
+    grad_weight,
+    grad_bias,
+    num_groups,
+    channels,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """From sums (G, 2, C) of dz and dz * xhat to the means that grad_input needs, and the parameters' gradients.
+
+    ``counts`` (G,) is None if there is one group, of ``count`` elements per channel. ``corrections`` are r and d.
+    """
+    count = tl.full([], count, tl.float64)
+    cols = (tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]).to(tl.int64)
+    known = cols < channels
+    total_weight = tl.full([1, BLOCK_COLS], 0.0, tl.float64)
+    total_bias = tl.full([1, BLOCK_COLS], 0.0, tl.float64)
+    for group in range(0, num_groups, BLOCK_GROUPS):
+        rows = (group + tl.arange(0, BLOCK_GROUPS)[:, None]).to(tl.int64)
+        mask = (rows < num_groups) & known
+        at = rows * 2 * channels + cols
+        dz = tl.load(sums + at, mask, other=0.0)
+        products = tl.load(sums + at + channels, mask, other=0.0)
+        number = count
+        if counts is not None:
+            number = tl.load(counts + rows, rows < num_groups, other=1.0)
+        factor = 1.0 / tl.maximum(number, 1.0)
+        if scale is not None:
+            place = scale + rows * scale_strides[0] + cols * scale_strides[1]
+            factor = factor * tl.load(place, mask, other=0.0).to(tl.float64)
+        tl.store(means + at, dz * factor, mask)
+        tl.store(means + at + channels, products * factor, mask)
+        total_bias += tl.sum(dz, 0, keep_dims=True)
+        if corrections is not None:
+            place = corrections + rows * channels + cols
+            r = tl.load(place, mask, other=0.0).to(tl.float64)
+            d = tl.load(place + num_groups * channels, mask, other=0.0).to(tl.float64)
+            products = r * products + d * dz
+        total_weight += tl.sum(products, 0, keep_dims=True)
+    if grad_weight is not None:
+        tl.store(grad_weight + cols, total_weight.to(grad_weight.dtype.element_ty), known)
+    if grad_bias is not None:
+        tl.store(grad_bias + cols, total_bias.to(grad_bias.dtype.element_ty), known)

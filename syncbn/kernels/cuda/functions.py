@@ -33,7 +33,8 @@ Strides = tuple[int, int, int]
 """Strides of a tensor (N, C, S) in elements: sample, channel, position."""
 
 _TILE = 2048
-"""Elements of a tile, 16 per thread. Small tensors use half, so that more processors have work."""
+"""Elements of a tile, 16 per thread. Small tensors use half, so that more processors have work, and 8 per thread: tiles
+of few positions have many channels, whose coefficients take many registers."""
 _SUMS_PER_PROCESSOR = 16
 """Programs per processor of the device: several waves, but few enough that each adds to memory rarely."""
 _ELEMENTWISE_PER_PROCESSOR = 32
@@ -107,7 +108,7 @@ def _plan(samples: int, channels: int, size: int, channels_inner: bool, programs
     blocks = -(-size // rows)
     items, column_blocks = samples * blocks, -(-channels // columns)
     per_program = -(-items // min(items, max(1, programs // column_blocks)))
-    warps = min(4, max(1, rows * columns // 512))
+    warps = min(4, max(1, rows * columns // 256))
     return _Plan((-(-items // per_program), column_blocks), blocks, items, per_program, rows, columns, warps)
 
 
@@ -122,7 +123,7 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 132
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which the device of x is the current one, because Triton launches on that."""
     device = x.get_device()
     if device < 0 or device == torch.cuda.current_device():
@@ -134,8 +135,8 @@ class _Pass(NamedTuple):
     """The arguments that all passes over x have in common."""
 
     plan: _Plan
-    strides: list[Strides | None]
-    """Strides of the tensors, in order."""
+    strides: list[Strides]
+    """Strides of the tensors, in order. A missing one has those of x: Triton 3.6 takes no None beside tuples."""
     sizes: tuple[int, int, int, int, int, int]
     options: dict[str, object]
 
@@ -147,15 +148,14 @@ def _dense(groups: Groups) -> Tensor | None:
 
 def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_processor: int) -> _Pass | None:
     """A pass over ``x`` and other tensors of its shape (or None); None if the kernels cannot read one of them."""
-    strides: list[Strides | None] = []
+    strides: list[Strides] = []
     size = math.prod(x.shape[2:])
     flat = True
     for t in (x, *others):
-        found = None if t is None else _strides(t)
-        if t is not None:
-            if found is None:
-                return None
-            flat = flat and found[0] == size * found[2]
+        found = _strides(x if t is None else t)
+        if found is None:
+            return None
+        flat = flat and found[0] == size * found[2]
         strides.append(found)
     samples, channels = x.shape[0], x.shape[1]
     row_size = size
@@ -163,11 +163,9 @@ def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_proc
     if flat and mode is not PER_SAMPLE:
         samples, size = 1, samples * size
     first = strides[0]
-    assert first is not None
     processors = _processors(x.get_device())
     plan = _plan(samples, channels, size, first[1] == 1 and first[2] != 1, per_processor * processors, 2 * processors)
-    used = [found for found in strides if found is not None]
-    reach = max(plan.rows * position + plan.columns * channel for _, channel, position in used)
+    reach = max(plan.rows * position + plan.columns * channel for _, channel, position in strides)
     options: dict[str, object] = {
         "GROUPS": mode.value,
         "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
@@ -180,7 +178,7 @@ def _pass(x: Tensor, others: tuple[Tensor | None, ...], groups: Groups, per_proc
 
 
 def _coefficients(affine: Affine) -> Coefficients:
-    strides = (None if t is None else t.stride() for t in (affine.scale, affine.shift))
+    strides = ((0, 0) if t is None else t.stride() for t in (affine.scale, affine.shift))
     return Coefficients(affine.mean.contiguous(), affine.invstd.contiguous(), affine.scale, affine.shift, *strides)
 
 
@@ -201,7 +199,7 @@ def group_sums(x: Tensor, groups: Groups = ONE_GROUP) -> Tensor:
     todo = _pass(x, (), groups, _SUMS_PER_PROCESSOR) if x.numel() else None
     if todo is None:
         return statistics_twin.group_sums(x, groups)
-    with _on(x):
+    with on(x):
         sums = torch.zeros(groups.number, 2 * x.shape[1] + 1, dtype=WIRE_DTYPE, device=x.device)
         group_sums_kernel[todo.plan.grid](x, sums, _dense(groups), todo.strides[0], *todo.sizes, **todo.options)
     return sums
@@ -216,7 +214,7 @@ def normalize(x: Tensor, affine: Affine, groups: Groups = ONE_GROUP, epilogue: E
     todo = _pass(x, (None, residual, y), groups, _ELEMENTWISE_PER_PROCESSOR)
     if todo is None:
         return twin.normalize(x, affine, groups, epilogue)
-    with _on(x):
+    with on(x):
         normalize_kernel[todo.plan.grid](
             Tensors(x, None, residual, y),
             Tensors(*todo.strides),
@@ -250,7 +248,7 @@ def backward_sums(
     todo = _pass(x, (grad_output, residual, out), groups, _SUMS_PER_PROCESSOR)
     if todo is None:
         return twin.backward_sums(grad_output, x, affine, groups, epilogue)
-    with _on(x):
+    with on(x):
         sums = torch.zeros(groups.number, 2, x.shape[1], dtype=WIRE_DTYPE, device=x.device)
         backward_sums_kernel[todo.plan.grid](
             Tensors(x, grad_output, residual, out),
@@ -282,7 +280,7 @@ def grad_input(
     todo = _pass(x, (dz, None, dx), groups, _ELEMENTWISE_PER_PROCESSOR)
     if todo is None:
         return twin.grad_input(dz, x, affine, means, groups, epilogue)
-    with _on(x):
+    with on(x):
         grad_input_kernel[todo.plan.grid](
             Tensors(x, dz, None, dx),
             Tensors(*todo.strides),
@@ -304,29 +302,44 @@ def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statisti
     The twin serves buffers that are not contiguous and updates other than ``"mean"``.
     """
     g, c = sums.shape[0], (sums.shape[1] - 1) // 2
-    update = running is not None and running.update
-    if (
-        not g * c
-        or not sums.is_contiguous()
-        or (running is not None and not (running.mean.is_contiguous() and running.var.is_contiguous()))
-        or (running is not None and update and running.mode != "mean")
-    ):
+    if not (sums.is_contiguous() and is_finishable(g, c, running)):
         return finish_twin.finish(sums, eps, running)
-    block_groups = min(_power_of_two(g), 16)
-    block_columns = min(_power_of_two(c), _FINISH_TILE // block_groups)
-    blocks = -(-c // block_columns)
+    has_corrections = running is not None and running.limits is not None
+    # One tensor each: a tensor saved for the backward pass must not keep the others alive. The last is scratch.
+    *found, candidates = (sums.new_empty(rows, c) for rows in [g] * (5 if has_corrections else 3) + [2])
+    r, d = found[3:] if has_corrections else (None, None)
+    results = Results(found[0], found[1], found[2], r, d, candidates)
+    launch_finish(sums, eps, running, results)
+    return Statistics(sums[:, :1].clone(), results.mean, results.invstd, results.r, results.d, results.var)
+
+
+def is_finishable(num_groups: int, channels: int, running: Running | None) -> bool:
+    """Whether :func:`launch_finish` can compute this."""
+    if running is None or not num_groups * channels:
+        return num_groups * channels > 0
+    contiguous = running.mean.is_contiguous() and running.var.is_contiguous()
+    return contiguous and (running.mode == "mean" or not running.update)
+
+
+def finish_blocks(num_groups: int, channels: int) -> tuple[int, int, int]:
+    """Groups and channels of a tile of the kernels of ``finish.py``, and the number of tiles beside one another."""
+    block_groups = min(_power_of_two(num_groups), 16)
+    block_columns = min(_power_of_two(channels), _FINISH_TILE // block_groups)
+    return block_groups, block_columns, -(-channels // block_columns)
+
+
+def launch_finish(sums: Tensor, eps: float, running: Running | None, results: Results) -> None:
+    """Write the results, and update the running statistics."""
+    g, c = sums.shape[0], (sums.shape[1] - 1) // 2
+    block_groups, block_columns, blocks = finish_blocks(g, c)
+    update = running is not None and running.update
     alone = update and blocks * -(-g // block_groups) <= _FINISH_ALONE
     limits, momentum, divisor = None, None, None
     if running is not None:
         limits, momentum, divisor = running.limits, running.momentum, running.divisor
-    with _on(sums):
-        matrices = 3 if limits is None else 5
-        # One tensor each: a tensor saved for the backward pass must not keep the others alive. The last is scratch.
-        *found, candidates = (sums.new_empty(rows, c) for rows in [g] * matrices + [2])
-        r, d = (None, None) if limits is None else found[3:]
-        results = Results(found[0], found[1], found[2], r, d, candidates)
-        buffers = Buffers(*(running[:4] if running is not None else (None,) * 4))
-        shared = {"HAS_DIVISOR": divisor is not None, "num_warps": 4}
+    buffers = Buffers(*(running[:4] if running is not None else (None,) * 4))
+    shared = {"HAS_DIVISOR": divisor is not None, "num_warps": 4}
+    with on(sums):
         finish_kernel[(1 if alone else blocks,)](
             sums,
             results,
@@ -345,5 +358,4 @@ def finish(sums: Tensor, eps: float, running: Running | None = None) -> Statisti
             **shared,
         )
         if update and not alone:
-            commit_kernel[(1,)](sums, candidates, buffers, g, c, BLOCK=_FINISH_TILE, **shared)
-    return Statistics(sums[:, :1].clone(), results.mean, results.invstd, results.r, results.d, results.var)
+            commit_kernel[(1,)](sums, results.candidates, buffers, g, c, BLOCK=_FINISH_TILE, **shared)
