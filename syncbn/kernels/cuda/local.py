@@ -103,23 +103,21 @@ class LocalNorm(torch.autograd.Function):
             affine = _affine(moments, weight, bias, corrections)
             epilogue = activation._replace(residual=residual)
             groups = Groups(index, number)
-            grads = _gradients(
-                grad_output, x_or_y, affine, corrections, weight, ctx.bias_dtype, groups, epilogue, needs
-            )
+            grads = _gradients(ctx, grad_output, x_or_y, weight, affine, corrections, groups, epilogue)
         return *grads, None, None, None
 
 
 def _gradients(
+    ctx: Any,
     grad_output: Tensor,
     x: Tensor,
+    weight: Tensor | None,
     affine: Affine,
     corrections: Tensor | None,
-    weight: Tensor | None,
-    bias_dtype: torch.dtype,
     groups: Groups,
     epilogue: Epilogue,
-    needs: tuple[bool, ...],
 ) -> Gradients:
+    needs = ctx.needs_input_grad
     dz, rest, sums = backward_sums(grad_output, x, affine, groups, epilogue)
     means = torch.empty_like(sums)
     c = x.shape[1]
@@ -128,7 +126,7 @@ def _gradients(
         assert weight is not None, "its gradient is wanted"
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if needs[2]:
-        grad_bias = torch.empty(c, dtype=bias_dtype, device=x.device)
+        grad_bias = torch.empty(c, dtype=ctx.bias_dtype, device=x.device)
     scale = affine.scale
     block_groups, block_columns, blocks = finish_blocks(groups.number, c)
     with on(x):
