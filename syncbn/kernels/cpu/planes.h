@@ -102,10 +102,11 @@ struct Planes {
   }
 
   // The mean of four vectors of each plane. The squares about it are at most 1 + n / (4 * width) times those about the
-  // mean, whatever the values; finding the mean itself would take as long as the sums.
+  // mean, whatever the values; finding the mean itself would take as long as the sums. A run that is shorter than a
+  // vector is the last of a long plane: the elements before it are near it too.
   template <class V>
   INLINE A centre_of(const Tile& tile, int64_t start, int64_t n) const {
-    const T* x = static_cast<const T*>(call.x) + tile.offset + start;
+    const T* x = static_cast<const T*>(call.x) + tile.offset + start + std::min<int64_t>(n - width<V>, 0);
     const int64_t last = std::max<int64_t>(n - width<V>, 0), third = last / 3;
     V sums{}, more{};
     for (int64_t p = 0; p < tile.planes; ++p, x += stride) {
