@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 # The worker pool of the distributed tests, and the cases of the kernels' tests.
 sys.path += [str(HERE.parent / "distributed"), str(HERE.parent / "unit")]
 
-from device import REHEARSAL, rehearsed_pick  # noqa: E402
+from device import REHEARSAL, rehearsed  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,4 +27,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def rehearsal(monkeypatch):
     if REHEARSAL:
-        monkeypatch.setattr("syncbn.autograd.pick", rehearsed_pick)
+        monkeypatch.setattr("syncbn.kernels.dispatch._compiled", rehearsed)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels.dispatch import REFERENCE, Kernels, cuda
-from syncbn.torch_internals import runs_at_once
 
 REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda", None if REHEARSAL else 0)
@@ -34,9 +33,9 @@ def twins() -> Iterator[None]:
         _with_twins = False
 
 
-def rehearsed_pick(x: Tensor, *, differentiable: bool) -> Kernels:
-    """As ``syncbn.kernels.dispatch.pick`` if ``x`` were on CUDA."""
-    return REFERENCE if differentiable or _with_twins or not runs_at_once(x) else cuda()
+def rehearsed(x: Tensor) -> Kernels:
+    """The compiled kernels for ``x`` as if it were on CUDA."""
+    return REFERENCE if _with_twins else cuda()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ SLOW = {
     "test_compat.py": "each test imports torch in a process of its own",
     "test_compiled_kernels.py": "it needs a C++ compiler, and works on large inputs",
     "test_compiled_limits.py": "it needs a C++ compiler",
+    "test_cpu_operator.py": "it needs a C++ compiler",
     "test_convert_errors.py::test_compiled": "torch.compile takes seconds",
     "test_convert_models.py": "it runs whole models of torchvision and timm",
     "test_cpu_kernels.py": "it needs a C++ compiler, and works on large inputs",

@@ -33,7 +33,7 @@ def kernels():
 
 @pytest.fixture
 def graphs():
-    """A list that receives the graphs which torch.compile makes."""
+    """A list that receives the operations of the graphs which torch.compile makes."""
     torch.compiler.reset()
     return []
 
@@ -47,13 +47,13 @@ def test_a_compiled_graph_has_one_operator(kind, graphs):
     """The results are those of eager mode, to the bit where it is the same operator, for every size of the batch."""
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        graphs.append(targets(graph))
         return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
 
     eager, layer = LAYERS[kind](), LAYERS[kind]()
     graph = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     for n in (4, 6, 8):
-        results = []
+        before, results = len(graphs), []
         for module, own in ((eager, eager), (graph, layer)):
             x = sample((n, 3, 5, 5), n).requires_grad_()
             residual = None if kind in ("output", "renorm") else sample(x.shape, 1).requires_grad_()
@@ -64,8 +64,8 @@ def test_a_compiled_graph_has_one_operator(kind, graphs):
         for a, b in zip(*results, strict=True):
             # Where the backward pass is composed of torch's operations (`save="output"`), they are those of the twins.
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert len(graphs) == 1
-    assert targets(graphs[0]).count("syncbn.batch_norm.default") == 1
+        assert len(graphs) == before or n == 4
+    assert graphs[-1].count("syncbn.batch_norm.default") == 1
 
 
 def test_compiled_in_half_precision_with_an_epilogue(graphs):
@@ -102,7 +102,7 @@ def test_activation_checkpointing(kind, reentrant):
 
 
 def test_ghost_groups_made_in_inference_mode_do_not_serve_training():
-    """A tensor of inference mode cannot be saved for a backward pass, and each size of batch has its groups made once."""
+    """The groups of a size of batch are made once. Those of inference mode cannot be saved for a backward pass."""
     layer, x = GhostBatchNorm(3, 5), sample((10, 3), 0)
     with torch.inference_mode():
         layer(x)
@@ -114,7 +114,7 @@ def test_the_profiler_sees_one_operator():
     layer, x = nn.Sequential(SyncBatchNorm(3)), sample((4, 3, 5), 0).requires_grad_()
     with torch.profiler.profile() as profile:
         layer(x).sum().backward()
-    names = {event.key for event in profile.key_averages() if "syncbn" in event.key}
+    names = {event.key for event in profile.key_averages() if event.key.startswith("syncbn")}
     assert names == {"syncbn::batch_norm", "syncbn::batch_norm_forward", "syncbn::batch_norm_backward"}
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -85,8 +86,8 @@ def gradients(number, renorm):
     corrections = torch.ones(2, number, 64) if renorm else None
     affine = local._affine(moments, weight, weight, corrections)
     groups = Groups(None if number == 1 else torch.arange(8) * number // 8, number)
-    needs = (False, True, True, False)
-    local._gradients(x, x, affine, corrections, weight, weight.dtype, groups, Epilogue(), needs)
+    ctx = SimpleNamespace(needs_input_grad=(False, True, True, False), bias_dtype=weight.dtype)
+    local._gradients(ctx, x, x, weight, affine, corrections, groups, Epilogue())
 
 
 def finish(rule, limits):

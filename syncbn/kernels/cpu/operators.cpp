@@ -268,7 +268,8 @@ std::tuple<Tensor, Tensor> backward_sums(const Tensor& grad_output, const Tensor
                                          const optional<Tensor>& shift, SHARED, EPILOGUE) {
   Request request(x, {index, groups, activation, negative_slope});
   request.put(request.call.scale, scale), request.put(request.call.shift, shift);
-  request.put_residual(residual), request.put_moments(mean, invstd);
+  request.put_moments(mean, invstd);
+  if (request.call.activation != NONE) request.put_residual(residual);  // else z is not computed
   Tensor dz = request.put_gradient(grad_output, true);
   Tensor sums = wide({groups, 2, request.call.channels});
   request.call.sums = sums.mutable_data_ptr<double>();
@@ -331,7 +332,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const int64_t number = groups.expect_int();
   Request request(x, {index, number, activation, negative_slope});
   Call& call = request.call;
-  request.put(call.scale, weight), request.put(call.shift, bias), request.put_residual(residual);
+  request.put(call.scale, weight), request.put(call.shift, bias);
+  if (call.activation != NONE) request.put_residual(residual);
   const int64_t values = number * call.channels;
   call.mean = request.put_wide(moments, {2, number, call.channels}), call.invstd = call.mean + values;
   const Tensor wide_corrections = converted(corrections, at::kDouble);
