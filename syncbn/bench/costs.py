@@ -107,20 +107,32 @@ class OperationCounter(TorchDispatchMode):
 
 
 def saved(step: Call, known: Iterable[Tensor], channels_and_groups: int) -> dict[str, Any]:
-    """What autograd keeps in a step. Each storage counts once, those of ``known`` tensors do not."""
+    """What autograd keeps in a step. Each storage counts once.
+
+    Those of ``known`` tensors do not count, nor do those that two steps share: they are kept once for all layers.
+    """
     ignored = {tensor.untyped_storage().data_ptr() for tensor in known}
-    kept: dict[int, Tensor] = {}  # by address; holding the tensor keeps its address from being used again
+    first = _kept(step)
+    second = _kept(step)  # while the first one's tensors are held, no address is used again
+    amount = sum(
+        tensor.untyped_storage().nbytes()
+        for address, tensor in second.items()
+        if address not in ignored and address not in first
+    )
+    return {"saved_bytes": amount, "saved_numbers": amount / torch.float32.itemsize / channels_and_groups}
+
+
+def _kept(step: Call) -> dict[int, Tensor]:
+    """The tensors that autograd keeps in a step, by their storages' addresses."""
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in ignored:
-            kept[address] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    amount = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return {"saved_bytes": amount, "saved_numbers": amount / torch.float32.itemsize / channels_and_groups}
+    return kept
 
 
 def peak_bytes(step: Call, device: torch.device) -> int:
