@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/enum_tag.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -482,7 +483,8 @@ const std::string BUFFERS =
 TORCH_LIBRARY_FRAGMENT(syncbn, m) {
   const auto define = [&](const std::string& schema, auto function) {
     const std::string name = schema.substr(0, schema.find('('));
-    m.def(schema.c_str());
+    // Inductor need not copy an input into the memory format that it had when the graph was traced.
+    m.def(schema.c_str(), {at::Tag::flexible_layout});
     m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, function));
     m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough()));
   };
