@@ -1,1 +1,1 @@
-"""The CPU kernels, in C++, and their calls by ctypes."""
+"""The CPU kernels, in C++, and their operators."""

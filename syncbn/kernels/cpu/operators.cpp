@@ -212,6 +212,7 @@ Tensor put_running(Call& call, const RunningOptions& options) {
   running.has_divisor = options.divisor.has_value(), running.divisor = options.divisor.value_or(0);
   if (!options.limits.has_value()) return {};
   const auto& limits = *options.limits;
+  TORCH_CHECK(limits.size() == 5, "expected five limits, got ", limits.size());
   call.limits = {1, limits[0], limits[1], limits[2], limits[3], limits[4]};
   Tensor corrections = wide({2, call.num_groups, call.channels});
   call.r = corrections.mutable_data_ptr<double>(), call.d = call.r + call.num_groups * call.channels;
@@ -220,6 +221,7 @@ Tensor put_running(Call& call, const RunningOptions& options) {
 
 // -- the steps -------------------------------------------------------------------------------------------------------
 
+// Parameters that several operators share.
 #define SHARED const optional<Tensor>&index, int64_t groups
 #define WHOLE const optional<Tensor>&index, c10::SymInt groups
 #define EPILOGUE const optional<Tensor>&residual, optional<c10::string_view> activation, double negative_slope
@@ -291,7 +293,7 @@ Tensor grad_input(const Tensor& dz, const Tensor& x, const Tensor& mean, const T
   return request.as_given(grad);
 }
 
-// `to`, which takes longer than all else that a small layer does.
+// As `to`, which takes several times as long for the few numbers of a small layer.
 Tensor converted(const Tensor& from, at::ScalarType type) {
   if (from.scalar_type() == type) return from;
   TORCH_CHECK(from.is_contiguous(), "expected contiguous corrections");
@@ -393,8 +395,8 @@ struct ForwardOptions {
   RunningOptions running;
 };
 
-// The same tensors are saved in the same order by LocalNorm's twin in autograd.py, SyncedNorm: activation checkpointing
-// may repeat the forward pass of one by the other.
+// SyncedNorm in autograd.py saves the same tensors in the same order: activation checkpointing may repeat the forward
+// pass of one by the other.
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const optional<Tensor>& weight,
                         const optional<Tensor>& bias, const optional<Tensor>& residual,
