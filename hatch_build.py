@@ -25,9 +25,9 @@ class CompiledKernels(BuildHookInterface):
         except module["BuildError"] as error:
             self.app.display_warning(f"the CPU kernels are not compiled, so the layers will be slower: {error}")
             return
-        # The libraries use neither Python's nor torch's headers, so one wheel works with all versions of both; torch's
-        # operators for them are compiled when they are first used. The wheel is
-        # tagged for this platform; `auditwheel repair` checks the symbols and gives it a manylinux tag.
+        # The libraries use neither Python's nor torch's headers, so one wheel works with all versions of both. torch's
+        # operators for them are compiled when they are first used. The wheel is tagged for this platform; `auditwheel
+        # repair` checks the symbols and gives it a manylinux tag.
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"
         build_data["pure_python"] = False

@@ -45,9 +45,10 @@ def batch_norm(
     """
     if rule.group_name is None and rule.check_count is None and rule.observer is None:
         function = whole(x)
-        done = function and function(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
-        if done is not None:
-            return done
+        if function is not None:
+            done = function(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
+            if done is not None:
+                return done
     if is_transformed():
         return _composed(x, weight, bias, running, epilogue, rule)
     with torch.no_grad():

@@ -68,6 +68,7 @@ def pick(x: Tensor, *, differentiable: bool) -> Kernels:
 
 
 def _compiled(x: Tensor) -> Kernels:
+    """The kernels for the device of ``x``; the twins if there are none. Tests choose others here."""
     if x.is_cpu:
         return cpu()
     if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
