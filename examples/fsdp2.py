@@ -28,9 +28,10 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    weight = model[1].weight
+    mean = loss.detach() / dist.get_world_size()
+    dist.all_reduce(mean)
     if dist.get_rank() == 0:
-        print(f"loss {loss.item():.2f}; weight of the norm: {tuple(weight.shape)}, {weight.to_local().numel()} here")
+        print(f"mean loss {mean.item():.2f}; of the norm's 32 weights, {model[1].weight.to_local().numel()} are here")
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ EXAMPLES = ROOT / "examples"
 
 PRINTED = {
     "ddp": r"running means equal on all ranks: True",
-    "fsdp2": r"weight of the norm: \(32,\), 16 here",
+    "fsdp2": r"of the norm's 32 weights, 16 are here",
     "ghost": r"largest difference from four batches of 8: 0e\+00\n",
     "population_statistics": r"loss with running statistics 0\.\d+, with population statistics 0\.\d+",
     "renorm": r"BatchNorm: 0\.[0-4]\d, BatchRenorm: 0\.[89]\d",
