@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.kernels.cpu import build
+from syncbn.kernels.cpu import build, library
 
 LAYERS = {
     "sync": lambda: SyncBatchNorm(3, activation="relu"),
@@ -129,6 +129,16 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert build.operators().parent == tmp_path / "syncbn"
     assert build.operators().name.endswith("-torch2.99.0.so")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no home"), NotImplementedError("no flock"), OSError("full")], ids=repr)
+def test_a_library_that_cannot_be_kept_leaves_the_slower_code(monkeypatch, error):
+    def raises():
+        raise error
+
+    monkeypatch.setattr(build, "operators", raises)
+    with pytest.raises(ImportError, match=str(error)):
+        library.load.__wrapped__()
 
 
 USE = """

@@ -59,8 +59,9 @@ def load() -> str:
         found = {kind: path for kind, path in paths.items() if path.exists()}
         if found:
             _load_operators()
-    except (OSError, build.BuildError) as error:  # the names of the libraries depend on the sources
-        raise ImportError(error) from error
+    # The names of the libraries depend on the sources. A user may have no home folder, or one without file locks.
+    except (OSError, RuntimeError) as error:
+        raise ImportError(error.__cause__ or error) from error
     for kind, path in found.items():
         try:
             torch.ops.syncbn.open(str(path))
