@@ -120,9 +120,10 @@ def _train(run: RunConfig, out: Path | None, resume: bool, trackers: list[str], 
         print(f"nothing to resume in {out}: starting", flush=True)
     result = train(run, out, resume=resume, progress=progress, trackers=trackers)
     if os.environ.get("RANK", "0") == "0":
-        error = "diverged" if result.test_error is None else f"test error {100 * result.test_error:.2f} %"
-        speed = f"{result.images_per_second:.0f} images/s on {result.processes} process(es)"
-        print(f"{error} after {result.steps} steps, {speed}; everything is in {out}")
+        metric = result.metric
+        score = "diverged" if result.test is None else f"test {metric.name} {metric.shown(result.score)}"
+        speed = f"{result.samples_per_second:.0f} samples/s on {result.processes} process(es)"
+        print(f"{score} after {result.steps} steps, {speed}; everything is in {out}")
     return 0
 
 
@@ -233,6 +234,20 @@ COMMANDS: dict[str, Command] = {
         _study(lambda commands: commands.report_study),
         "Write a study's report from the runs that are done.",
         {"--config": _STUDY, "--out": _STUDY_OUT},
+    ),
+    "study export": Command(
+        _study(lambda commands: commands.export_study),
+        "Write a study's main table for LaTeX or other programs, or its figures as files.",
+        {
+            "--config": _STUDY,
+            "--out": _STUDY_OUT,
+            "--format": {
+                "type": str,
+                "default": "latex",
+                "help": "latex, csv, json or parquet (the table), or pdf or svg (the figures).",
+            },
+            "--to": {"type": Path, "help": "File, or folder for figures (default: in --out)."},
+        },
     ),
     "bench": Command(_bench, "Time the layers beside their peers."),
 }

@@ -245,6 +245,10 @@ class SmallBatchNorm(_BatchNorm):
     def _groups(self, x: Tensor, group_name: str | None) -> SampleGroups:
         n, g = x.shape[0], self.ghost_batch_size
         if self.training and self.sample_groups is not None:
+            index = self.sample_groups.index
+            if index is not None and len(index) != n:
+                remedy = "the rows of this layer are not samples; run one process for each logical GPU"
+                self._fail(x, f"its groups are those of {len(index)} samples: {remedy}")
             return self.sample_groups
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)

@@ -1,8 +1,9 @@
-"""Training of one run: its configuration, the training itself, its result, and a diagnosis of the trained model."""
+"""Training of one run: its task and configuration, the training itself, its result, a diagnosis of the model."""
 
 from syncbn.train.config import RunConfig, load_config
 from syncbn.train.diagnosis import diagnose
 from syncbn.train.loop import train
-from syncbn.train.result import RunResult
+from syncbn.train.result import Metric, RunResult
+from syncbn.train.task import Datasets, Sum, Task
 
-__all__ = ["RunConfig", "RunResult", "diagnose", "load_config", "train"]
+__all__ = ["Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task", "diagnose", "load_config", "train"]

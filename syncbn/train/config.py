@@ -7,6 +7,7 @@ check raises :class:`ConfigError`, which names the key, the value and what was e
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -97,8 +98,29 @@ def _described(hint: Any) -> str:
 
 
 @dataclass(kw_only=True)
+class TaskConfig:
+    """What is trained."""
+
+    name: str = "classification"
+    """`classification`, whose data and network are in the sections `data` and `model`; `segmentation`; or
+    `module:attribute`, a subclass of `syncbn.train.Task` or a function that returns a task."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task. Those of `segmentation` are the fields of
+    `syncbn.train.tasks.segmentation_options.SegmentationOptions`."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "task.")
+        keys = all(isinstance(key, str) for key in self.options)
+        try:
+            json.dumps(self.options)
+        except TypeError:
+            keys = False
+        require(keys, "task.options", self.options, "names, and values as YAML has them")
+
+
+@dataclass(kw_only=True)
 class DataConfig:
-    """Data set, order of the images and augmentation."""
+    """Order of the samples; for classification also the data set and its augmentation."""
 
     name: Literal["mnist5k", "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "synthetic"] = "mnist5k"
     """Data set. `mnist5k` and `digits` come with a package; `cifar10`, `cifar100`, `fashion_mnist` are downloaded."""
@@ -119,6 +141,8 @@ class DataConfig:
     """Classes of the `synthetic` set."""
     train_samples: int | None = None
     """Number of training images to use, spread evenly over the set; null uses all."""
+    validation_fraction: float = 0.0
+    """Fraction of each class's training images that is held out for choices, such as that of a learning rate."""
     drop_last: bool = False
     """Skip the last optimizer step of an epoch if it has fewer images than the others."""
     workers: int = 0
@@ -132,6 +156,7 @@ class DataConfig:
         check_rules(
             self,
             "data.",
+            ("validation_fraction", 0 <= self.validation_fraction < 1, "a number from 0 to below 1"),
             ("augment", files or self.augment != "resized_crop_flip", augments),
             ("root", not files or bool(self.root), "a folder with train/CLASS/* and test/CLASS/* for an imagefolder"),
         )
@@ -279,13 +304,20 @@ class BudgetConfig:
     """Optimizer steps, in place of `epochs`."""
     eval_every: int = 1
     """Epochs between evaluations. The last epoch is always evaluated."""
+    select: Literal["last", "best"] = "last"
+    """Which model a run ends with: that of the `last` step, or of the evaluation with the `best` validation metric."""
+    patience: int | None = None
+    """Evaluations without a better validation metric after which the run ends early; null never does."""
     eval_batch_size: int = 500
-    """Images per evaluation batch, over all processes."""
+    """Samples per evaluation batch, over all processes."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; 0 writes no checkpoints, only the weights at the end."""
 
     def __post_init__(self) -> None:
-        check_values(self, "budget.", epochs=1, steps=1, eval_every=1, eval_batch_size=1, checkpoint_every=0)
+        least = {"epochs": 1, "steps": 1, "eval_every": 1, "patience": 1, "eval_batch_size": 1, "checkpoint_every": 0}
+        check_values(self, "budget.", **least)
+        early = self.patience is None or self.select == "best"
+        require(early, "budget.patience", self.patience, "null, unless budget.select is best")
         other = f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null"
         require((self.epochs is None) != (self.steps is None), "budget.steps", self.steps, other)
 
@@ -340,10 +372,12 @@ class RunConfig:
     """Seed of the initial weights, the data order and the augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; `auto` takes CUDA if there is a GPU for each process, else the CPU."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """What is trained."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Data set and order."""
+    """Order of the samples; for classification also the data set."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Network."""
+    """Network, for classification."""
     norm: NormConfig = field(default_factory=NormConfig)
     """Normalization."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -364,6 +398,11 @@ class RunConfig:
             ("sync_group_size", k is None or self.gpus % k == 0, f"a divisor of gpus ({self.gpus}), or null"),
             ("sync_group_size", k is None or norm.synchronized, local),
         )
+        if self.task.name != "classification":
+            given, own = flatten(asdict(self)), flatten(asdict(_DEFAULTS))
+            for key in (key for key in given if key.startswith(("data.", "model.")) and key not in _DATA_OF_ALL_TASKS):
+                unset = f"nothing, as it is for classification; task {self.task.name} has its `task.options`"
+                require(given[key] == own.get(key), key, given[key], unset)
         divisor = f"a divisor of per_gpu_batch_size ({self.per_gpu_batch_size})"
         require(g is None or self.per_gpu_batch_size % g == 0, "norm.ghost_batch_size", g, divisor)
 
@@ -389,6 +428,9 @@ class RunConfig:
         """Raise :class:`ConfigError` unless ``processes`` divides ``gpus``."""
         require(self.gpus % processes == 0, "gpus", self.gpus, f"a multiple of the number of processes ({processes})")
 
+
+_DEFAULTS = RunConfig()
+_DATA_OF_ALL_TASKS = ("data.class_skew", "data.drop_last", "data.workers")
 
 # ---- reading and writing
 
@@ -426,7 +468,9 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         *parents, name = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[name] = value
+        # One option of a task on the command line leaves the file's other options as they are.
+        known = section.get(name)
+        section[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     return config_from_dict(values)
 
 

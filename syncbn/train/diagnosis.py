@@ -12,20 +12,23 @@ import torch
 
 from syncbn.layers import SampleGroups
 from syncbn.population import LayerDivergence, Population
+from syncbn.train.batches import fetched, forward
 from syncbn.train.checkpoint import load_weights
 from syncbn.train.config import ConfigError, RunConfig, load_config, require
-from syncbn.train.data.datasets import batch_loader
 from syncbn.train.data.order import epoch_order
+from syncbn.train.data.samples import batch_loader
 from syncbn.train.evaluate import evaluate, evaluate_statistics
 from syncbn.train.launch import open_session
 from syncbn.train.logical_gpus import Partition, Placement
+from syncbn.train.result import Metric
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run, prepare
+from syncbn.train.task import Task
 
 FEW = 16.0
 """Effective samples below which a layer is reported. A batch mean is then off by a quarter of a standard deviation."""
 MATTERS = 0.005
-"""Smallest difference of test errors that is reported."""
+"""Smallest difference of the metric that is reported; relative, unless its values are fractions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +36,22 @@ class Diagnosis:
     """Measurements on a trained model."""
 
     config: RunConfig
-    samples: int  # training images that the divergences are measured on
+    metric: Metric
+    samples: int  # training samples that the divergences are measured on
     evaluations: list[dict[str, Any]]
-    """Test errors with running, batch and population statistics, as in :attr:`RunResult.evaluations`."""
+    """The test set with running, batch and population statistics, as in :attr:`RunResult.evaluations`."""
     layers: dict[int, list[LayerDivergence]]
-    """Divergence of every layer for each normalization batch size, with the images ordered as in training."""
+    """Divergence of every layer for each normalization batch size, with the samples ordered as in training."""
     shuffled: list[LayerDivergence]
-    """Divergence at the trained size with shuffled images. It differs only if training had class skew."""
+    """Divergence at the trained size with shuffled samples. It differs only if training had class skew."""
 
     @property
-    def errors(self) -> dict[str, Any]:
-        """Test error by statistics: ``running``, ``batch``, or the population estimator (``mean``, ``total``)."""
-        return {entry["estimator"] or entry["statistics"]: entry["test_error"] for entry in self.evaluations}
+    def scores(self) -> dict[str, float | None]:
+        """The metric by statistics: ``running``, ``batch``, or the population estimator (``mean``, ``total``)."""
+        return {
+            entry["estimator"] or entry["statistics"]: entry["test"] and entry["test"][self.metric.name]
+            for entry in self.evaluations
+        }
 
     @property
     def trained_at(self) -> int:
@@ -54,17 +61,21 @@ class Diagnosis:
         return size
 
 
-def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = None) -> Diagnosis:
+def diagnose(
+    folder: Path, samples: int = 1024, sizes: Sequence[int] | None = None, *, task: Task | None = None
+) -> Diagnosis:
     """Measure how a trained model depends on its normalization batch, in this process.
 
     Args:
         folder: folder of a run, with its configuration and its weights or last checkpoint.
-        samples: training images to use; at most all of them.
+        samples: training samples to use; at most all of them.
         sizes: normalization batch sizes to try besides the run's own; by default powers of two up to the global batch.
+        task: what was trained, in place of the task that the run's configuration names.
 
     Returns:
-        The measurements: ``evaluations`` and ``errors`` (test errors by kind of statistics), ``layers`` (divergence of
-        each layer for each size), ``shuffled`` (with shuffled images), ``trained_at``, ``samples`` and ``config``.
+        The measurements: ``evaluations`` and ``scores`` (the metric by kind of statistics), ``layers`` (divergence of
+        each layer for each size), ``shuffled`` (with shuffled samples), ``trained_at``, ``samples``, ``metric`` and
+        ``config``.
 
     Raises:
         ConfigError: the folder holds no run, its norm has no batch statistics, or a size cannot be measured.
@@ -90,24 +101,26 @@ def diagnose(folder: Path, samples: int = 1024, sizes: Sequence[int] | None = No
     require(all(s >= 1 for s in sizes or ()), "sizes", sizes, "batch sizes of at least 1")
     config = replace(config, evaluation=replace(config.evaluation, batch=True, population_samples=[samples]))
     with open_session(config, None) as accelerator:
-        run = prepare(config, Partition.of(config, Placement()), accelerator, None, False, False)
-        load_weights(run.model, weights)
+        run = prepare(config, Partition.of(config, Placement()), accelerator, given=task)
+        try:
+            load_weights(run.model, weights)
+        except RuntimeError as error:  # weights of another network
+            expected = f"a run of the task {run.task_name}, whose model has other weights; give `task`"
+            raise ConfigError("checkpoint", str(folder), expected) from error
         run.model.to(run.device, run.dtype)
         samples = min(samples, len(run.data.train))
         require(size <= samples, "samples", samples, f"at least {size}, the normalization batch of the run")
-        error, loss, _ = evaluate(run)
-        evaluations, _ = evaluate_statistics(run, {"test_error": error, "test_loss": loss})
-        skew = config.data.class_skew
-        layers = {}
-        powers = [2**k for k in range(config.global_batch_size.bit_length())]
-        for s in sorted(s for s in {*(sizes or powers), size} if s <= samples):
-            try:
-                layers[s] = _divergences(run, s, samples, skew)
-            except ValueError as error:  # one value per channel has no variance, as in a network that ends in 1x1 maps
-                if s == size or sizes is not None:
-                    raise ConfigError("sizes", s, f"a batch that every layer can normalize ({error})") from error
-        shuffled = layers[size] if skew == 1 else _divergences(run, size, samples, 1)
-    return Diagnosis(config=config, samples=samples, evaluations=evaluations, layers=layers, shuffled=shuffled)
+        evaluations, _ = evaluate_statistics(run, evaluate(run, run.data.test))
+        layers = _by_size(run, size, samples, sizes)
+        skewed = config.data.class_skew > 1
+        return Diagnosis(
+            config=config,
+            metric=run.task.metric,
+            samples=samples,
+            evaluations=evaluations,
+            layers=layers,
+            shuffled=_divergences(run, size, samples, 1) if skewed else layers[size],
+        )
 
 
 def _find(folder: Path) -> tuple[RunConfig, Path]:
@@ -121,19 +134,34 @@ def _find(folder: Path) -> tuple[RunConfig, Path]:
     return load_config(folder / "config.yaml"), weights
 
 
+def _by_size(run: Run, own: int, samples: int, sizes: Sequence[int] | None) -> dict[int, list[LayerDivergence]]:
+    """The layers' divergences at the run's own size and at the others, ordered as in training."""
+    powers = [2**k for k in range(run.config.global_batch_size.bit_length())]
+    layers = {}
+    for size in sorted(size for size in {*(sizes or powers), own} if size <= samples):
+        try:
+            layers[size] = _divergences(run, size, samples, run.config.data.class_skew)
+        except ValueError as error:  # one value per channel has no variance, as in a network that ends in 1x1 maps
+            if size == own or sizes is not None:
+                raise ConfigError("sizes", size, f"a batch that every layer can normalize ({error})") from error
+    return layers
+
+
 def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDivergence]:
     train, c, epoch = run.data.train, run.config, run.schedule.epochs
-    order = epoch_order(train.labels, skew, c.seed, epoch).tolist()[: samples // size * size]
+    labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
+    order = epoch_order(labels, skew, c.seed, epoch).tolist()[: samples // size * size]
     # Whole normalization batches, about a global batch at a time.
     together = max(1, c.global_batch_size // size) * size
     population = Population(run.model)
     with population.observing(), torch.no_grad():
-        for x, _ in batch_loader(train, batches_of([(epoch, i) for i in order], together), 0):
-            index = torch.arange(len(x), device=run.device) // size
-            groups = SampleGroups(index=index, number=len(x) // size, smallest=size)
+        batches = batches_of([(epoch, i) for i in order], together)
+        for keys, batch in zip(batches, fetched(run, batch_loader(train, batches, 0)), strict=True):
+            index = torch.arange(len(keys), device=run.device) // size
+            groups = SampleGroups(index=index, number=len(keys) // size, smallest=size)
             for layer in run.norms:
                 layer.sample_groups = groups
-            run.model(x.to(run.device, run.dtype))
+            forward(run, run.model, *batch)
     return population.divergences()
 
 
@@ -142,18 +170,22 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
 
 def advice(found: Diagnosis) -> list[str]:
     """What the measurements mean, one sentence each, the most important first."""
-    size, errors, words = found.trained_at, found.errors, []
-    population = min(errors["mean"], errors["total"])
-    if errors["running"] - population > MATTERS:
+    size, words, metric = found.trained_at, [], found.metric
+    known = {kind: score for kind, score in found.scores.items() if score is not None}
+    running = known["running"]
+    population = min(known["mean"], known["total"], key=lambda score: metric.sign * score)
+    matters = MATTERS * (1 if metric.percent else abs(running))
+    if metric.sign * (running - population) > matters:
         words.append(
-            f"Estimation: with population statistics the error is {_percent(population)} and not "
-            f"{_percent(errors['running'])}. Recompute them after training (syncbn.update_population_statistics)."
+            f"Estimation: with population statistics the {metric.name} is {metric.shown(population)} and not "
+            f"{metric.shown(running)}. Recompute them after training (syncbn.update_population_statistics)."
         )
-    batch, best = errors["batch"], min(errors["running"], population)
-    if batch is not None and best - batch > MATTERS:
+    best = min(running, population, key=lambda score: metric.sign * score)
+    if "batch" in known and metric.sign * (best - known["batch"]) > matters:
         words.append(
-            f"Mismatch: with the statistics of its own batches of {size} the error is {_percent(batch)}, with fixed "
-            f"ones at least {_percent(best)}. The model uses information about which samples share a batch, and "
+            f"Mismatch: with the statistics of its own batches of {size} the {metric.name} is "
+            f"{metric.shown(known['batch'])}, with fixed ones at {'most' if metric.higher_is_better else 'least'} "
+            f"{metric.shown(best)}. The model uses information about which samples share a batch, and "
             "inference does not have it. Train with larger normalization batches, BatchRenorm or GroupNorm."
         )
     own = {layer.layer: layer.effective for layer in found.layers.get(size, [])}
@@ -162,8 +194,8 @@ def advice(found: Diagnosis) -> list[str]:
     if ratio >= 2:
         words.append(
             f"Order: a shuffled batch of {size} would have {ratio:.0f} times as many effective samples in the median "
-            "layer, because the samples of a batch are alike. Shuffle the images, synchronize over GPUs that see other "
-            "samples, or use BatchRenorm or GroupNorm."
+            "layer, because the samples of a batch are alike. Shuffle the samples, synchronize over GPUs that see "
+            "others, or use BatchRenorm or GroupNorm."
         )
     suffering = {
         tried: [x.layer for x in layers if x.effective is not None and x.effective < FEW]
@@ -190,15 +222,17 @@ def print_diagnosis(found: Diagnosis) -> None:
 
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     c = found.config
+    name = c.model.name if c.task.name == "classification" else c.task.name
     console.print(
-        f"{c.model.name}, norm {c.norm.name}, trained with {found.trained_at} samples per mean; "
-        f"measured on {found.samples} training images"
+        f"{name}, norm {c.norm.name}, trained with {found.trained_at} samples per mean; "
+        f"measured on {found.samples} training samples"
     )
     for entry in found.evaluations:
-        detail = f" ({entry['estimator']}, {entry['samples']} images)" if entry["estimator"] else ""
+        detail = f" ({entry['estimator']}, {entry['samples']} samples)" if entry["estimator"] else ""
         kind = f"{entry['statistics']} statistics{detail}"
-        error = "cannot be computed" if entry["test_error"] is None else _percent(entry["test_error"])
-        console.print(f"  test error with {kind}: {error}")
+        values = entry["test"]
+        shown = "cannot be computed" if values is None else found.metric.shown(values[found.metric.name])
+        console.print(f"  test {found.metric.name} with {kind}: {shown}")
     table = Table(title="KL of batch from population statistics (effective samples), by normalization batch size")
     table.add_column("layer")
     for heading in (*(f"{size}{'*' * (size == found.trained_at)}" for size in found.layers), "running"):
@@ -210,10 +244,6 @@ def print_diagnosis(found: Diagnosis) -> None:
     console.print("* as trained; running: KL of the running from the population statistics")
     for sentence in advice(found):
         console.print(f"- {sentence}", markup=False)
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.1f} %"
 
 
 def _number(value: float | None) -> str:

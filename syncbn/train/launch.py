@@ -27,8 +27,10 @@ class LaunchError(RuntimeError):
         self.mistake = mistake
 
 
-def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None) -> None:
-    """Run ``python -m syncbn ARGUMENTS`` in ``processes`` processes under torchrun, on a free port.
+def launch(
+    processes: int, arguments: Sequence[str], log: Path, timeout: float | None = None, *, module: str = "syncbn"
+) -> None:
+    """Run ``python -m MODULE ARGUMENTS`` in ``processes`` processes under torchrun, on a free port.
 
     Their output goes to ``log``. All of them have ended when this function returns or raises.
 
@@ -41,7 +43,7 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "-m", "syncbn", *arguments],
+            [*command, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -55,7 +57,7 @@ def launch(processes: int, arguments: Sequence[str], log: Path, timeout: float |
         finally:
             _end(process)
     if code and (said := re.findall(r"syncbn: error: (.+)", log.read_text(errors="replace"))):
-        raise LaunchError(said[-1], mistake=True)
+        raise LaunchError(said[0], mistake=True)  # what others say comes of it
     if code:
         raise LaunchError(f"{processes} processes ended with exit code {code}; see {log}\n{_tail(log)}")
 

@@ -82,6 +82,11 @@ class Partition:
         share = self.hosted * self.per_gpu_batch_size
         return range(min(self.placement.rank * share, samples), min((self.placement.rank + 1) * share, samples))
 
+    def local_sizes(self, samples: int) -> list[int]:
+        """The samples of each of this process's logical GPUs that has any, in a global batch of ``samples``."""
+        here, size = len(self.local_range(samples)), self.per_gpu_batch_size
+        return [min(size, here - start) for start in range(0, here, size)]
+
     def rows(self, positions: range) -> Tensor:
         """The row of each position in a global batch: int64 (len(positions),)."""
         position = torch.arange(positions.start, positions.stop)

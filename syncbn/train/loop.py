@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.population import reconcile
+from syncbn.train.batches import fetched, forward, loss_of
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
-from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_dict, flatten, require
-from syncbn.train.data.datasets import batch_loader
+from syncbn.train.config import RunConfig, config_to_dict, flatten, require
 from syncbn.train.data.order import derive_seed
+from syncbn.train.data.samples import Key, batch_loader
 from syncbn.train.evaluate import evaluate, evaluate_statistics
 from syncbn.train.launch import open_session, placement
 from syncbn.train.logical_gpus import Partition
@@ -27,13 +27,18 @@ from syncbn.train.metrics import peak_memory, reset_peak_memory
 from syncbn.train.norms.factory import clip_gradients
 from syncbn.train.norms.moving_average import exchange_rows
 from syncbn.train.result import RunResult, environment
+from syncbn.train.selection import best_entry, check_selection, note_evaluation, restore_best, stops_early
 from syncbn.train.state import FLUSH_STEPS, Run, prepare
+from syncbn.train.task import Task
+from syncbn.train.tasks.named import BUILT_IN_NAMES, traceback_in
+from syncbn.train.tasks.source import digest_of
 
 
 def train(
     config: RunConfig,
     out: Path | None = None,
     *,
+    task: Task | None = None,
     resume: bool = False,
     progress: bool = False,
     trackers: Sequence[str] = (),
@@ -44,16 +49,18 @@ def train(
         config: the run.
         out: folder for the configuration, metrics, checkpoints, weights and result; None writes nothing. All nodes have
             to see it.
+        task: what is trained, in place of the task that the configuration names.
         resume: continue from the last checkpoint in ``out``; a finished run returns its result.
         progress: show a progress bar (rank 0).
-        trackers: names of accelerate's trackers, such as ``tensorboard``, which write below ``out``.
+        trackers: accelerate's trackers, such as ``tensorboard``, which write below ``out``.
 
     Returns:
         The result, the same on every process. If a loss is not finite, the run ends there with status ``diverged``.
 
     Raises:
         ConfigError: the configuration cannot be run here, or ``out`` holds another run.
-        LocalError: this process has an image that cannot be read, or a batch that a layer cannot normalize.
+        LocalError: this process has an image that cannot be read, a batch that a layer cannot normalize, or a task
+            whose code raised an error.
 
     Example:
         >>> from syncbn.train import load_config, train
@@ -67,18 +74,20 @@ def train(
     partition = Partition.of(config, placement())
     first = partition.placement.rank == 0
     require(out is not None or not trackers, "out", None, "a folder, as trackers write to one")
-    with locked(out) if out is not None and first else nullcontext():
-        if out is not None and (done := _finished(config, out, resume)) is not None:
+    log = None if out is None else out / f"error-{partition.placement.rank}.log"
+    with locked(out) if out is not None and first else nullcontext(), traceback_in(log):
+        name = config.task.name if task is None else type(task).__name__
+        if out is not None and (done := _finished(config, name, out, resume)) is not None:
             return done
         with open_session(config, out, trackers) as accelerator:
             reset_peak_memory(accelerator.device)
-            run = prepare(config, partition, accelerator, out, resume, progress)
+            run = prepare(config, partition, accelerator, out, resume=resume, progress=progress, given=task)
             if trackers:
-                values = flatten(config_to_dict(config))
-                shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
-                accelerator.init_trackers("trackers", config=shown)
+                accelerator.init_trackers("trackers", config=_shown(config))
+            check_selection(run)
             with run.bar or nullcontext():
                 _train_epochs(run, out)
+            restore_best(run)
             result = _result(run)
             if out is not None and first:
                 save_weights(run.model, out / "model.safetensors")
@@ -87,7 +96,13 @@ def train(
     return result
 
 
-def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
+def _shown(config: RunConfig) -> dict[str, Any]:
+    """The configuration as trackers take it: no lists, no None."""
+    values = flatten(config_to_dict(config))
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
+
+
+def _finished(config: RunConfig, task: str, out: Path, resume: bool) -> RunResult | None:
     """The result of a finished run in ``out``; None if there is none, or if it is damaged."""
     path = out / "result.json"
     unfinished = (out / "checkpoint").exists() and not path.exists()
@@ -97,8 +112,10 @@ def _finished(config: RunConfig, out: Path, resume: bool) -> RunResult | None:
         return None
     try:
         result = RunResult.from_json(path)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         return None
+    expected = f"{result.task}, the task of the run in {out}; use another --out"
+    require(result.task == task, "task", task, expected)
     check_same(result.config, config_to_dict(config), out)
     return result
 
@@ -115,26 +132,31 @@ def _train_epochs(run: Run, out: Path | None) -> None:
         epoch, last = run.progress.epoch, run.progress.epoch == run.schedule.epochs
         if last or epoch % budget.eval_every == 0:
             _evaluate(run)
+            note_evaluation(run)
+            last = last or stops_early(run)
         if out is not None and not last and budget.checkpoint_every and epoch % budget.checkpoint_every == 0:
             _checkpoint(run, out)
+        if last:
+            return
 
 
 def _train_epoch(run: Run) -> None:
     steps = list(run.schedule.steps(run.progress.epoch))
     local = [run.local(batch) for step in steps for batch in step]
-    images = batch_loader(run.data.train, local, run.config.data.workers)
+    loaded = fetched(run, batch_loader(run.data.train, local, run.config.data.workers))
     run.wrapped.train()
     started = time.perf_counter()
     for step in steps:
         # Dropout is seeded by the step, so that a resumed run draws the same numbers.
         torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.partition.placement.rank))
         _freeze_when_due(run)
-        loss = torch.zeros((), dtype=torch.float64, device=run.device)
+        counted = torch.zeros(2, dtype=torch.float64, device=run.device)
         samples = sum(map(len, step))
         for batch in step:
             run.tell_groups(len(batch))
-            x, y = _fetch(images)
-            loss += _forward_backward(run, x, y, samples, last=batch is step[-1])
+            inputs, targets = next(loaded)
+            counted += _forward_backward(run, inputs, targets, step, last=batch is step[-1])
+        _divide_gradients(run, counted, samples)
         if run.config.norm.name == "nf":
             run.accelerator.unscale_gradients()
             clip_gradients(run.model, run.config.norm)
@@ -143,7 +165,7 @@ def _train_epoch(run: Run) -> None:
         run.scheduler.step()
         run.progress.step += 1
         run.progress.samples += samples
-        run.pending.append(loss)
+        run.pending.append(counted)
         if len(run.pending) == FLUSH_STEPS or step is steps[-1]:
             _flush(run)
             if run.progress.diverged:
@@ -160,49 +182,50 @@ def _freeze_when_due(run: Run) -> None:
             layer.eval()
 
 
-def _forward_backward(run: Run, x: Tensor, y: Tensor, samples: int, last: bool) -> Tensor:
-    """Add the gradients of a batch; returns this process's share of the mean loss over the step's ``samples``."""
-    x, y = x.to(run.device, run.dtype, non_blocking=True), y.to(run.device, non_blocking=True)
+def _forward_backward(run: Run, inputs: Any, targets: Any, step: list[list[Key]], last: bool) -> Tensor:
+    """Add the gradients of a batch's loss; returns the loss's total and count on this process: float64 (2,)."""
+    batch = step[-1] if last else step[0]  # all but the last are alike
     processes = run.partition.placement.processes
     # Processes exchange gradients once per optimizer step, with its last batch.
     with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-        try:
-            logits = run.wrapped(x)
-        except ValueError as error:
-            # For example a last batch that gives one logical GPU a single 1x1 map, which has no variance.
-            got = f"per_gpu_batch_size: got {run.config.per_gpu_batch_size}"
-            raise LocalError(f"{got}, expected batches that every layer can normalize: {error}") from error
-        # Summed over this process, divided by the samples of all: any split of the samples gives the same loss.
-        total = F.cross_entropy(logits, y, reduction="sum", label_smoothing=run.config.optimizer.label_smoothing)
-        loss = total / samples
+        outputs = forward(run, run.wrapped, inputs, targets)
+        total, count = loss_of(run, outputs, targets, run.partition.local_sizes(len(batch)))
+        run.agree_on_counts(count)
         overlap = run.config.norm.name == "renorm" and len(run.partition.ranks) < processes
         if overlap:
             run.shared.start()
-        # DDP averages gradients over the processes, but the loss is a sum over them.
-        run.accelerator.backward(loss * processes)
+        # DDP averages gradients over the processes, but the loss is a sum over them. The gradients are those of a mean
+        # over the step's samples; what else there is to divide by is known when all batches of the step are.
+        run.accelerator.backward(total / sum(map(len, step)) * processes)
         if overlap:
             run.shared.finish()
-    return loss.detach().to(torch.float64)
+    here = torch.zeros(2, dtype=torch.float64, device=run.device)
+    here[0], here[1] = total.detach(), count
+    return here
 
 
-def _fetch(images: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    try:
-        return next(images)
-    except (ConfigError, RuntimeError) as error:
-        # The DataLoader passes on a loader process's error as a RuntimeError whose text ends with the message.
-        found = re.search(r"ConfigError: (.+)", f"{type(error).__name__}: {error}")
-        if found is None:
-            raise
-        raise LocalError(found[1]) from error
+def _divide_gradients(run: Run, counted: Tensor, samples: int) -> None:
+    """Make the gradients those of the loss's mean over what it counts on all processes, if that is not the samples."""
+    if run.counts_samples:
+        return
+    everywhere = counted.clone()
+    if run.partition.placement.processes > 1:
+        dist.all_reduce(everywhere)
+    count = everywhere[1]
+    factor = torch.where(count > 0, samples / count, 0.0)
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def _flush(run: Run) -> None:
     """Sum the pending losses over the processes, fetch them and record them."""
-    losses = torch.stack(run.pending)
+    sums = torch.stack(run.pending)
     run.pending.clear()
     if run.partition.placement.processes > 1:
-        dist.all_reduce(losses)
-    values: list[float] = losses.tolist()
+        dist.all_reduce(sums)
+    # A step in which nothing is counted, as where all pixels are ignored, has a loss of 0 and moves no weight.
+    values = [total / count if count else 0.0 * total for total, count in sums.tolist()]
     done, lr = run.progress, run.scheduler.get_last_lr()[0]
     done.losses += values
     records = [
@@ -218,20 +241,22 @@ def _flush(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    error, loss, count = evaluate(run)
-    done, found = run.progress, {"test_error": error, "test_loss": loss}
+    done = run.progress
     recent = done.losses[-run.schedule.steps_per_epoch :]
-    entry = {"epoch": done.epoch, "step": done.step, "train_loss": sum(recent) / len(recent), **found}
+    entry: dict[str, Any] = {"epoch": done.epoch, "step": done.step, "train_loss": sum(recent) / len(recent)}
+    for part, samples in (("validation", run.data.validation), ("test", run.data.test)):
+        if samples is not None:
+            entry[part] = evaluate(run, samples)
+            run.accelerator.log({f"{part}_{name}": value for name, value in entry[part].items()}, step=done.step)
     done.history.append(entry)
-    run.metrics.write([{"kind": "eval", **entry, "test_images": count}])
-    run.accelerator.log(found, step=done.step)
+    run.metrics.write([{"kind": "eval", **entry}])
 
 
 def _checkpoint(run: Run, out: Path) -> None:
     if run.partition.placement.rank == 0:
         state = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
         state["scaler"] = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
-        state["progress"] = vars(run.progress)
+        state["progress"], state["best"] = vars(run.progress), run.best
         save_checkpoint(out / "checkpoint", run.progress.step, run.model, state, run.config)
     run.accelerator.wait_for_everyone()
 
@@ -239,26 +264,30 @@ def _checkpoint(run: Run, out: Path) -> None:
 def _result(run: Run) -> RunResult:
     done = run.progress
     # Each training loss is computed before its step, so only the evaluation shows what the last step did.
-    diverged = done.diverged or not math.isfinite(done.history[-1]["test_loss"])
-    final = {} if diverged else done.history[-1]
-    evaluations, layers = ([], []) if diverged else evaluate_statistics(run, final)
+    part = "test" if run.data.validation is None else "validation"  # the test set may not choose a tuned option
+    diverged = done.diverged or not math.isfinite(best_entry(run)[part]["loss"])
+    final = {} if diverged else best_entry(run)
+    evaluations, layers = ([], []) if diverged else evaluate_statistics(run, final["test"])
     return RunResult(
         status="diverged" if diverged else "ok",
-        test_error=final.get("test_error"),
-        test_loss=final.get("test_loss"),
+        task=run.task_name,
+        metric=run.task.metric,
+        test=final.get("test"),
+        validation=final.get("validation"),
         steps=done.step,
         samples=done.samples,
         seconds=done.seconds,
-        images_per_second=done.samples / max(done.seconds, 1e-9),
+        samples_per_second=done.samples / max(done.seconds, 1e-9),
         parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         losses=done.losses,
         history=done.history,
         evaluations=evaluations,
         layers=[asdict(layer) for layer in layers],
         peak_memory_bytes=peak_memory(run.device),
-        train_images=len(run.data.train),
-        test_images=len(run.data.test),
+        train_samples=len(run.data.train),
+        validation_samples=0 if run.data.validation is None else len(run.data.validation),
+        test_samples=len(run.data.test),
         processes=run.partition.placement.processes,
-        environment=environment(run.device),
+        environment=environment(run.device) | ({} if run.task_name in BUILT_IN_NAMES else digest_of(run.task)),
         config=config_to_dict(run.config),
     )

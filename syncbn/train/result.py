@@ -17,6 +17,29 @@ from typing import Any, Literal
 import torch
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What the runs of a task are compared by."""
+
+    name: str
+    """As the task's metrics name it."""
+    higher_is_better: bool = False
+    """Whether a higher value is the better one."""
+    percent: bool = True
+    """Whether values are fractions, which are shown in percent."""
+    of_samples: bool = False
+    """Whether a value is a fraction of the samples: it then moves in steps of 1 / samples."""
+
+    @property
+    def sign(self) -> int:
+        """1 if the lower of two values is the better one, else -1."""
+        return -1 if self.higher_is_better else 1
+
+    def shown(self, value: float) -> str:
+        """A value in words: "12.3 %", "0.0213"."""
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
     """The result of one training run.
@@ -24,51 +47,63 @@ class RunResult:
     Example:
         >>> from pathlib import Path
         >>> from syncbn.train import RunResult
-        >>> def best_error(folder: Path) -> float:
+        >>> def best_score(folder: Path) -> float:
         ...     result = RunResult.from_json(folder / "result.json")
-        ...     return min(entry["test_error"] for entry in result.history)
+        ...     return min(entry["test"][result.metric.name] for entry in result.history)
     """
 
     status: Literal["ok", "diverged"]
     """``diverged``: a training loss was not finite, and the run ended there; or the last test loss is not finite."""
-    test_error: float | None
-    """Fraction of test images classified wrongly, after training; None if the run diverged."""
-    test_loss: float | None
-    """Mean cross entropy over the test set, after training; None if the run diverged."""
+    task: str
+    """What was trained: the configuration's ``task.name``."""
+    metric: Metric
+    """The task's metric that arms are compared by."""
+    test: dict[str, float | None] | None
+    """The trained model's loss (``loss``) and metrics on the test set; None if the run diverged."""
+    validation: dict[str, float | None] | None = None
+    """The same on the validation set; None without one, or if the run diverged."""
     steps: int
     """Optimizer steps taken."""
-    samples: int
-    """Training images seen."""
+    samples: int | None
+    """Training samples seen. Numbers of samples and parameters are None for a training loop of the user's."""
     seconds: float
     """Training time without evaluations."""
-    images_per_second: float
+    samples_per_second: float | None
     """``samples / seconds``."""
-    parameters: int
+    parameters: int | None
     """Number of trainable parameters."""
     losses: list[float]
     """Mean training loss of each optimizer step."""
-    history: list[dict[str, float | int | None]]
-    """One entry per evaluation: epoch, step, train_loss, test_error, test_loss."""
+    history: list[dict[str, Any]]
+    """One entry per evaluation: ``epoch``, ``step``, ``train_loss``, and ``test`` and ``validation`` as above."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """The trained model on the test set with each kind of statistics. Each entry has ``statistics`` (``running``,
     ``batch`` or ``population``), ``estimator`` (``mean`` or ``total``, for the population variance), ``samples`` (of
-    the population), ``test_error`` and ``test_loss``. A norm without batch statistics has ``running`` only. Empty if
-    the run diverged."""
+    the population) and ``test``, as above, or None if it could not be computed. A norm without batch statistics has
+    ``running`` only. Empty if the run diverged."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     """Divergence of each layer's batch statistics from the population's, in the order of the model, with the fields of
     :class:`syncbn.population.LayerDivergence`. Empty for a norm without batch statistics."""
     peak_memory_bytes: int | None = None
     """Peak memory of rank 0: allocated on a GPU, resident on a CPU; None if unknown."""
-    train_images: int | None = None
-    """Number of training images; None in a result from before this was recorded."""
-    test_images: int | None = None
-    """Number of test images; None in a result from before this was recorded."""
+    train_samples: int | None
+    """Number of training samples."""
+    validation_samples: int | None
+    """Number of validation samples."""
+    test_samples: int | None
+    """Number of test samples."""
     processes: int
     """Number of processes."""
     environment: dict[str, str]
     """Versions, device, git commit."""
     config: dict[str, Any]
     """The full configuration, as nested dictionaries."""
+
+    @property
+    def score(self) -> float:
+        """The value of :attr:`metric` on the test set, NaN if the run diverged."""
+        value = None if self.test is None else self.test[self.metric.name]
+        return math.nan if value is None else value
 
     def to_json(self, path: Path) -> None:
         """Write the result atomically. Numbers that are not finite become null."""
@@ -77,9 +112,13 @@ class RunResult:
     @classmethod
     def from_json(cls, path: Path) -> RunResult:
         """Read what :meth:`to_json` wrote. A null among the losses becomes NaN."""
-        values = json.loads(path.read_text())
-        values["losses"] = [math.nan if loss is None else loss for loss in values["losses"]]
-        return cls(**values)
+        return cls.from_dict(json.loads(path.read_text()))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunResult:
+        """The result whose fields, as JSON has them, are ``values``."""
+        losses = [math.nan if loss is None else loss for loss in values["losses"]]
+        return cls(**{**values, "losses": losses, "metric": Metric(**values["metric"])})
 
 
 def jsonable(value: Any) -> Any:
@@ -119,7 +158,7 @@ def environment(device: torch.device) -> dict[str, str]:
             found[package] = "not installed"
     with suppress(OSError, subprocess.SubprocessError):
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # the package may lie in another project's checkout
-        found["git_commit"] = _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else "")
+        found["syncbn_commit"] = _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else "")
     return found
 
 

@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from syncbn.train.config import RunConfig, require
-from syncbn.train.data.datasets import Key
 from syncbn.train.data.order import epoch_order
+from syncbn.train.data.samples import Key
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run on a training set with ``labels``, int64 [n]."""
+    """The steps of a run on ``samples`` training samples, which may have ``labels``, int64 [n]."""
 
     config: RunConfig
-    labels: Tensor
+    samples: int
+    labels: Tensor | None
 
     def __post_init__(self) -> None:
-        c, n = self.config, len(self.labels)
-        size = f"an optimizer step of at most the {n} training images (it has {c.step_batch_size})"
+        c, n = self.config, self.samples
+        skewed = "1, as the training data have no classes (an int64 tensor `targets` or `labels`, one for each sample)"
+        require(c.data.class_skew == 1 or self.labels is not None, "data.class_skew", c.data.class_skew, skewed)
+        size = f"an optimizer step of at most the {n} training samples (it has {c.step_batch_size})"
         expected = f"{size}, or data.drop_last false"
         require(self.steps_per_epoch > 0, "per_gpu_batch_size", c.per_gpu_batch_size, expected)
 
     @property
     def steps_per_epoch(self) -> int:
-        n, size = len(self.labels), self.config.step_batch_size
+        n, size = self.samples, self.config.step_batch_size
         return n // size if self.config.data.drop_last else -(-n // size)
 
     @property
@@ -43,10 +47,16 @@ class Schedule:
         """Epochs that are started; the last one may be incomplete if the budget is in steps."""
         return -(-self.total_steps // self.steps_per_epoch)
 
+    def order(self, epoch: int) -> list[int]:
+        """The training samples in the order of an epoch."""
+        c = self.config
+        labels = torch.zeros(self.samples, dtype=torch.int64) if self.labels is None else self.labels
+        return epoch_order(labels, c.data.class_skew, c.seed, epoch).tolist()
+
     def steps(self, epoch: int) -> Iterator[list[list[Key]]]:
         """The global batches of each optimizer step of an epoch (from 0). The last batches may be smaller."""
         c = self.config
-        order = epoch_order(self.labels, c.data.class_skew, c.seed, epoch).tolist()
+        order = self.order(epoch)
         count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
         for step in range(count):
             indices = order[step * c.step_batch_size : (step + 1) * c.step_batch_size]

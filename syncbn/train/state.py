@@ -11,21 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.layers import BatchRenorm, SmallBatchNorm
 from syncbn.population import RunningStatistics
 from syncbn.train.checkpoint import load_checkpoint
-from syncbn.train.config import RunConfig, save_config
-from syncbn.train.data.datasets import Data, Key, load_data
+from syncbn.train.config import ConfigError, LocalError, RunConfig, require, save_config
+from syncbn.train.data.datasets import Images
+from syncbn.train.data.generators import generators_kept, seed_generators
+from syncbn.train.data.order import derive_seed
+from syncbn.train.data.samples import Key, Keyed, Samples
 from syncbn.train.logical_gpus import Partition
 from syncbn.train.metrics import MetricsLog, progress_bar
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
 from syncbn.train.optim import lr_factor, make_optimizer
 from syncbn.train.schedule import Schedule
-from syncbn.train.tasks.models import build_model
+from syncbn.train.task import Datasets, Task
+from syncbn.train.tasks.classification import Classification
+from syncbn.train.tasks.named import blamed, check_task, load_task
 
 FLUSH_STEPS = 20
 """Steps for which losses stay on their device and process. Then one collective and one transfer fetch all of them."""
@@ -47,6 +54,15 @@ class Progress:
         return any(not math.isfinite(loss) for loss in self.losses[-FLUSH_STEPS:])
 
 
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run."""
+
+    train: Keyed
+    validation: Keyed | None
+    test: Keyed
+
+
 @dataclass
 class Run:
     """The state of a run."""
@@ -54,6 +70,8 @@ class Run:
     config: RunConfig
     partition: Partition
     accelerator: Any
+    task: Task
+    task_name: str
     data: Data
     schedule: Schedule
     model: nn.Module
@@ -64,7 +82,9 @@ class Run:
     metrics: MetricsLog
     bar: Any  # rich's progress bar, or None
     progress: Progress
-    pending: list[Tensor] = field(default_factory=list)  # losses that have not been fetched yet
+    pending: list[Tensor] = field(default_factory=list)  # float64 (2,): totals and counts of losses not fetched yet
+    best: dict[str, Tensor] | None = None  # weights and buffers of the best evaluation so far, on the CPU
+    counts_samples: bool | None = None  # whether the loss is a mean over samples; None before the first batch
 
     def __post_init__(self) -> None:
         self.device: torch.device = self.accelerator.device
@@ -87,6 +107,18 @@ class Run:
         for windowed in self.windowed:
             windowed.sample_groups, windowed.gradient_scale = groups, self.gradient_scale
 
+    def agree_on_counts(self, count: Tensor | int) -> None:
+        """With the first batch, let all processes know whether the loss is a mean over samples on each of them."""
+        here = isinstance(count, int)
+        if self.counts_samples is None:
+            flag = torch.tensor(int(here), device=self.device)
+            if self.partition.placement.processes > 1:
+                dist.all_reduce(flag, dist.ReduceOp.MIN)
+            self.counts_samples = bool(flag)
+        if self.counts_samples and not here:
+            expected = "a task whose loss counts samples in every batch, as in the first one, or tensors in every batch"
+            raise LocalError(f"task.name: got {self.task_name!r}, expected {expected}")
+
     def local(self, batch: list[Key]) -> list[Key]:
         """This process's share of a global batch."""
         positions = self.partition.local_range(len(batch))
@@ -94,33 +126,37 @@ class Run:
 
 
 def prepare(
-    config: RunConfig, partition: Partition, accelerator: Any, out: Path | None, resume: bool, progress: bool
+    config: RunConfig,
+    partition: Partition,
+    accelerator: Any,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    given: Task | None = None,
 ) -> Run:
-    """Everything a run needs, restored from the checkpoint in ``out`` if ``resume`` and there is one."""
-    data = load_data(config.data, config.seed, accelerator.device)
-    schedule = Schedule(config, data.train.labels)
+    """Everything a run needs, restored from the checkpoint in ``out`` if ``resume`` and there is one.
+
+    The task is ``given`` or the one that the configuration names.
+    """
+    name = config.task.name if given is None else type(given).__name__
+    task = load_task(config, accelerator.device) if given is None else check_task(given, name)
+    data = _load_data(task, name, config.seed)
+    schedule = Schedule(config, len(data.train), data.train.labels)
     torch.manual_seed(config.seed)
-    model = build_model(
-        config.model,
-        norm=norm_factory(config.norm, partition),
-        adapt=partial(adapt_model, config=config.norm, partition=partition),
-        finish=partial(adapt_convolutions, config=config.norm),
-        in_channels=data.shape[0],
-        num_classes=data.num_classes,
-        image_size=data.shape[1],
-    )
-    for name, module in model.named_modules():
+    model = _build_model(task, name, config, partition)
+    for layer, module in model.named_modules():
         if isinstance(module, SmallBatchNorm):
-            module.qualified_name = name  # for error messages
+            module.qualified_name = layer  # for error messages
     first = partition.placement.rank == 0
-    if partition.placement.processes > 1 and first and _drops(model):
-        own = "the model has dropout, which each process draws for itself"
-        warnings.warn(f"{own}: this run depends on the number of processes", stacklevel=2)
+    if partition.placement.processes > 1 and first:
+        for own in _own_to_processes(model):
+            warnings.warn(f"the model has {own}: this run depends on the number of processes", stacklevel=2)
     model.to(accelerator.device, _dtype(config))
     optimizer = make_optimizer(config, model)
     total = schedule.total_steps
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))
-    state = load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
+    best, state = None, load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
     wrapped, prepared = accelerator.prepare(model, optimizer)
     done = Progress()
     if state is not None:
@@ -128,13 +164,15 @@ def prepare(
         scheduler.load_state_dict(state["scheduler"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        done = Progress(**state["progress"])
+        done, best = Progress(**state["progress"]), state["best"]
     if out is not None and first:
         save_config(config, out / "config.yaml")
     return Run(
         config=config,
         partition=partition,
         accelerator=accelerator,
+        task=task,
+        task_name=name,
         data=data,
         schedule=schedule,
         model=model,
@@ -145,11 +183,67 @@ def prepare(
         metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
         bar=progress_bar(total) if progress and first else None,
         progress=done,
+        best=best,
     )
+
+
+def _load_data(task: Task, name: str, seed: int) -> Data:
+    with blamed(name, "data()"), generators_kept():
+        seed_generators(derive_seed("data", seed))  # a split that is drawn is the same on every process
+        found = task.data(seed)
+    require(isinstance(found, Datasets), "task.name", name, f"a task whose data() returns Datasets, not {type(found)}")
+    sets: dict[str, Keyed | None] = {}
+    for part in ("train", "validation", "test"):
+        dataset = getattr(found, part)
+        if dataset is not None and not isinstance(dataset, Images):
+            map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+            require(map_style, "task.name", name, f"a task whose {part} data have a length and are indexed by numbers")
+            dataset = Samples(dataset, found.collate, seed, part)
+        empty = dataset is not None and len(dataset) == 0
+        require(not empty, "task.name", name, f"a task whose {part} data are not empty")
+        sets[part] = dataset
+    lengths = [None if dataset is None else len(dataset) for dataset in sets.values()]
+    if dist.is_initialized():
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, lengths)
+        same = all(each == lengths for each in everywhere)
+        require(same, "task.name", name, f"a task whose data are as many on every process, not {everywhere}")
+    train, test = sets["train"], sets["test"]
+    if train is None or test is None:
+        raise ConfigError("task.name", name, "a task with training and test data")
+    return Data(train=train, validation=sets["validation"], test=test)
+
+
+def _build_model(task: Task, name: str, config: RunConfig, partition: Partition) -> nn.Module:
+    adapt = partial(adapt_model, config=config.norm, partition=partition)
+    if isinstance(task, Classification):
+        finish = partial(adapt_convolutions, config=config.norm)
+        return task.normalized_model(norm_factory(config.norm, partition), adapt, finish)
+    with blamed(name, "model()"), generators_kept():
+        seed_generators(config.seed)
+        model = task.model()
+    require(isinstance(model, nn.Module), "task.name", name, f"a task whose model() is a Module, not {model!r}")
+    normalized = any(isinstance(module, _BatchNorm) for module in model.modules())
+    require(normalized, "task.name", name, "a task whose model has BatchNorm layers, which the run replaces")
+    return adapt(model)
 
 
 def _dtype(config: RunConfig) -> torch.dtype:
     return torch.float64 if config.precision == "fp64" else torch.float32
+
+
+def _own_to_processes(model: nn.Module) -> list[str]:
+    """What each process of a run has for itself."""
+    found = ["dropout, which each process draws for itself"] if _drops(model) else []
+    norms = (_BatchNorm, MovingAverageBatchNorm)
+    others = [name for name, m in model.named_modules() if not isinstance(m, norms) and _moves(m)]
+    return found + ([f"buffers of its own ({others[0]}), which each process changes for itself"] if others else [])
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a module of the user's has floating buffers, which its forward pass may change."""
+    own = [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+    return bool(own) and not type(module).__module__.startswith(("torch.", "torchvision.", "timm.", "syncbn."))
 
 
 def _drops(model: nn.Module) -> bool:

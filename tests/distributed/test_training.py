@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 
@@ -11,6 +10,7 @@ from syncbn.train import loop
 from syncbn.train.config import config_from_dict
 from syncbn.train.loop import train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs, parity_config
+from syncbn.train.result import RunResult
 
 # Class skew, augmentation, accumulation; 150 images in steps of 64: the last has 22, so a forward pass of 22, in which
 # the third process of four is given 6 images and the fourth none. One epoch of 3 steps, then a second with other draws.
@@ -62,8 +62,10 @@ def configured(norm, **changes):
 def train_into(config, out):
     """Errors under every kind of statistics, and the layers' divergences."""
     result = train(config, out)
-    assert result.evaluations[0]["test_error"] == result.test_error
-    errors = [(e["statistics"], e["estimator"], e["samples"], e["test_error"]) for e in result.evaluations]
+    assert result.evaluations[0]["test"] == result.test
+    errors = [
+        (e["statistics"], e["estimator"], e["samples"], e["test"] and e["test"]["error"]) for e in result.evaluations
+    ]
     return errors, [(layer["count"], layer["kl"], layer["running_kl"]) for layer in result.layers]
 
 
@@ -153,8 +155,11 @@ def test_evaluation_counts_every_image_once(pools, tmp_path):
         }
     )
     pools(4).run(train_into, config, tmp_path / "out")
-    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert [r["test_images"] for r in records if r["kind"] == "eval"] == [99]
+    result = RunResult.from_json(tmp_path / "out" / "result.json")
+    wrong = 99 * result.score
+    assert result.test_samples == 99
+    assert wrong == pytest.approx(round(wrong), abs=1e-9)
+    assert wrong > 0
 
 
 def test_a_test_batch_that_some_processes_cannot_normalize(pools, tmp_path):

@@ -17,8 +17,9 @@ from torch.utils.data import get_worker_info
 
 from syncbn.train.config import ConfigError, DataConfig
 from syncbn.train.data import datasets as data
-from syncbn.train.data.datasets import Images, batch_loader, load_data
+from syncbn.train.data.datasets import Images, load_data
 from syncbn.train.data.order import derive_seed, epoch_order, holdout_split, position_in_class, spread_subset
+from syncbn.train.data.samples import batch_loader
 
 UNEVEN = torch.tensor([0] * 11 + [1] * 3 + [3] * 8 + [4] * 1)  # no sample of class 2, one of class 4
 

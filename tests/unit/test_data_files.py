@@ -21,7 +21,8 @@ from syncbn.compat import import_torchvision
 from syncbn.train.config import ConfigError, DataConfig
 from syncbn.train.data import datasets as data
 from syncbn.train.data import files as data_files
-from syncbn.train.data.datasets import batch_loader, load_data
+from syncbn.train.data.datasets import load_data
+from syncbn.train.data.samples import batch_loader
 
 
 @pytest.fixture(autouse=True)

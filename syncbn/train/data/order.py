@@ -58,6 +58,13 @@ def holdout_split(labels: Tensor, every: int = 5) -> tuple[Tensor, Tensor]:
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
+def fraction_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """(kept, held out) indices: ``fraction`` of each class is held out, spread evenly over it, to within one sample."""
+    position = position_in_class(labels)
+    held_out = ((position + 1) * fraction).floor() > (position * fraction).floor()
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
 def spread_subset(labels: Tensor, samples: int) -> Tensor:
     """Sorted indices of ``samples`` of the set, spread evenly over it; each class keeps its share to within one."""
     by_class = labels.argsort(stable=True)

@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.compat import import_torchvision
 from syncbn.convert import convert
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.train.config import NormConfig, require
+from syncbn.train.config import ConfigError, NormConfig, require
 from syncbn.train.logical_gpus import Partition
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 
@@ -114,7 +114,9 @@ def adapt_model(model: nn.Module, config: NormConfig, partition: Partition) -> n
     make = norm_factory(config, partition)
     for parent, name, child in _children(model):
         if isinstance(child, _BatchNorm):
-            made = make(child.num_features)
+            flat = isinstance(child, nn.BatchNorm2d) or config.name != "rms"
+            require(flat, "norm.name", "rms", f"a norm for inputs of a {type(child).__name__}; rms is for 2-D images")
+            made = _instance_norm(child, config) if config.name == "instance" else make(child.num_features)
             # Some models start with zeros in places. A norm that has no weight or bias leaves them out.
             made.load_state_dict(dict(child.named_parameters()), strict=False)
             setattr(parent, name, made)
@@ -133,7 +135,7 @@ def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
                 setattr(parent, name, nn.Identity())
     ends = _residual_ends(model) if config.name == "nf" else set()
     for parent, name, child in _children(model):
-        if not isinstance(child, nn.Conv2d):
+        if not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         if config.name == "weight":
             if child.bias is None:  # the mean of BatchNorm would have cancelled it
@@ -142,12 +144,12 @@ def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
         elif config.name == "mabn":
             centre(child)
         elif config.name == "ws_group":
-            setattr(parent, name, _standardized(child, _timm("layers").StdConv2d))
+            setattr(parent, name, _standardized(_flat(child, config), _timm("layers").StdConv2d))
         elif config.name == "nf":
             # A branch that starts at zero keeps the scale of the signal in a residual network without normalization
             # (SkipInit; De and Smith 2020, arXiv 2002.10444).
             gain = {"gamma": _RELU_GAIN, "gain_init": float(child not in ends)}
-            setattr(parent, name, _standardized(child, _timm("layers").ScaledStdConv2d, **gain))
+            setattr(parent, name, _standardized(_flat(child, config), _timm("layers").ScaledStdConv2d, **gain))
     return model
 
 
@@ -159,6 +161,21 @@ def clip_gradients(model: nn.Module, config: NormConfig) -> None:
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     _timm("utils.agc").adaptive_clip_grad(weights, clip_factor=config.clip_factor)
+
+
+def _flat(conv: nn.Module, config: NormConfig) -> nn.Conv2d:
+    """``conv``, if it is one of images."""
+    if not isinstance(conv, nn.Conv2d):
+        expected = f"a norm for a {type(conv).__name__}; {config.name} is for 2-D images"
+        raise ConfigError("norm.name", config.name, expected)
+    return conv
+
+
+def _instance_norm(layer: _BatchNorm, config: NormConfig) -> nn.Module:
+    """Instance normalization for the inputs of a BatchNorm layer."""
+    kinds = {nn.BatchNorm1d: nn.InstanceNorm1d, nn.BatchNorm3d: nn.InstanceNorm3d}
+    made = next((kind for known, kind in kinds.items() if isinstance(layer, known)), nn.InstanceNorm2d)
+    return made(layer.num_features, config.eps, affine=config.affine)
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

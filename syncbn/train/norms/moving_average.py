@@ -206,7 +206,7 @@ class Centred(nn.Module):
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
 
 
-def centre(conv: nn.Conv2d) -> None:
+def centre(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Centre a convolution's weights, in place. Filters of a single weight are left alone, as they would become 0."""
     if conv.weight[0].numel() > 1:
         nn.utils.parametrize.register_parametrization(conv, "weight", Centred())

@@ -59,7 +59,7 @@ def build_model(
 def initialize(model: nn.Module) -> None:
     """Initialize as He et al. 2015 (arXiv 1502.01852, section 2.2): variance 2 / fan-out; linear layers 1 / fan-in."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -157,7 +157,7 @@ def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, 
     try:
         model = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
         if in_channels == 1:
-            model.register_forward_pre_hook(_grey_to_rgb)  # keeps torchvision's architecture and state_dict
+            model.register_forward_pre_hook(grey_to_rgb)  # keeps torchvision's architecture and state_dict
         with torch.no_grad():
             model.eval()(torch.zeros(1, in_channels, image_size, image_size))
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
@@ -171,7 +171,8 @@ def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, 
     return model.train()
 
 
-def _grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward pre-hook for networks that take colour images: (N, 1, H, W) -> (N, 3, H, W)."""
     return (inputs[0].expand(-1, 3, -1, -1),)
 
 
