@@ -11,20 +11,25 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from syncbn.study.plan.grid import Cell, State, Study, study_cells, unique_cells
+from syncbn.study.plan.grid import Cell, State, Study, unique_cells
 from syncbn.study.plan.study_file import load_study
+from syncbn.study.plan.tuning import trial_cells
 from syncbn.study.report.report import write_report
 from syncbn.study.report.tables import print_table
 from syncbn.study.run import ranks
+from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.parity import check_parity
 from syncbn.study.run.progress import duration
 from syncbn.study.run.records import Record, read_records
 from syncbn.study.run.runner import Executor, run_cells
 from syncbn.study.run.status import Outcome, left_over, seconds_left, study_outcomes
+from syncbn.study.stages import recorded_stages, run_stages
+from syncbn.study.user_code import changed_note, user_code
 from syncbn.train.config import ConfigError
 from syncbn.train.launch import LaunchError
 
@@ -34,20 +39,24 @@ def plan_study(config: str, out: Path | None = None, workers: int | None = None)
     if workers is not None and workers < 1:
         raise ConfigError("workers", workers, "a positive integer")
     study = load_study(config)
-    cells = study_cells(study)
-    runs = unique_cells(cells)
     records = read_records(out) if out is not None else {}
+    trials, cells = recorded_stages(study, out)
+    runs = unique_cells([*trials, *cells])
+    note_changes(study, runs, records)
     missing = sum(cell.key not in records for cell in runs)
     print(f"{study.title}\n")
     _print_grid(study, cells)
+    if trials:
+        decides = "; what the arms choose decides which of the others are the same runs"
+        print(f"\ntuning: {len(trials)} cells, {len(unique_cells(trials))} different runs{decides}")
     print(f"\n{len(cells)} cells, {len(runs)} different runs: {len(runs) - missing} done, {missing} to do")
     if study.parity is not None:
         counts = ", ".join(map(str, study.parity.processes))
         print(f"parity check: {study.parity.arm}, {study.parity.steps} steps under {counts} processes")
-    if note := left_over(cells, records):
+    if note := left_over(runs, records):
         print(note)
     if missing:
-        print(_time_left(cells, records, min(workers or len(os.sched_getaffinity(0)), missing)))
+        print(_time_left(runs, records, min(workers or len(os.sched_getaffinity(0)), missing)))
     return 0
 
 
@@ -71,29 +80,39 @@ def run_study(
     """
     _check(workers, executor, slurm_options)
     study = load_study(config)
-    cells = study_cells(study)
+    if study.run is not None and ranks.launched():
+        raise ConfigError("run", study.run, "a study that no launcher starts; `processes` launches each of its runs")
+    records = read_records(out)
+    note_changes(study, [cell for part in recorded_stages(study, out) for cell in part], records)
+    train = train_function(study)
+    if study.tune is not None:
+        print(f"tuning first: {len(unique_cells(trial_cells(study)))} runs, whose test scores have no part in it")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     if ranks.launched():
         with ranks.process_group() as rank:
             if rank:
-                ranks.follow()
+                ranks.follow(train)
                 return 0
-            outcomes = run_cells(cells, out, together=True)
+            cells, outcomes = run_stages(study, out, partial(run_cells, train=train, together=True))
             ranks.share(None)
     else:
-        outcomes = run_cells(cells, out, workers=workers, executor=executor, options=slurm_options)
+        run = partial(run_cells, train=train, workers=workers, executor=executor, options=slurm_options)
+        cells, outcomes = run_stages(study, out, run)
     seconds = time.monotonic() - started
     try:
         agrees = check_parity(study, cells, out)
     except LaunchError as error:  # the runs are done, and the report shows them
         print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
         agrees = False
-    report = _write(study, cells, outcomes, config, out)
     failed = _print_failures(outcomes, sys.stderr)
+    if study.tune is not None and not any(cell.key in outcomes for cell in cells):
+        print("nothing was run after the tuning, which failed", file=sys.stderr)
+        return 1
+    report = _write(study, cells, outcomes, config, out)
     ran = sum(outcome.ran for outcome in outcomes.values())
     print(f"{ran} runs in {seconds:.0f} s, {len(outcomes) - ran - failed} kept from before, {failed} failed")
-    if note := left_over(cells, read_records(out)):
+    if note := left_over([*trial_cells(study), *cells], read_records(out)):
         print(note)
     print(f"report: {report}")
     return 0 if agrees and not failed else 1
@@ -104,9 +123,10 @@ def print_status(config: str, out: Path) -> int:
     study = load_study(config)
     if out.exists() and not out.is_dir():
         raise ConfigError("out", str(out), "a folder")
-    cells = study_cells(study)
-    outcomes = study_outcomes(cells, out)
     records = read_records(out)
+    trials, own = recorded_stages(study, out)
+    cells = [*trials, *own]
+    outcomes = study_outcomes(cells, out)
     print(f"{study.name}: {len(outcomes)} runs in {out}" + ("" if out.exists() else ", which does not exist yet"))
     counts = Counter(outcome.state for outcome in outcomes.values())
     begun = sum(o.state == "missing" and o.job.directory.exists() for o in outcomes.values())
@@ -127,13 +147,36 @@ def print_status(config: str, out: Path) -> int:
 def report_study(config: str, out: Path) -> int:
     """Write the report of a study from what is there, without running anything."""
     study = load_study(config)
-    cells = study_cells(study)
-    outcomes = study_outcomes(cells, out)
-    if not any(outcome.result is not None for outcome in outcomes.values()):
+    trials, cells = recorded_stages(study, out)
+    outcomes = study_outcomes([*trials, *cells], out)
+    if not any(cell.key in outcomes and outcomes[cell.key].result is not None for cell in cells):
         raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
     report = _write(study, cells, outcomes, config, out)
     print(f"report: {report}")
     return 0
+
+
+def export_study(config: str, out: Path, format: str, to: Path | None = None) -> int:
+    """Write a study's main table, or its figures as files, from the runs that are done."""
+    from syncbn.study.report.export import FORMATS, export
+
+    if format not in FORMATS:
+        raise ConfigError("format", format, f"one of {', '.join(FORMATS)}")
+    study = load_study(config)
+    results = {key: record.result for key, record in read_records(out).items()}
+    _, cells = recorded_stages(study, out)
+    if not any(cell.key in results for cell in cells):
+        raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
+    names = {"latex": f"{study.name}.tex", "pdf": "figures", "svg": "figures"}
+    for path in export(study, cells, results, format, to or out / names.get(format, f"{study.name}.{format}")):
+        print(path)
+    return 0
+
+
+def note_changes(study: Study, cells: Sequence[Cell], records: Mapping[str, Record]) -> None:
+    """Check that the user's code is there, and print a note if it is not that of the recorded runs."""
+    if note := changed_note(user_code(study, cells), cells, records):
+        print(f"note: {note}")
 
 
 def _check(workers: int | None, executor: str, options: Mapping[str, Any] | None) -> None:

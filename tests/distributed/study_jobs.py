@@ -78,6 +78,6 @@ def run_tiny(out, workers=2):
 
 def computed(out):
     """What the runs of a study computed, by key, without what depends on the machine's speed or on who did them."""
-    measured = ("seconds", "images_per_second", "peak_memory_bytes")
+    measured = ("seconds", "samples_per_second", "peak_memory_bytes")
     results = {key: asdict(record.result) for key, record in read_records(out).items()}
     return {key: {k: v for k, v in result.items() if k not in measured} for key, result in results.items()}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from study_fakes import ERROR
 
 from syncbn.population import effective_count
 from syncbn.study.analysis.summary import Summary, summary_of
@@ -24,7 +26,7 @@ from syncbn.train.config import (
     RunConfig,
     config_to_dict,
 )
-from syncbn.train.result import RunResult
+from syncbn.train.result import Metric, RunResult
 
 WHOLE = 128
 """Images in the global batch of the decoupled sweep."""
@@ -105,7 +107,29 @@ def _cell(study: Study, arm: Arm, seed: int, point: Any) -> Cell:
 
 def results_of(cells: list[Cell], **options: Any) -> dict[str, RunResult]:
     """A result for each cell's key, as training might have ended."""
-    return {cell.key: replace(result_of(cell, **options), train_images=50_000, test_images=10_000) for cell in cells}
+    sizes = {"train_samples": 50_000, "test_samples": 10_000}
+    return {cell.key: replace(result_of(cell, **options), **sizes) for cell in cells}
+
+
+def retold(results: dict[str, RunResult], metric: Metric, score: Callable[[float], float]) -> dict[str, RunResult]:
+    """The results as those of another task: ``score`` of what the error was is its metric, beside another one."""
+
+    def told(test: dict[str, float | None] | None) -> dict[str, float | None] | None:
+        if test is None or test["error"] is None:
+            return None
+        return {"loss": test["loss"], "other": 0.5, metric.name: score(test["error"])}
+
+    return {
+        key: replace(
+            result,
+            task="liver:Liver",
+            metric=metric,
+            test=told(result.test),
+            history=[entry | {"test": told(entry["test"])} for entry in result.history],
+            evaluations=[entry | {"test": told(entry["test"])} for entry in result.evaluations],
+        )
+        for key, result in results.items()
+    }
 
 
 def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int = len(LAYERS)) -> RunResult:
@@ -123,18 +147,22 @@ def result_of(cell: Cell, *, samples: tuple[int, ...] = (128, 1024), layers: int
     config = config_to_dict(cell.config)
     return RunResult(
         status="diverged" if diverged else "ok",
-        test_error=None if diverged else error,
-        test_loss=None if diverged else 3 * error,
+        task="classification",
+        metric=ERROR,
+        test=None if diverged else _test(error),
         steps=390,
         samples=50_000,
         seconds=100.0,
-        images_per_second=500 * (0.8 if size is not None else 0.7) * (1 + draw.gauss(0, 0.02)),
+        samples_per_second=500 * (0.8 if size is not None else 0.7) * (1 + draw.gauss(0, 0.02)),
         parameters=270_000,
         losses=[2.3, 1.9] if diverged else [2.3 - 0.001 * step + draw.gauss(0, 0.01) for step in range(390)],
         history=[] if diverged else _history(error, draw),
         evaluations=[] if diverged else _evaluations(error, lost * estimation, size, samples, draw),
         layers=[] if diverged or size is None else _layers(size, layers, draw),
         peak_memory_bytes=int(3e8 * (1 + draw.gauss(0, 0.01))),
+        train_samples=0,
+        validation_samples=0,
+        test_samples=0,
         processes=1,
         environment={"python": "3.12", "torch": "2.13", "device": "CPU (x86_64)", "git_commit": "0123abc"},
         config=config,
@@ -165,9 +193,9 @@ def with_errors(study: Study, errors: dict[str, list[float | str]]) -> tuple[lis
         result = result_of(cell)
         if isinstance(error, float):
             entries = [_entry("running", None, None, error)]
-            result = replace(result, status="ok", test_error=error, test_loss=error, evaluations=entries)
+            result = replace(result, status="ok", test={"loss": error, "error": error}, evaluations=entries)
         else:
-            result = replace(result, status="diverged", test_error=None, test_loss=None, history=[], evaluations=[])
+            result = replace(result, status="diverged", test=None, history=[], evaluations=[])
         results[cell.key] = result
     return cells, results
 
@@ -177,13 +205,15 @@ def summary_with(study: Study, errors: dict[str, list[float | str]]) -> Summary:
     return summary_of(study, *with_errors(study, errors))
 
 
-def _history(error: float, draw: random.Random) -> list[dict[str, float | int | None]]:
-    entries: list[dict[str, float | int | None]] = []
+def _test(error: float) -> dict[str, float | None]:
+    return {"loss": 3 * error, "error": error}
+
+
+def _history(error: float, draw: random.Random) -> list[dict[str, Any]]:
+    entries = []
     for epoch in range(1, 11):
         now = error + (0.9 - error) * 0.6**epoch * (1 + draw.gauss(0, 0.2)) if epoch < 10 else error
-        entries.append(
-            {"epoch": epoch, "step": 39 * epoch, "train_loss": 3 * now, "test_error": now, "test_loss": 3 * now}
-        )
+        entries.append({"epoch": epoch, "step": 39 * epoch, "train_loss": 3 * now, "test": _test(now)})
     return entries
 
 
@@ -201,13 +231,7 @@ def _evaluations(
 
 
 def _entry(statistics: str, estimator: str | None, samples: int | None, error: float) -> dict[str, Any]:
-    return {
-        "statistics": statistics,
-        "estimator": estimator,
-        "samples": samples,
-        "test_error": error,
-        "test_loss": 3 * error,
-    }
+    return {"statistics": statistics, "estimator": estimator, "samples": samples, "test": _test(error)}
 
 
 def _layers(size: float, layers: int, draw: random.Random) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 
 from syncbn.study.plan.study_file import study_from_dict
 from syncbn.train.config import config_to_dict
-from syncbn.train.result import RunResult
+from syncbn.train.result import Metric, RunResult
 
+ERROR = Metric("error", of_samples=True)
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
@@ -32,18 +33,22 @@ def small_study(**changes):
 
 def fake_result(config, error=0.1, status="ok", losses=(1.0, 0.5), processes=1):
     diverged = status == "diverged"
-    entry = {"epoch": 1, "step": 2, "train_loss": 0.5, "test_error": error, "test_loss": 0.3}
+    test = {"loss": 0.3, "error": error}
     return RunResult(
         status=status,
-        test_error=None if diverged else error,
-        test_loss=None if diverged else 0.3,
+        task="classification",
+        metric=ERROR,
+        test=None if diverged else test,
         steps=2,
         samples=8,
         seconds=0.1,
-        images_per_second=80.0,
+        samples_per_second=80.0,
         parameters=10,
         losses=list(losses),
-        history=[] if diverged else [entry],
+        history=[] if diverged else [{"epoch": 1, "step": 2, "train_loss": 0.5, "test": test}],
+        train_samples=8,
+        validation_samples=0,
+        test_samples=0,
         processes=processes,
         environment={"torch": "2"},
         config=config_to_dict(config),

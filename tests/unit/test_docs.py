@@ -65,8 +65,10 @@ def test_the_studys_file_is_one(tmp_path: Path) -> None:
     fields = set(Study.__dataclass_fields__)
     if not {"contrasts", "parity"} <= fields:
         pytest.skip("contrasts and parity are not yet keys of a study")
-    whole, contrasts = blocks(ROOT / "docs" / "studies.md", "yaml")
+    whole, tune, contrasts = blocks(ROOT / "docs" / "studies.md", "yaml")
     file = tmp_path / "study.yaml"
+    file.write_text(whole.replace("mnist5k}", "mnist5k, validation_fraction: 0.1}") + tune)
+    assert set(load_study(file).tune.grid) == {"optimizer.lr", "norm.momentum"}
     for text, number in ((whole, 3), (whole[: whole.index("contrasts:")] + contrasts, 4)):
         file.write_text(text)
         assert len(load_study(file).contrasts) == number

@@ -11,11 +11,12 @@ from report_fakes import cells_of, grid_study, plain_study, results_of, summary_
 from scipy import stats
 from study_fakes import fake_result
 
-from syncbn.study import compare, load_study
 from syncbn.study.analysis.findings import VERDICTS, findings_of
 from syncbn.study.analysis.statistics import TEST, holm
 from syncbn.study.analysis.summary import summary_of
+from syncbn.study.api import findings as compare
 from syncbn.study.plan.grid import Contrast, Place, study_cells
+from syncbn.study.plan.study_file import load_study
 
 REFERENCE = [0.67, 0.82, 0.75, 0.7, 0.78, 0.71, 0.8, 0.69]
 
@@ -109,12 +110,12 @@ def test_a_diverged_run_is_a_result_and_bars_the_comparison():
 def test_no_worse_is_shown_by_equivalence_alone():
     near = [value + step for value, step in zip(REFERENCE, (0.001, -0.001, 0.002, 0, -0.002, 0.001, 0, 0), strict=True)]
     steady, close = [0.3] * 8, [0.3 + 0.001 * (i % 3) for i in range(8)]
-    assert finding(close, steady, **margin(0.005)).verdict == "no worse"
-    assert finding(close, steady, **margin(0.0005)).verdict != "no worse"
-    wide = finding(near, **margin(0.005))
+    assert finding(close, steady, **margin(0.5)).verdict == "no worse"
+    assert finding(close, steady, **margin(0.05)).verdict != "no worse"
+    wide = finding(near, **margin(0.5))
     assert (wide.verdict, wide.p_no_worse > 0.05) == ("no difference shown", True), "rare bad runs may have been missed"
-    assert finding([0.1] * 8, **margin(0.005)).verdict == "better"
-    far = finding([0.9 + 0.001 * i for i in range(8)], **margin(0.005))
+    assert finding([0.1] * 8, **margin(0.5)).verdict == "better"
+    far = finding([0.9 + 0.001 * i for i in range(8)], **margin(0.5))
     assert (far.verdict, far.p_no_worse) == ("worse", 1.0)
 
 
@@ -134,22 +135,30 @@ def test_a_difference_of_differences():
     for cell in cells:
         error = {("batch", small): 0.5, ("batch", large): 0.2, ("sync", small): 0.12, ("sync", large): 0.1}
         value = error.get((cell.arm, cell.point), 0.3) + 0.001 * cell.seed * (cell.point == small)
-        results[cell.key] = replace(results[cell.key], status="ok", test_error=value)
+        results[cell.key] = replace(results[cell.key], status="ok", test={"loss": value, "error": value})
     (found,) = findings_of(summary_of(study, cells, results))
     assert found.pairs[2] == pytest.approx((2, 0.302, 0.022))
     assert found.difference == pytest.approx(0.28)
 
 
-@pytest.mark.parametrize(("images", "error"), [(1000, math.sqrt((0.2 * 0.8 + 0.1 * 0.9) / 1000)), (None, math.nan)])
-def test_the_test_set_has_an_error_of_its_own(images, error):
-    """It is not known of an old result, which does not say how many images there were."""
+@pytest.mark.parametrize(
+    ("samples", "of_samples", "error"),
+    [
+        (1000, True, math.sqrt((0.2 * 0.8 + 0.1 * 0.9) / 1000)),
+        (0, True, math.nan),
+        (1000, False, math.nan),
+    ],
+)
+def test_the_test_set_has_an_error_of_its_own(samples, of_samples, error):
+    """It is not known of a metric that does not count samples, such as one of pixels that lie together."""
     study = plain_study(arms=("batch", "sync"), seeds=3)
     summary = summary_with(study, {"batch": [0.2] * 3, "sync": [0.1] * 3})
     sized = {
-        place: replace(setting, results=tuple(replace(run, test_images=images) for run in setting.results))
+        place: replace(setting, results=tuple(replace(run, test_samples=samples) for run in setting.results))
         for place, setting in summary.settings.items()
     }
-    (found,) = findings_of(replace(summary, settings=sized))
+    metric = replace(summary.metric, of_samples=of_samples)
+    (found,) = findings_of(replace(summary, settings=sized, metric=metric))
     assert found.test_set_error == pytest.approx(error, nan_ok=True)
 
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import pytest
 from report_fakes import LAYERS, cells_of, grid_study, open_page, plain_study, result_of, results_of, with_errors
+from study_fakes import ERROR
 
 from syncbn.study.analysis.evaluations import columns_of
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.plan.contrasts import default_contrasts
 from syncbn.study.plan.grid import Sweep
-from syncbn.study.report.figures import arm_marks, curves_figure, error_curve, loss_curve, main_figure, mean_curve
+from syncbn.study.report.figures import arm_marks, curves_figure, loss_curve, main_figure, mean_curve, score_curve
 from syncbn.study.report.format import compact
 from syncbn.study.report.report import write_report
 from syncbn.study.report.tables import (
@@ -24,8 +25,8 @@ from syncbn.study.report.tables import (
     heat_level,
     heat_maps,
     print_table,
+    runs_csv,
     settings_table,
-    write_csv,
 )
 
 NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf)\b")
@@ -98,9 +99,7 @@ def test_page_and_files_have_the_same_digits(grid):
     table = settings_table(summary)
     rows = {(row[0].removesuffix(" (reference)"), row[1]): row for row in table.rows}
     local = rows["Local BatchNorm", "2"]
-    errors = [
-        results[c.key].test_error for c in cells if (c.arm, dict(c.point)) == ("batch", {"per_gpu_batch_size": 2})
-    ]
+    errors = [results[c.key].score for c in cells if (c.arm, dict(c.point)) == ("batch", {"per_gpu_batch_size": 2})]
     assert local[3] == f"{100 * sum(errors) / len(errors):.1f}"
     assert local[-len(errors) :] == [f"{100 * error:.1f}" for error in errors]
     assert f"<td>{local[3]}</td>" in text
@@ -136,11 +135,12 @@ def test_csv_has_one_line_a_run_with_axes_and_evaluations(grid):
         done = "missing" if result is None else "diverged" if result.status == "diverged" else "done"
         assert line["status"] == done
         entries = result.evaluations if result is not None else []
-        total = [e["test_error"] for e in entries if (e["estimator"], e["samples"]) == ("total", 1024)]
+        total = [e["test"]["error"] for e in entries if (e["estimator"], e["samples"]) == ("total", 1024)]
         assert line["error_population_total_1024"] == (str(total[0]) if total else "")
         assert line["peak_memory_bytes"] == ("" if result is None else str(result.peak_memory_bytes))
         assert line["test_images"] == ("" if result is None else "10000")
-    write_csv(study, cells, {}, path.with_name("empty.csv"), failed=[cells[0].key], running=[cells[1].key])
+    text = runs_csv(study, cells, {}, failed=[cells[0].key], running=[cells[1].key])
+    path.with_name("empty.csv").write_text(text)
     states = [line["status"] for line in csv.DictReader(path.with_name("empty.csv").open())]
     path.with_name("empty.csv").unlink()
     assert states[:3] == ["failed", "running", "missing"]
@@ -221,7 +221,7 @@ def test_pages_of_unfinished_studies(tmp_path, capsys, seeds):
     assert "<svg" not in text
     assert not NO_NUMBER.search(words)
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "results.csv"}
-    diverged = {c.key: replace(result_of(c), status="diverged", test_error=None, history=[]) for c in cells}
+    diverged = {c.key: replace(result_of(c), status="diverged", test=None, history=[]) for c in cells}
     _, text, words = written(study, cells, diverged, tmp_path)
     assert "Diverged, so not compared" in words
     assert not NO_NUMBER.search(words)
@@ -245,7 +245,7 @@ def test_a_run_that_was_tested_once_has_a_mark_among_the_curves():
     cells = cells_of(study)
     results = {key: replace(run, history=run.history[-1:]) for key, run in results_of(cells).items()}
     settings = summary_of(study, cells, results).at(())
-    losses, errors = curves_figure(settings, arm_marks(study)).axes
+    losses, errors = curves_figure(settings, arm_marks(study), ERROR).axes
     means = [line for line in errors.lines if line.get_linewidth() > 1]
     assert [len(line.get_xdata()) for line in means] == [1, 1]
     assert all(line.get_marker() not in ("", "None") for line in means)
@@ -259,7 +259,7 @@ def test_curves_of_runs():
     assert len(thinned) <= 60
     assert thinned[0] == (3, 1.0)
     assert thinned[-1][0] == 150
-    assert error_curve(run)[-1] == (390.0, run.test_error)
+    assert score_curve(run)[-1] == (390.0, run.score)
     assert mean_curve([[(1, 0.2), (2, 0.4)], [(2, 0.2)]]) == [(2, pytest.approx(0.3))]
     assert mean_curve([[]]) == []
 
@@ -290,7 +290,7 @@ def test_heat_maps_show_one_quantity():
 
 def test_level_runs_are_flagged(tmp_path):
     study = grid_study(arms=7, values=3, seeds=2)
-    write_csv(study, cells_of(study), {}, tmp_path / "results.csv")
+    (tmp_path / "results.csv").write_text(runs_csv(study, cells_of(study), {}))
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert {line["arm"] for line in lines if line["level"] == "yes"} == {"group"}
     assert {line["level"] for line in lines if line["arm"] == "group"} == {"yes"}
@@ -303,12 +303,12 @@ def test_own_batch_of_batch_renormalization_is_no_evaluation(tmp_path):
     for cell in cells:
         if cell.arm == "renorm":
             entries = [
-                {"statistics": "running", "estimator": None, "samples": None, "test_error": 0.5},
-                {"statistics": "batch", "estimator": None, "samples": None, "test_error": 0.1},
-                {"statistics": "population", "estimator": "total", "samples": 1024, "test_error": 0.6},
+                {"statistics": "running", "estimator": None, "samples": None, "test": {"error": 0.5}},
+                {"statistics": "batch", "estimator": None, "samples": None, "test": {"error": 0.1}},
+                {"statistics": "population", "estimator": "total", "samples": 1024, "test": {"error": 0.6}},
             ]
-            results[cell.key] = replace(results[cell.key], test_error=0.5, evaluations=entries)
-    write_csv(study, cells, results, tmp_path / "results.csv")
+            results[cell.key] = replace(results[cell.key], test={"error": 0.5}, evaluations=entries)
+    (tmp_path / "results.csv").write_text(runs_csv(study, cells, results))
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert all((line["error_batch"] == "") == (line["arm"] == "renorm") for line in lines)
 
@@ -318,12 +318,12 @@ def test_numbers_of_images_that_were_rounded_apart_share_a_column():
     several = [result_of(cell, samples=(128, 1024)), result_of(cell, samples=(128, 1088)), result_of(cell, samples=())]
     names = [name for name, _ in columns_of(several)]
     assert names == [
-        "error_running",
-        "error_batch",
-        "error_population_mean_128",
-        "error_population_total_128",
-        "error_population_mean_1024_to_1088",
-        "error_population_total_1024_to_1088",
+        "running",
+        "batch",
+        "population_mean_128",
+        "population_total_128",
+        "population_mean_1024_to_1088",
+        "population_total_1024_to_1088",
     ]
     assert len(columns_of([result_of(cell, samples=(1024, 1088))])) == 6  # two columns each: one run has both
 

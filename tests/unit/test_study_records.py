@@ -90,12 +90,12 @@ def test_a_line_that_grows_is_read_when_it_is_whole(tmp_path):
 def test_the_first_record_of_a_key_counts(tmp_path):
     append(path_of(tmp_path), record("a", error=0.1))
     append(path_of(tmp_path), record("a", error=0.2, after=-100))
-    assert read_records(tmp_path)["a"].result.test_error == 0.1
+    assert read_records(tmp_path)["a"].result.score == 0.1
     # Of two files, the run that ended first, whatever the files are called.
     append(path_of(tmp_path, "a"), record("a", error=0.3, after=50, worker="a"))
-    assert read_records(tmp_path)["a"].result.test_error == 0.1
+    assert read_records(tmp_path)["a"].result.score == 0.1
     append(path_of(tmp_path, "z"), record("a", error=0.4, after=-50, worker="z"))
-    assert read_records(tmp_path)["a"].result.test_error == 0.4
+    assert read_records(tmp_path)["a"].result.score == 0.4
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from report_fakes import open_page
@@ -124,7 +125,9 @@ def test_an_interval_has_the_digits_of_its_middle():
     ],
 )
 def test_places_in_words(name, value, words):
-    assert coordinate(name, value) == words
+    assert coordinate(small_study(), name, value) == words
+    other = replace(small_study(), base={"task": {"name": "liver:Liver"}})
+    assert coordinate(other, name, value) == words.replace("image", "sample")
 
 
 def test_command_reports_failures_and_says_where_the_report_is(tmp_path, monkeypatch, capsys):

@@ -134,7 +134,7 @@ def test_accidents_are_outcomes(tmp_path, monkeypatch, capsys):
     assert "SIGKILL" in by_place["sync", 1].message
     assert [by_place["batch", seed].state for seed in (0, 1)] == ["diverged"] * 2
     assert [by_place["iid", seed].state for seed in (0, 1)] == ["done"] * 2
-    assert [by_place["iid", seed].result.test_error for seed in (0, 1)] == [0.02] * 2
+    assert [by_place["iid", seed].result.score for seed in (0, 1)] == [0.02] * 2
     # The folder tells the same to another process.
     seen = study_outcomes(CELLS, tmp_path)
     assert {k: (o.state, o.message) for k, o in seen.items()} == {k: (o.state, o.message) for k, o in outcomes.items()}

@@ -74,12 +74,12 @@ def test_nothing_shown_is_one_sentence():
 
 
 def test_no_worse():
-    study = against(plain_study(seeds=8), ("sync", "group"), margin=0.005)
+    study = against(plain_study(seeds=8), ("sync", "group"), margin=0.5)
     errors = {"batch": around(0.4), "sync": around(0.1), "group": [0.1 + j / 2 for j in JITTER]}
     said = told(study, errors)
     assert said.startswith("SyncBatchNorm is no worse than GroupNorm by a margin of 0.50 points: +0.03 points (95 %")
     errors["group"] = around(0.1)[::-1]
-    study = against(study, ("sync", "group"), margin=0.001)
+    study = against(study, ("sync", "group"), margin=0.1)
     assert told(study, errors).startswith(
         "SyncBatchNorm is not shown to be no worse than GroupNorm by a margin of 0.10"
     )
@@ -162,7 +162,7 @@ def test_class_order_is_named():
         found = results_of([cell])[cell.key]
         config = found.config | {"data": found.config["data"] | {"class_skew": 4}}
         error = (0.4 if cell.arm == "batch" else 0.1) + JITTER[cell.seed]
-        results[cell.key] = replace(found, config=config, test_error=error)
+        results[cell.key] = replace(found, config=config, test={"loss": error, "error": error})
     summary = summary_of(study, cells, results)
     assert verdict(summary, findings_of(summary)).startswith(
         "At 4 images per GPU in class order, Local BatchNorm costs"

@@ -1,4 +1,4 @@
-"""What trained models' errors are under each kind of normalization statistics."""
+"""What trained models score under each kind of normalization statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncbn.study.analysis.statistics import Centre, centre_of
-from syncbn.study.analysis.summary import Setting, Summary, error_of
+from syncbn.study.analysis.summary import Setting, Summary, score_of
 from syncbn.study.plan.grid import Point
 from syncbn.train.result import RunResult
 
@@ -23,9 +23,8 @@ class Kind:
 
     @property
     def column(self) -> str:
-        """Name in a CSV file: ``error_batch``, ``error_population_total_1024``."""
-        parts = [self.statistics, self.estimator, str(self.samples) if self.samples else ""]
-        return "_".join(["error", *filter(None, parts)])
+        """Name in a CSV file, after that of the metric: ``batch``, ``population_total_1024``."""
+        return "_".join(filter(None, [self.statistics, self.estimator, str(self.samples) if self.samples else ""]))
 
     @property
     def family(self) -> str:
@@ -34,7 +33,7 @@ class Kind:
 
 
 CLOSE = 1.25
-"""Ratio of two numbers of images up to which they may share a column of a CSV file."""
+"""Ratio of two numbers of samples up to which they may share a column of a CSV file."""
 FAMILIES = {
     "running": "running (EMA)",
     "batch": "the test batch's own",
@@ -52,13 +51,14 @@ def kinds_of(results: Sequence[RunResult]) -> list[Kind]:
 
 
 def evaluated(result: RunResult | None, kind: Kind) -> float:
-    """The test error of a run with one kind of statistics, NaN where it was not evaluated so (or diverged)."""
+    """The metric of a run with one kind of statistics, NaN where it was not evaluated so (or diverged)."""
     if result is None or result.status == "diverged":
         return math.nan
     for entry in _entries(result):
-        if _kind(entry) == kind and entry.get("test_error") is not None:
-            return float(entry["test_error"])
-    return error_of(result) if kind.statistics == "running" else math.nan
+        value = (entry.get("test") or {}).get(result.metric.name)
+        if _kind(entry) == kind and value is not None:
+            return float(value)
+    return score_of(result) if kind.statistics == "running" else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class Evaluated:
     """One setting with batch statistics, under each kind of them."""
 
     setting: Setting
-    errors: dict[Kind, Centre]
+    scores: dict[Kind, Centre]
     """Without the kinds that no run of it was evaluated with."""
 
     def largest(self, family: str) -> Kind | None:
         """The kind of a family with the most samples."""
-        found = [kind for kind in self.errors if kind.family == family]
+        found = [kind for kind in self.scores if kind.family == family]
         return max(found, key=lambda kind: kind.samples, default=None)
 
 
@@ -83,16 +83,16 @@ def evaluated_settings(summary: Summary) -> dict[tuple[str, Point], Evaluated]:
         if all(kind.statistics == "running" for kind in kinds):
             continue
         centres = {kind: centre_of([evaluated(result, kind) for result in setting.results]) for kind in kinds}
-        errors = {kind: centre for kind, centre in centres.items() if not math.isnan(centre.mean)}
-        if errors:
-            found[place] = Evaluated(setting=setting, errors=errors)
+        scores = {kind: centre for kind, centre in centres.items() if not math.isnan(centre.mean)}
+        if scores:
+            found[place] = Evaluated(setting=setting, scores=scores)
     return found
 
 
 def columns_of(results: Sequence[RunResult]) -> list[tuple[str, list[Kind]]]:
-    """The columns of a CSV file, each with the kinds in it.
+    """The columns of a CSV file, named without the metric, each with the kinds in it.
 
-    How many images population statistics are of is rounded to whole global batches, so it may differ a little between
+    How many samples population statistics are of is rounded to whole global batches, so it may differ a little between
     settings that were asked for the same; such kinds share a column, which is named after the least and the most.
     """
     columns: list[list[Kind]] = []

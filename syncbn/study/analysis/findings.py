@@ -11,6 +11,7 @@ import numpy as np
 from syncbn.study.analysis import statistics
 from syncbn.study.analysis.summary import Summary
 from syncbn.study.plan.grid import Contrast
+from syncbn.train.result import Metric
 
 Verdict = Literal["better", "worse", "no difference shown", "no worse", "too few seeds", "diverged"]
 """``better``, ``worse``: the test shows a difference. ``no worse``: it shows that the difference is smaller than the
@@ -21,17 +22,23 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One contrast over the seeds that all of its settings finished. Errors are fractions; what is unknown is NaN."""
+    """One contrast over the seeds that all of its settings finished. Scores and differences of them are as the task
+    gives them, so those of a metric in percent are fractions; what is unknown is NaN."""
 
     contrast: Contrast
+    metric: Metric
+    """What the settings are compared by."""
     pairs: tuple[tuple[int, float, float], ...]
-    """Seed, error of the first setting, error of the second; with ``minus``, the two differences instead."""
+    """Seed, score of the first setting, score of the second; with ``minus``, the two differences instead."""
     difference: float
-    """Mean over the pairs of first minus second: below 0, the first has the lower error. NaN if a run diverged."""
+    """Mean over the pairs of first minus second, NaN if a run diverged. Below 0 the first is the better one if a lower
+    score is better, and above 0 if a higher one is."""
     low: float
     """Lower end of the 95 % interval over seeds (of this contrast alone: not widened for the others)."""
     high: float
     """Upper end of that interval."""
+    margin: float | None
+    """The contrast's margin, in the unit of the difference."""
     p: float
     """Of the test that decides, corrected over the planned contrasts; NaN until all planned runs have ended."""
     p_no_worse: float
@@ -42,13 +49,19 @@ class Finding:
     """The smallest true difference that these seeds show with 80 % power, for this spread and number of contrasts."""
     test_set_error: float
     """Binomial standard error of the difference from the size of the test set, which the interval does not contain.
-    It takes the settings as tested on different images, so it is too large rather than too small."""
+    It takes the settings as tested on different samples, so it is too large rather than too small. NaN for a metric
+    that is no fraction of the samples."""
     verdict: Verdict | None
     """None until all planned runs of the contrast have ended."""
     diverged: int
     """Runs of the contrast that diverged."""
     missing: int
     """Planned runs of the contrast without a result."""
+
+    @property
+    def cost(self) -> float:
+        """The difference, above 0 if the first setting is the worse one."""
+        return self.metric.sign * self.difference
 
 
 def findings_of(summary: Summary) -> tuple[Finding, ...]:
@@ -71,41 +84,46 @@ def findings_of(summary: Summary) -> tuple[Finding, ...]:
 
 def _uncorrected(summary: Summary, contrast: Contrast) -> Finding:
     """A finding without a verdict, with the p values of this contrast alone."""
-    study = summary.study
+    study, metric = summary.study, summary.metric
     settings = [summary.settings[place.arm, place.point] for place in contrast.places]
-    errors = np.array([setting.errors for setting in settings], dtype=np.float64)
-    finished = np.isfinite(errors.sum(axis=0))
-    kept = errors[:, finished]
+    scores = np.array([setting.scores for setting in settings], dtype=np.float64)
+    finished = np.isfinite(scores.sum(axis=0))
+    kept = scores[:, finished]
     first, second = kept[:2] if contrast.minus is None else (kept[0] - kept[1], kept[2] - kept[3])
     seeds = [seed for seed, ok in zip(study.seeds, finished, strict=True) if ok]
-    images = max((run.test_images or 0 for setting in settings for run in setting.runs), default=0)
-    resolution = 1 / images if images else 0.0
-    variance = sum(setting.error.mean * (1 - setting.error.mean) for setting in settings)
+    samples = max((run.test_samples or 0 for setting in settings for run in setting.runs), default=0)
+    samples = samples if metric.of_samples else 0
+    resolution = 1 / samples if samples else 0.0
+    variance = sum(setting.score.mean * (1 - setting.score.mean) for setting in settings)
+    margin = contrast.margin / 100 if contrast.margin is not None and metric.percent else contrast.margin
     diverged, missing = sum(setting.diverged for setting in settings), sum(setting.missing for setting in settings)
     known = diverged == 0  # else the surviving seeds would speak for the setting that lost its worst ones
     ready = known and missing == 0 and len(seeds) >= statistics.MIN_SEEDS
     difference, low, high = statistics.interval(first - second) if known else (math.nan,) * 3
     p = p_no_worse = p_sign_flip = smallest = math.nan
+    signed = metric.sign * first, metric.sign * second  # the tests take the lower score for the better one
     if ready:
-        p = float(statistics.difference_p(first, second, resolution))
-    if ready and contrast.margin is not None:
-        p_no_worse = float(statistics.no_worse_p(first, second, contrast.margin, resolution))
+        p = float(statistics.difference_p(*signed, resolution))
+    if ready and margin is not None:
+        p_no_worse = float(statistics.no_worse_p(*signed, margin, resolution))
     if ready and len(seeds) >= statistics.SIGN_FLIP_SEEDS:
         # The generator is fixed: a report says the same whenever it is written.
         p_sign_flip = float(statistics.sign_flip_p(first[:, None], second[:, None], rng=np.random.default_rng(0))[0])
     if known:
-        smallest = statistics.smallest_effect(first, second, statistics.ALPHA / len(study.contrasts), resolution)
+        smallest = statistics.smallest_effect(*signed, statistics.ALPHA / len(study.contrasts), resolution)
     return Finding(
         contrast=contrast,
+        metric=metric,
         pairs=tuple(zip(seeds, first.tolist(), second.tolist(), strict=True)),
         difference=difference,
         low=low,
         high=high,
+        margin=margin,
         p=p,
         p_no_worse=p_no_worse,
         p_sign_flip=p_sign_flip,
         smallest_effect=smallest,
-        test_set_error=math.sqrt(variance / images) if images else math.nan,
+        test_set_error=math.sqrt(variance / samples) if samples else math.nan,
         verdict=None,
         diverged=diverged,
         missing=missing,
@@ -122,5 +140,5 @@ def _verdict(finding: Finding) -> Verdict | None:
     if finding.p_no_worse <= statistics.ALPHA:
         return "no worse"
     if finding.p <= statistics.ALPHA:
-        return "better" if finding.difference < 0 else "worse"
+        return "better" if finding.cost < 0 else "worse"
     return "no difference shown"

@@ -10,14 +10,16 @@ from itertools import product
 
 from syncbn.study.analysis.statistics import Centre, centre_of
 from syncbn.study.plan.grid import HOLD, Cell, Point, Study, Value
-from syncbn.train.result import RunResult
+from syncbn.train.config import ConfigError
+from syncbn.train.result import Metric, RunResult
+from syncbn.train.tasks.classification import Classification
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One arm at one place, over all seeds. Errors are fractions of the test images.
+    """One arm at one place, over all seeds.
 
-    >>> from syncbn.study import load_study
+    >>> from syncbn.study.plan.study_file import load_study
     >>> from syncbn.study.analysis.summary import summary_of
     >>> from syncbn.study.plan.grid import study_cells
     >>> study = load_study("quickstart")
@@ -36,9 +38,9 @@ class Setting:
     """Of its runs, in the order of the study's seeds. Settings of the same keys are the same runs."""
     results: tuple[RunResult | None, ...]
     """In the same order; None where a run has no result."""
-    errors: tuple[float, ...]
-    """Test errors in the same order; NaN for a run that diverged or has no result."""
-    error: Centre
+    scores: tuple[float, ...]
+    """The task's metric on the test set, in the same order; NaN for a run that diverged or has no result."""
+    score: Centre
     """Of the runs that finished."""
     finished: int
     diverged: int
@@ -75,6 +77,8 @@ class Summary:
     """Its values from left to right."""
     panels: tuple[Point, ...]
     """The places on the other axes; one empty place where there are none."""
+    metric: Metric
+    """What its settings are compared by: the metric of its results, classification's error while there is none."""
 
     def panel_of(self, point: Point) -> Point:
         """The panel in which a place lies."""
@@ -92,15 +96,18 @@ class Summary:
 
 
 def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
-    """The settings of a study; ``results`` by the cells' keys."""
+    """The settings of a study; ``results`` by the cells' keys.
+
+    Raises ConfigError if two of the runs have different metrics.
+    """
     by_place = {(cell.arm, cell.point, cell.seed): cell for cell in cells}
     settings = {}
     for arm, point in [(each, point) for each in study.arms for point in study.points(each)]:
         column = [by_place[arm.name, point, seed] for seed in study.seeds]
         runs = [results.get(cell.key) for cell in column]
-        errors = [error_of(run) for run in runs]
+        scores = [score_of(run) for run in runs]
         ended = sum(run is not None for run in runs)
-        finished = sum(not math.isnan(error) for error in errors)
+        finished = sum(not math.isnan(score) for score in scores)
         settings[arm.name, point] = Setting(
             arm=arm.name,
             label=arm.label,
@@ -109,15 +116,22 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
             normalization_batch_size=column[0].config.normalization_batch_size,
             keys=tuple(cell.key for cell in column),
             results=tuple(runs),
-            errors=tuple(errors),
-            error=centre_of(errors),
+            scores=tuple(scores),
+            score=centre_of(scores),
             finished=finished,
             diverged=ended - finished,
             missing=len(runs) - ended,
         )
     across, values = _axis_across(study)
     others = [[(name, value) for value in of] for name, of in study.axes.items() if name != across]
-    return Summary(study=study, settings=settings, across=across, values=values, panels=tuple(product(*others)))
+    return Summary(
+        study=study,
+        settings=settings,
+        across=across,
+        values=values,
+        panels=tuple(product(*others)),
+        metric=_metric_of(study, [run for setting in settings.values() for run in setting.runs]),
+    )
 
 
 def layer_means(setting: Setting) -> dict[str, LayerMeans]:
@@ -136,22 +150,36 @@ def _mean(entries: Sequence[dict[str, float | None]], name: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def error_of(result: RunResult | None) -> float:
-    """The test error of a run that finished, NaN for any other."""
-    if result is None or result.status == "diverged" or result.test_error is None:
+def score_of(result: RunResult | None) -> float:
+    """The metric of a run that finished, NaN for any other, and where the metric is not finite."""
+    if result is None or result.status == "diverged" or not math.isfinite(result.score):
         return math.nan
-    return float(result.test_error)
+    return float(result.score)
 
 
-def by_badness(settings: Sequence[Setting]) -> list[Setting]:
+def by_badness(settings: Sequence[Setting], metric: Metric) -> list[Setting]:
     """The worst first and the reference last: divergence throughout above all, settings without a result last."""
-    return sorted(settings, key=lambda setting: (setting.reference, -_badness(setting)))
+
+    def badness(setting: Setting) -> float:
+        if setting.finished == 0:
+            return math.inf if setting.diverged else -math.inf
+        return metric.sign * setting.score.mean
+
+    return sorted(settings, key=lambda setting: (setting.reference, -badness(setting)))
 
 
-def _badness(setting: Setting) -> float:
-    if setting.finished == 0:
-        return 2.0 if setting.diverged else -1.0
-    return setting.error.mean
+def _metric_of(study: Study, runs: Sequence[RunResult]) -> Metric:
+    if study.metric is not None:  # the file's, whose direction may have been corrected since the runs
+        other = next((run.metric.name for run in runs if run.metric.name != study.metric.name), None)
+        if other is not None:
+            expected = f"{other}, as runs in the study's folder have it; use another folder"
+            raise ConfigError(f"{study.name}: metric", study.metric.name, expected)
+        return study.metric
+    found = list(dict.fromkeys(run.metric for run in runs)) or [Classification.metric]
+    if len(found) > 1:
+        one, other = (repr(metric) if found[0].name == found[1].name else metric.name for metric in found[:2])
+        raise ConfigError(f"{study.name}: metric", other, f"{one}, as other runs of the study have it")
+    return found[0]
 
 
 def _axis_across(study: Study) -> tuple[str | None, tuple[Value, ...]]:

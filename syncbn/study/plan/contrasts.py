@@ -1,13 +1,16 @@
 """The comparisons that a study plans, named before its runs.
 
-A contrast is the test error at one place minus that at another: an arm against an arm, or a value of an axis against
-another along the same arm. With ``minus`` it is a difference of two such differences. The tests are corrected over all
-planned contrasts, so a study should name those that answer its question and no others.
+A contrast is the test score (the task's metric on the test set) at one place minus that at another: an arm against an
+arm, or a value of an axis against another along the same arm. With ``minus`` it is a difference of two such
+differences. The tests are corrected over all planned contrasts, so a study should name those that answer its question
+and no others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from syncbn.study.plan.content import mapping, place
 from syncbn.study.plan.grid import Cell, Contrast, Place, Point, Study, Value
@@ -19,7 +22,8 @@ def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast,
 
     Each entry names an arm (or a list of arms, one contrast each) and its place. ``against`` says what is different in
     the second setting, and ``minus`` what is different in both settings of the difference that is subtracted.
-    ``no_worse_by`` is a margin in points of test error. An axis that is not named is at its first value::
+    ``no_worse_by`` is a margin: in points for a metric in percent, such as the error of classification, else in the
+    metric's own unit. An axis that is not named is at its first value::
 
         contrasts:
           - {arm: [sync, renorm], at: {per_gpu_batch_size: 2}, against: {arm: batch}}
@@ -48,9 +52,12 @@ def contrasts_from(content: object, study: Study, where: str) -> tuple[Contrast,
 
 
 def default_contrasts(study: Study) -> tuple[Contrast, ...]:
-    """Each other arm against the reference, at the first value of each axis; empty without a reference."""
+    """Each other arm against the reference, at the first value of each axis; empty without a reference.
+
+    Copies of arms without tuning are left out: they are shown beside the tuned ones, and claim nothing.
+    """
     first = _point({}, study)
-    arms = [arm for arm in study.arms if first in study.points(arm)]
+    arms = [arm for arm in study.arms if arm.tuned and first in study.points(arm)]
     reference = next((arm for arm in arms if arm.reference), None)
     if reference is None:
         return ()
@@ -74,8 +81,7 @@ def check_runs_differ(contrasts: Sequence[Contrast], cells: Sequence[Cell], wher
 def _entry(content: object, study: Study, where: str) -> list[Contrast]:
     data = mapping(content, where, required=("arm", "against"), optional=("at", "minus", "no_worse_by"))
     margin = data.get("no_worse_by")
-    known = margin is None or (type(margin) in (int, float) and 0 < margin < 100)
-    require(known, f"{where}.no_worse_by", margin, "points of test error, above 0 and below 100")
+    _check_margin(margin, study, f"{where}.no_worse_by")
     names = data["arm"] if isinstance(data["arm"], list) else [data["arm"]]
     require(bool(names), f"{where}.arm", names, "at least one arm")
     point = _point(place(data.get("at", {}), study.axes, f"{where}.at"), study)
@@ -88,8 +94,16 @@ def _entry(content: object, study: Study, where: str) -> list[Contrast]:
         for end in (*ends, *moved):
             run_there = any(arm.name == end.arm and end.point in study.points(arm) for arm in study.arms)
             require(run_there, where, _name(end), "a place at which this arm is run")
-        contrasts.append(_contrast(ends, minus, None if margin is None else margin / 100))
+        contrasts.append(_contrast(ends, minus, margin))
     return contrasts
+
+
+def _check_margin(margin: Any, study: Study, where: str) -> None:
+    most, expected = 100.0, "points of test error, above 0 and below 100"
+    if study.samples_word != "images":  # the metric of another task is known from its results alone
+        most, expected = math.inf, "a number above 0: points if the metric is in percent, else in the metric's unit"
+    number = isinstance(margin, int | float) and not isinstance(margin, bool) and 0 < margin < most
+    require(margin is None or number, where, margin, expected)
 
 
 def _moved(start: Place, content: object, study: Study, where: str) -> Place:

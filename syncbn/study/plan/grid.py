@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
 from syncbn.train.config import ConfigError, RunConfig, config_from_dict, config_to_dict
-from syncbn.train.result import RunResult
+from syncbn.train.result import Metric, RunResult
 
 KEY_LENGTH = 16
 """Hexadecimal digits of a cell's key. 64 bits rule out accidental collisions."""
@@ -27,6 +27,9 @@ Vary = Literal["per_gpu_batch_size", "ghost_batch_size", "sync_group_size"]
 Value = int | float | str | bool | None
 Point = tuple[tuple[str, Value], ...]
 """A place on the axes: (name, value) pairs in the order of :attr:`Study.axes`."""
+
+Candidate = tuple[tuple[str, Value], ...]
+"""Values to be tried for the keys of a run's configuration: (key, value) pairs in the order of the tuning grid."""
 
 HOLD = "hold"
 """Name of the axis of a coupled sweep that is run both at constant epochs and at constant steps."""
@@ -46,6 +49,10 @@ class Arm:
     """Whether the other arms are compared with this one (at most one arm)."""
     only: dict[str, tuple[Value, ...]] = field(default_factory=dict)
     """Values of an axis at which this arm is run; it is run at all values of an axis that is not named."""
+    tune: dict[str, tuple[Value, ...]] | None = None
+    """A tuning grid of its own, in place of the study's."""
+    tuned: bool = True
+    """Whether the arm takes part in the study's tuning, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,21 @@ class Sweep:
     """Coupled, with ``steps`` held: optimizer steps of every run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What each setting chooses for itself by validation, before the study's runs."""
+
+    grid: dict[str, tuple[Value, ...]]
+    """Dotted keys of the run configuration, and the values to try."""
+    seeds: tuple[int, ...]
+    """None of them is a seed of the study."""
+
+    def candidates(self, arm: Arm) -> list[Candidate]:
+        """All combinations of the values of an arm's grid."""
+        grid = self.grid if arm.tune is None else arm.tune
+        return list(product(*([(key, value) for value in values] for key, values in grid.items())))
+
+
 @dataclass(frozen=True)
 class Place:
     """An arm at a point of the axes."""
@@ -78,14 +100,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Error at ``first`` minus error at ``second``; with ``minus``, minus the same difference there."""
+    """Score at ``first`` minus score at ``second``; with ``minus``, minus the same difference there."""
 
     name: str  # unique within the study; made of the arms and of the values that differ
     first: Place
     second: Place
     minus: tuple[Place, Place] | None = None
     margin: float | None = None
-    """Error (a fraction of the test images) by which ``first`` may exceed ``second`` and still count as no worse."""
+    """By how much ``first`` may be worse than ``second`` and still count as no worse: in points if the metric is in
+    percent, else in the metric's own unit."""
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -111,7 +134,7 @@ class Study:
     """A question, the arms that answer it, the axes along which they are run, and the seeds of each setting.
 
     Example:
-        >>> from syncbn.study import load_study
+        >>> from syncbn.study.plan.study_file import load_study
         >>> study = load_study("quickstart")
         >>> [arm.name for arm in study.arms]
         ['batch', 'sync', 'renorm', 'group', 'batch_iid']
@@ -132,6 +155,13 @@ class Study:
     contrasts: tuple[Contrast, ...] = ()
     """The planned comparisons, which are the family over which the tests are corrected."""
     parity: Parity | None = None
+    tune: Tune | None = None
+    run: str | Callable[..., Any] | None = None
+    """A training loop of the user's, ``module:function`` or the function; None for the package's trainer."""
+    metric: Metric | None = None
+    """What the user's training loop is compared by."""
+    processes: int = 1
+    """Processes that the user's training loop is launched in, under torchrun."""
     notes: str | None = None
     """A remark for the reader of the main figure, such as why it differs from a published one."""
 
@@ -149,6 +179,13 @@ class Study:
             if len(self.sweep.hold) > 1:
                 found[HOLD] = self.sweep.hold
         return found | self.grid
+
+    @property
+    def samples_word(self) -> str:
+        """What its samples are called: ``images`` for classification, else ``samples``."""
+        task = self.base.get("task")
+        name = task.get("name", "classification") if isinstance(task, Mapping) else "classification"
+        return "images" if name == "classification" else "samples"
 
     def points(self, arm: Arm) -> list[Point]:
         """The points of the axes at which an arm is run."""
@@ -173,6 +210,10 @@ class Cell:
     arm: str
     seed: int
     point: Point = ()
+    candidate: Candidate = ()
+    """What tuning tries or has chosen."""
+    tuning: bool = False
+    """Whether this is a run from which a setting chooses."""
     config: RunConfig
     key: str
     """Hash of ``config``. A cell whose configuration changes has another key and is run again."""
@@ -180,28 +221,48 @@ class Cell:
     @property
     def label(self) -> str:
         """Name of the cell in messages."""
-        return ", ".join([self.arm, *(f"{name} {value}" for name, value in self.point), f"seed {self.seed}"])
+        return ", ".join(
+            [self.arm, *(f"{name} {value}" for name, value in self.point + self.candidate), f"seed {self.seed}"]
+        )
 
 
-def study_cells(study: Study, source: str | None = None) -> list[Cell]:
+def study_cells(
+    study: Study, source: str | None = None, *, choices: Mapping[Place, Candidate] | None = None
+) -> list[Cell]:
     """The cells of a study, all settings of the first seed first, so that an interrupted study has compared all arms.
 
     Seeds are paired: a cell's seed is its run's seed, so all arms of one seed share initial weights, data order and
-    augmentation as far as their configurations allow.
+    augmentation as far as their configurations allow. ``choices`` are what settings chose in the study's tuning.
 
     Raises ConfigError if a setting has an impossible configuration; the message names ``source`` (by default the
     study's name), the arm and the key.
     """
-    where = source or study.name
+    chosen = choices or {}
     parsed: dict[str, RunConfig] = {}  # by the values they are parsed from: parsing is slow, and settings share values
-    settings = [(arm, point) for arm in study.arms for point in study.points(arm)]
-    configs = [_resolve(study, arm, point, where, parsed) for arm, point in settings]
-    cells = []
-    for seed in study.seeds:
-        for (arm, point), config in zip(settings, configs, strict=True):
-            seeded = replace(config, seed=seed)
-            cells.append(Cell(arm=arm.name, seed=seed, point=point, config=seeded, key=cell_key(seeded)))
-    return cells
+    by_setting = [
+        setting_cells(study, arm, point, chosen.get(Place(arm.name, point), ()), study.seeds, source, parsed)
+        for arm in study.arms
+        for point in study.points(arm)
+    ]
+    return [cells[i] for i in range(len(study.seeds)) for cells in by_setting]
+
+
+def setting_cells(
+    study: Study,
+    arm: Arm,
+    point: Point,
+    candidate: Candidate,
+    seeds: Sequence[int],
+    source: str | None = None,
+    parsed: dict[str, RunConfig] | None = None,
+) -> list[Cell]:
+    """The cells of one setting with the values of a candidate, one for each seed."""
+    config = _resolve(study, arm, point, candidate, source or study.name, {} if parsed is None else parsed)
+    seeded = [replace(config, seed=seed) for seed in seeds]
+    return [
+        Cell(arm=arm.name, seed=each.seed, point=point, candidate=candidate, config=each, key=cell_key(each))
+        for each in seeded
+    ]
 
 
 def unique_cells(cells: Sequence[Cell]) -> list[Cell]:
@@ -246,15 +307,17 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _resolve(study: Study, arm: Arm, point: Point, source: str, parsed: dict[str, RunConfig]) -> RunConfig:
+def _resolve(
+    study: Study, arm: Arm, point: Point, candidate: Candidate, source: str, parsed: dict[str, RunConfig]
+) -> RunConfig:
     """The configuration of a setting, before a seed is set."""
     values = merge(study.base, arm.overrides)
     if "seed" in values:
         raise ConfigError(f"{source}: arm {arm.name}: seed", values["seed"], "no seed here: the study's `seeds` set it")
     at = dict(point)
-    where = f"{source}: arm {arm.name}" + "".join(f", {name} {value}" for name, value in point)
-    for name in study.grid:
-        values = merge(values, _nested(name, at[name]))
+    where = f"{source}: arm {arm.name}" + "".join(f", {name} {value}" for name, value in point + candidate)
+    for name, value in [*((name, at[name]) for name in study.grid), *candidate]:
+        values = merge(values, _nested(name, value))
     if study.sweep is not None:
         config = _parse(merge(values, _any_place(study.sweep, values)), where, parsed)
         values = merge(values, _swept(study.sweep, config, at, where))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +13,10 @@ import yaml
 from syncbn.study.plan.content import axis_values, mapping, place, positive, text
 from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
 from syncbn.study.plan.grid import Arm, Cell, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
-from syncbn.train.config import ConfigError, known_keys, require
+from syncbn.study.plan.tune_file import check_tune, grid_from, tune_from
+from syncbn.study.plan.tuning import trial_cells
+from syncbn.train.config import ConfigError, require
+from syncbn.train.result import Metric
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -35,23 +37,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_study(path_or_name: str | Path) -> Study:
-    """Read a study from its YAML file.
+    """Read a study from a YAML file, or the packaged study of this name.
 
-    Args:
-        path_or_name: path of a YAML file, or the name of a study that comes with the package.
-
-    Returns:
-        The study. Each of its cells has a possible configuration.
-
-    Raises:
-        ValueError: there is no such study, or its file has a mistake; the message names the file, the key, the value
-            and what was expected.
-
-    Example:
-        >>> from syncbn.study import load_study
-        >>> study = load_study("quickstart")
-        >>> study.name, study.seeds
-        ('quickstart', (0, 1, 2))
+    Raises ConfigError if there is none, or if it has a mistake.
     """
     path = _find_study(str(path_or_name))
     try:
@@ -73,7 +61,8 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     Raises ConfigError if a key is missing, unknown or of the wrong type, or a cell has an impossible configuration.
     """
     required = ("name", "title", "question", "base", "arms", "seeds")
-    data = mapping(content, source, required, optional=("sweep", "axes", "contrasts", "parity", "notes"))
+    optional = ("sweep", "axes", "contrasts", "parity", "tune", "notes", "run", "metric", "processes")
+    data = mapping(content, source, required, optional)
     arms = mapping(data["arms"], f"{source}: arms")
     require(bool(arms), f"{source}: arms", arms, "at least one arm")
     sweep = _sweep(data.get("sweep"), f"{source}: sweep")
@@ -81,23 +70,29 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         name=text(data["name"], f"{source}: name"),
         title=text(data["title"], f"{source}: title"),
         question=text(data["question"], f"{source}: question"),
-        base=mapping(data["base"], f"{source}: base"),
+        base=_base(data, source),
         arms=(),
         seeds=_seeds(data["seeds"], f"{source}: seeds"),
         sweep=sweep,
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
         notes=None if data.get("notes") is None else text(data["notes"], f"{source}: notes"),
     )
+    made = tuple(_arm(name, arm, study, source) for name, arm in arms.items())
+    tune, made = tune_from(data.get("tune"), made, study, f"{source}: tune")
     study = replace(
         study,
-        arms=tuple(_arm(name, arm, study, source) for name, arm in arms.items()),
+        arms=made,
+        tune=tune,
         parity=_parity(data.get("parity"), study, f"{source}: parity"),
     )
+    study = replace(study, **_own_loop(data, source))
     references = [arm.name for arm in study.arms if arm.reference]
     require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
     _check_overlaps(study, source)
+    check_tune(study, _sweep_keys(study.sweep), source)
     study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
     cells = study_cells(study, source)
+    trial_cells(study, source)  # all candidates are possible
     if data.get("contrasts") is not None:
         check_runs_differ(study.contrasts, cells, f"{source}: contrasts")
     if study.parity is not None:
@@ -121,6 +116,40 @@ def _find_study(path_or_name: str) -> Path:
     return path
 
 
+def _base(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What all arms share; with a training loop of the user's, its name is the task's."""
+    base, run = mapping(data["base"], f"{source}: base"), data.get("run")
+    if run is None:
+        return base
+    named = isinstance(run, str) and ":" in run
+    function = f"{getattr(run, '__module__', None)}:{getattr(run, '__qualname__', None)}"
+    require(named or (callable(run) and "None" not in function), f"{source}: run", run, "module:function")
+    task = mapping(base.get("task") or {}, f"{source}: base.task", optional=("options",))
+    return {**base, "task": {**task, "name": run if isinstance(run, str) else function}}
+
+
+def _own_loop(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    run, metric, processes = data.get("run"), data.get("metric"), data.get("processes", 1)
+    if run is None:
+        for key in ("metric", "processes"):
+            require(key not in data, f"{source}: {key}", data.get(key), "none without `run`, a training loop of yours")
+        return {}
+    expected = "none with `run`, as it is the trainer's"
+    require(data.get("parity") is None, f"{source}: parity", data.get("parity"), expected)
+    positive(processes, f"{source}: processes")
+    return {"run": run, "metric": metric_from(metric, f"{source}: metric"), "processes": processes}
+
+
+def metric_from(content: object, where: str) -> Metric:
+    """Read ``metric: {name: dice, higher_is_better: true, percent: true}``."""
+    data = mapping(content, where, required=("name",), optional=("higher_is_better", "percent"))
+    name = text(data["name"], f"{where}.name")
+    require(not name.startswith("validation_"), f"{where}.name", name, "the name of a test metric")
+    for key in ("higher_is_better", "percent"):
+        require(isinstance(data.get(key, False), bool), f"{where}.{key}", data.get(key), "true or false")
+    return Metric(**{**data, "name": name})
+
+
 def _seeds(content: object, where: str) -> tuple[int, ...]:
     integers = isinstance(content, list) and all(type(seed) is int for seed in content)
     if not content or not isinstance(content, list) or not integers or len(set(content)) < len(content):
@@ -133,7 +162,7 @@ def _arm(name: object, content: object, study: Study, source: str) -> Arm:
     where = f"{source}: arms.{name}"
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{source}: arms", name, "a name (YAML reads an unquoted no, off, 1 or null as a value)")
-    data = mapping(content, where, optional=("label", "overrides", "reference", "only"))
+    data = mapping(content, where, optional=("label", "overrides", "reference", "only", "tune"))
     reference = data.get("reference", False)
     require(isinstance(reference, bool), f"{where}.reference", reference, "true or false")
     only = {}
@@ -146,6 +175,7 @@ def _arm(name: object, content: object, study: Study, source: str) -> Arm:
         overrides=mapping(data.get("overrides", {}), f"{where}.overrides"),
         reference=reference,
         only=only,
+        tune=None if data.get("tune") is None else grid_from(data["tune"], f"{where}.tune"),
     )
 
 
@@ -183,15 +213,11 @@ def _sweep(content: object, where: str) -> Sweep | None:
 def _grid(content: object, sweep: Sweep | None, where: str) -> dict[str, tuple[Value, ...]]:
     if content is None:
         return {}
-    axes = mapping(content, where)
-    known = [key for key in known_keys() if key != "seed"]
+    axes = grid_from(content, where, "axis")
     for name in axes:
-        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f"a key of the run configuration{', such as ' + ', '.join(close) if close else ''}"
-        require(name in known, f"{where}: axis", name, hint)
         swept = sweep is not None and name == sweep.vary
         require(not swept, f"{where}: axis", name, "an axis that the sweep does not vary already")
-    return {name: axis_values(values, f"{where}.{name}") for name, values in axes.items()}
+    return axes
 
 
 def _parity(content: object, study: Study, where: str) -> Parity | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -21,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Transform
 
 from syncbn.study.analysis.evaluations import FAMILIES, Evaluated
@@ -29,7 +30,8 @@ from syncbn.study.analysis.findings import Finding
 from syncbn.study.analysis.summary import Setting, Summary, by_badness
 from syncbn.study.plan.grid import Point, Study
 from syncbn.study.report.format import MINUS, axis_word, panel_title, same_runs, value_word
-from syncbn.train.result import RunResult
+from syncbn.study.report.units import Units
+from syncbn.train.result import Metric, RunResult
 
 WIDTH = 440
 """Width of a figure in units of 1/72 inch."""
@@ -110,17 +112,18 @@ def save(path: Path, draw: Callable[..., Figure], *what: Any) -> str:
 
 
 def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
-    """Test error along the sweep, or of each arm where nothing goes across; a panel for each further place."""
+    """Test scores along the sweep, or of each arm where nothing goes across; a panel for each further place."""
     settings = [setting for setting in summary.settings.values() if setting.runs]
     panels = [panel for panel in summary.panels if any(summary.panel_of(s.point) == panel for s in settings)]
     rows = 0.55 * max(len(summary.study.arms), 3) + 0.4
     figure, every = _axes(len(panels), 1, 3.9 if summary.across is not None else rows)
     for axes, panel in zip(every, panels, strict=True):
         if summary.across is None:
-            _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs]), marks)
+            _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs], summary.metric), marks)
         else:
             _sweep(axes, summary, panel, marks)
-        error_axis(axes, [error for s in settings for error in s.errors], "x" if summary.across is None else "y")
+        scores = [score for s in settings for score in s.scores]
+        score_axis(axes, scores, "x" if summary.across is None else "y", summary.metric)
         axes.set_title(panel_title(summary, panel))
     if summary.across is not None:
         _legend(figure, {s.arm: s.label for s in settings}, marks)
@@ -128,11 +131,11 @@ def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
 
 
 def main_figure_name(summary: Summary) -> str:
-    """Name of the main figure's files, by what its horizontal axis is."""
+    """Name of the main figure's files, by the metric and by what its horizontal axis is."""
     sweep, across = summary.study.sweep, summary.across
-    if across is None:
-        return "error_by_arm"
-    return "error_by_nbs" if sweep is not None and across == sweep.vary else f"error_by_{across.rpartition('.')[2]}"
+    by = "arm" if across is None else across.rpartition(".")[2]
+    metric = re.sub(r"\W", "_", summary.metric.name)  # a name such as "mAP@0.5" or "bits/pixel" is a user's
+    return f"{metric}_by_nbs" if sweep is not None and across == sweep.vary else f"{metric}_by_{by}"
 
 
 def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
@@ -141,22 +144,25 @@ def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
     height = sum(0.2 * name.count("\n") + 0.42 for name in names) + 0.6
     figure, (axes,) = _axes(1, 1, height)
     axes.axvline(0, color=MUTED, linewidth=1)
+    metric = findings[0].metric
+    unit = 100 if metric.percent else 1
     for row, finding in enumerate(findings):
         colour = _VERDICT_COLOURS.get(finding.verdict or "", MUTED)
-        seeds = [100 * (first - second) for _, first, second in finding.pairs]
+        seeds = [unit * (first - second) for _, first, second in finding.pairs]
         axes.plot(seeds, [row + 0.22] * len(seeds), "o", color=colour, markersize=3, alpha=0.6)
         if not math.isnan(finding.low):
-            axes.plot([100 * finding.low, 100 * finding.high], [row, row], color=colour, linewidth=2)
-        axes.plot(100 * finding.difference, row, "s", color=colour, markersize=7)
-        if finding.contrast.margin is not None:
-            axes.plot(100 * finding.contrast.margin, row, "|", color=INK, markersize=14)
+            axes.plot([unit * finding.low, unit * finding.high], [row, row], color=colour, linewidth=2)
+        axes.plot(unit * finding.difference, row, "s", color=colour, markersize=7)
+        if finding.margin is not None:
+            axes.plot(metric.sign * unit * finding.margin, row, "|", color=INK, markersize=14)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-    axes.set_xlabel("difference in test error, points (below 0: the first is better)", loc="right")
+    words, points = Units(metric), ", points" if metric.percent else ""
+    axes.set_xlabel(f"difference in {words.name}{points} ({words.better}: the first is better)", loc="right")
     sizes = [abs(100 * finding.difference) for finding in findings]
-    if max(sizes) > 20 and min(sizes) < 2:
+    if metric.percent and max(sizes) > 20 and min(sizes) < 2:
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_locator(FixedLocator([-30, -5, -1, 0, 1, 5, 30]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
@@ -164,18 +170,18 @@ def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
 
 
 def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
-    """Test error of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
-    errors = [item.errors[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
+    """Test scores of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
+    scores = [item.scores[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
     if summary.across is None:
         figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
         _statistics_rows(axes, items)
-        error_axis(axes, errors, "x")
+        score_axis(axes, scores, "x", summary.metric)
     else:
         shown = [list(series) for _, series in groupby(items, key=lambda item: item.setting.arm)][:MAX_PANELS]
         figure, every = _axes(len(shown), 2, 1.9)
         for axes, series in zip(every, shown, strict=True):
             _statistics_panel(axes, summary, series)
-            error_axis(axes, errors, "y")
+            score_axis(axes, scores, "y", summary.metric)
             axes.set_title(textwrap.shorten(series[0].setting.label, 27, placeholder="…"), fontsize=10)
             axes.set_ylabel("")
     used = [family for family in FAMILIES if any(item.largest(family) for item in items)]
@@ -183,12 +189,12 @@ def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
     return figure
 
 
-def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Figure:
-    """Training loss and test error against the optimizer step: means over the seeds, and thin lines for single runs."""
+def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark], metric: Metric) -> Figure:
+    """Training loss and test score against the optimizer step: means over the seeds, and thin lines for single runs."""
     figure, (top, bottom) = _axes(2, 1, 2.3)
     thin = sum(len(setting.runs) for setting in settings) <= MAX_SEED_CURVES
     for setting in settings:
-        for axes, curve_of in ((top, loss_curve), (bottom, error_curve)):
+        for axes, curve_of in ((top, loss_curve), (bottom, score_curve)):
             colour, marker = marks[setting.arm]
             for run in setting.runs if thin else ():
                 axes.plot(*zip(*curve_of(run), strict=True), color=colour, linewidth=0.7, alpha=0.4)
@@ -196,14 +202,14 @@ def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark]) -> Fig
             # A run that was tested only once is one point, which a line without a marker does not show.
             marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
             axes.plot(*zip(*mean, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
-    losses, errors = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
+    losses, scores = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
     losses = [loss for loss in losses if math.isfinite(loss)]
     if losses and 0 < 20 * min(losses) < max(losses):
         top.set_yscale("log")
         top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     top.set_ylabel("training loss")
     top.grid(axis="y")
-    error_axis(bottom, errors, "y")
+    score_axis(bottom, scores, "y", metric)
     bottom.set_xlabel("optimizer step")
     bottom.sharex(top)
     _legend(figure, {setting.arm: setting.label for setting in settings}, marks)
@@ -217,10 +223,11 @@ def loss_curve(run: RunResult) -> list[tuple[float, float]]:
     return [(min((i + 1) * size, len(run.losses)), sum(part) / len(part)) for i, part in enumerate(parts)]
 
 
-def error_curve(run: RunResult) -> list[tuple[float, float]]:
-    """(step, test error) of the evaluations during training, thinned out to ``CURVE_POINTS``; the last one stays."""
-    found = [(entry["step"], entry["test_error"]) for entry in run.history]
-    kept = [(float(step), float(error)) for step, error in found if step is not None and error is not None]
+def score_curve(run: RunResult) -> list[tuple[float, float]]:
+    """(step, test score) of the evaluations during training, thinned out to ``CURVE_POINTS``; the last one stays."""
+    # A training loop of the user's may have reported other things than the metric.
+    found = [(entry["step"], entry["test"].get(run.metric.name)) for entry in run.history]
+    kept = [(float(step), float(score)) for step, score in found if step is not None and score is not None]
     return kept[::-1][:: math.ceil(len(kept) / CURVE_POINTS) or 1][::-1]
 
 
@@ -231,26 +238,39 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
-def error_axis(axes: Axes, errors: Sequence[float], which: Literal["x", "y"]) -> None:
-    """Scale, limits and ticks of an axis of errors in percent: logarithmic if they span more than a factor of 4."""
-    found = [error for error in errors if not math.isnan(error)]
+def score_axis(axes: Axes, scores: Sequence[float], which: Literal["x", "y"], metric: Metric) -> None:
+    """Scale, limits and ticks of an axis of scores.
+
+    It is logarithmic if lower scores are better and they span more than a factor of 4: what is close to 0, the best
+    there is, is then still told apart.
+    """
+    found = [score for score in scores if math.isfinite(score)]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
-    logarithmic = low > 0 and high > 4 * low
-    margin = 0.08 * (high - low) or 0.01
-    limits = (low / 1.25, min(high * 1.25, 1.02)) if logarithmic else (low - margin, high + margin)
-    # About seven labels: more would touch each other.
-    bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 200 * low else (1, 3)
-    ticks = [base * 10.0**power for power in range(-6, 1) for base in bases]
-    label = "test error" + (" (log scale)" if logarithmic else "")
+    logarithmic = not metric.higher_is_better and low > 0 and high > 4 * low
+    margin = 0.08 * (high - low) or (0.01 if metric.percent else 0.01 * abs(high) or 0.01)
+    limits = (low - margin, high + margin)
+    if logarithmic:
+        limits = (low / 1.25, min(high * 1.25, 1.02) if metric.percent else high * 1.25)
+    label = Units(metric).name + (" (log scale)" if logarithmic else "")
     axes.set(**{f"{which}scale": "log" if logarithmic else "linear", f"{which}lim": limits, f"{which}label": label})
     line = axes.xaxis if which == "x" else axes.yaxis
-    if logarithmic:
-        line.set_major_locator(FixedLocator([tick for tick in ticks if limits[0] <= tick <= limits[1]]))
-    else:
-        line.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    line.set_major_locator(
+        _log_locator(low, high, *limits) if logarithmic else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    )
     line.set_minor_locator(NullLocator())
-    line.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    shown = "{:.3g} %" if metric.percent else "{:g}"
+    unit = 100 if metric.percent else 1
+    line.set_major_formatter(FuncFormatter(lambda value, _: shown.format(unit * value).replace("-", MINUS)))
     axes.grid(axis=which)
+
+
+def _log_locator(low: float, high: float, start: float, end: float) -> Locator:
+    """About seven labels from ``start`` to ``end`` for scores from ``low`` to ``high``: more would touch each other."""
+    if high > 1e5 * low:
+        return LogLocator(numticks=7)
+    bases = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 200 * low else (1, 3)
+    powers = range(math.floor(math.log10(start)), math.ceil(math.log10(end)) + 1)
+    return FixedLocator([tick for power in powers for base in bases if start <= (tick := base * 10.0**power) <= end])
 
 
 def _axes(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -271,15 +291,15 @@ def _legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]
 
 def _arm_rows(axes: Axes, settings: Sequence[Setting], marks: Mapping[str, Mark]) -> None:
     """A row an arm: a point a seed, a bar at the mean, and a thin line through the runs of each seed."""
-    seeds = len(settings[0].errors)
+    seeds = len(settings[0].scores)
     shifts = [0.34 * (j / (seeds - 1) - 0.5) if seeds > 1 else 0.0 for j in range(seeds)]
     for j, shift in enumerate(shifts):
         places = [row + shift for row in range(len(settings))]
-        axes.plot([setting.errors[j] for setting in settings], places, color=MUTED, linewidth=0.6, alpha=0.6)
+        axes.plot([setting.scores[j] for setting in settings], places, color=MUTED, linewidth=0.6, alpha=0.6)
     for row, setting in enumerate(settings):
         colour, marker = marks[setting.arm]
-        axes.plot(setting.errors, [row + shift for shift in shifts], marker, color=colour, linestyle="none", alpha=0.85)
-        axes.plot([setting.error.mean] * 2, [row - 0.34, row + 0.34], color=colour, linewidth=2.4)
+        axes.plot(setting.scores, [row + shift for shift in shifts], marker, color=colour, linestyle="none", alpha=0.85)
+        axes.plot([setting.score.mean] * 2, [row - 0.34, row + 0.34], color=colour, linewidth=2.4)
         gone = [row + s for s, run in zip(shifts, setting.results, strict=True) if run and run.status == "diverged"]
         _crosses(axes, [1.02] * len(gone), gone, colour, axes.get_yaxis_transform())
     axes.set_yticks(range(len(settings)), [textwrap.fill(setting.label, 22) for setting in settings])
@@ -309,7 +329,7 @@ def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]
         ticks[right + unit * (len(level) - 1) / 2] = "unaffected"
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(summary.values) - 0.4)
-    axes.set_xlabel(axis_word(summary.across or ""))
+    axes.set_xlabel(axis_word(summary.study, summary.across or ""))
     if any(setting.diverged for along in traces.values() for setting in along.values()):
         axes.text(0, 1.015, "diverged ×", transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom", ha="right")
 
@@ -317,9 +337,9 @@ def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]
 def _trace(axes: Axes, places: Sequence[float], settings: Sequence[Setting], mark: Mark) -> None:
     """One arm: thin lines (or small points beside the mean, at a single place) for the seeds, marks at the means."""
     shape, beside = (".", [places[0] + SEED_SHIFT]) if len(places) == 1 else ("-", places)
-    for errors in zip(*(setting.errors for setting in settings), strict=True):
-        axes.plot(beside, errors, shape, color=mark.colour, linewidth=0.6, alpha=0.5, markersize=4)
-    means = [setting.error.mean for setting in settings]
+    for scores in zip(*(setting.scores for setting in settings), strict=True):
+        axes.plot(beside, scores, shape, color=mark.colour, linewidth=0.6, alpha=0.5, markersize=4)
+    means = [setting.score.mean for setting in settings]
     axes.plot(places, means, color=mark.colour, marker=mark.marker, linewidth=1.8, markeredgecolor="white", zorder=4)
     lost = [place for place, setting in zip(places, settings, strict=True) if setting.diverged]
     _crosses(axes, lost, [1.03] * len(lost), mark.colour, axes.get_xaxis_transform())
@@ -337,7 +357,7 @@ def _statistics_rows(axes: Axes, items: Sequence[Evaluated]) -> None:
         for number, (family, mark) in enumerate(FAMILY_MARKS.items()):
             if (kind := item.largest(family)) is not None:
                 place = row + 0.19 * (number - 1.5)
-                axes.plot(item.errors[kind].mean, place, mark.marker, color=mark.colour, markersize=6)
+                axes.plot(item.scores[kind].mean, place, mark.marker, color=mark.colour, markersize=6)
     axes.set_yticks(range(len(items)), [textwrap.fill(item.setting.label, 22) for item in items])
     axes.set_ylim(len(items) - 0.45, -0.55)
     axes.spines["left"].set_visible(False)
@@ -347,7 +367,7 @@ def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) 
     values = summary.values
     where = {item.setting.point: values.index(dict(item.setting.point)[summary.across or ""]) for item in items}
     for number, (family, mark) in enumerate(FAMILY_MARKS.items()):
-        found = [(where[item.setting.point], item.errors[k].mean) for item in items if (k := item.largest(family))]
+        found = [(where[item.setting.point], item.scores[k].mean) for item in items if (k := item.largest(family))]
         if found:
             places = [i + 0.12 * (number - 1.5) for i, _ in found]
             means = [mean for _, mean in found]
@@ -355,4 +375,4 @@ def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) 
     axes.set_xticks(range(len(values)), [value_word(value) for value in values], fontsize=9)
     axes.tick_params(axis="y", labelsize=9)
     axes.set_xlim(-0.5, len(values) - 0.5)
-    axes.set_xlabel(axis_word(summary.across or ""), fontsize=9)
+    axes.set_xlabel(axis_word(summary.study, summary.across or ""), fontsize=9)

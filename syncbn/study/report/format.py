@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from syncbn.study.analysis.summary import Setting, Summary
-from syncbn.study.plan.grid import HOLD, Contrast, Place, Point, Study, Value
+from syncbn.study.plan.grid import HOLD, Candidate, Contrast, Place, Point, Study, Value
 
 SPACE = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
@@ -14,13 +14,14 @@ DASH = "–"
 """Stands where there is no number."""
 
 _AXES = {
-    "per_gpu_batch_size": "images per GPU",
-    "ghost_batch_size": "images per ghost batch",
+    "per_gpu_batch_size": "{samples} per GPU",
+    "ghost_batch_size": "{samples} per ghost batch",
     "sync_group_size": "GPUs per sync group",
     "gpus": "GPUs",
     HOLD: "constant",
-    "data.class_skew": "images of one class in a row",
+    "data.class_skew": "{samples} of one class in a row",
 }
+"""What the values of an axis count."""
 
 
 def percent(fraction: float) -> str:
@@ -56,6 +57,35 @@ def points_interval(low: float, high: float, middle: float) -> str:
     return DASH if math.isnan(low) else f"{points(low, like=middle)} to {points(high, like=middle)}"
 
 
+def decimals(size: float, digits: int) -> int | None:
+    """Decimals with which a number of this size has that many significant digits; None if it needs an exponent."""
+    if size == 0 or not math.isfinite(size):
+        return digits - 1
+    power = int(f"{size:.{digits - 1}e}".partition("e")[2])  # after rounding: 0.00999999 is written as 0.010
+    return max(0, digits - 1 - power) if -4 <= power < 6 else None
+
+
+def decimal(value: float, places: int | None, *, signed: bool = False) -> str:
+    """A number with that many decimals; with an exponent if ``places`` is None.
+
+    >>> decimal(1.234, 3), decimal(-0.04, 2, signed=True), decimal(12345678.0, None)
+    ('1.234', '−0.04', '1.23e+07')
+    """
+    if math.isnan(value):
+        return DASH
+    text = f"{value:{'+' if signed else ''}{'.2e' if places is None else f'.{places}f'}}"
+    return text.lstrip("+-") if float(text) == 0 else text[0].replace("-", MINUS) + text[1:]
+
+
+def number(value: float) -> str:
+    """A number with four significant digits.
+
+    >>> number(1.2), number(35.2), number(0.0213)
+    ('1.200', '35.20', '0.02130')
+    """
+    return decimal(value, decimals(abs(value), 4))
+
+
 def p_value(p: float) -> str:
     """A p value with three decimals, two from 0.1 on."""
     if math.isnan(p):
@@ -84,6 +114,11 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
+def capital(words: str) -> str:
+    """The words as a sentence begins. A metric's own capitals stay: "Test mAP"."""
+    return words[:1].upper() + words[1:]
+
+
 def value_word(value: Value) -> str:
     """A value of an axis, as the study's file has it."""
     if value is None:
@@ -93,34 +128,41 @@ def value_word(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def axis_word(name: str) -> str:
+def candidate_words(candidate: Candidate) -> str:
+    """A candidate: "optimizer.lr 0.1, norm.momentum 0.01"."""
+    return ", ".join(f"{key} {value_word(value)}" for key, value in candidate)
+
+
+def axis_word(study: Study, name: str) -> str:
     """What an axis counts, or its name without punctuation."""
-    return _AXES.get(name, name.replace(".", " ").replace("_", " "))
+    return _AXES[name].format(samples=study.samples_word) if name in _AXES else name.replace(".", " ").replace("_", " ")
 
 
-def coordinate(name: str, value: Value) -> str:
+def coordinate(study: Study, name: str, value: Value) -> str:
     """A value of an axis with what it counts.
 
-    >>> coordinate("per_gpu_batch_size", 1), coordinate("hold", "steps"), coordinate("data.class_skew", 1)
-    ('1 image per GPU', 'constant steps', 'shuffled data')
+    >>> from syncbn.study.plan.study_file import load_study
+    >>> study = load_study("quickstart")
+    >>> coordinate(study, "per_gpu_batch_size", 1), coordinate(study, "hold", "steps")
+    ('1 image per GPU', 'constant steps')
     """
     if (name, value) == ("data.class_skew", 1):
         return "shuffled data"
     if name == HOLD or name not in _AXES:
-        return f"{axis_word(name)} {value_word(value)}"
-    first, _, rest = axis_word(name).partition(" ")
+        return f"{axis_word(study, name)} {value_word(value)}"
+    first, _, rest = axis_word(study, name).partition(" ")
     return " ".join(filter(None, [value_word(value), first.removesuffix("s") if value == 1 else first, rest]))
 
 
-def place_words(point: Iterable[tuple[str, Value]]) -> str:
+def place_words(study: Study, point: Iterable[tuple[str, Value]]) -> str:
     """A place on the axes: "4 images per GPU, constant steps"; empty without axes."""
-    return ", ".join(coordinate(name, value) for name, value in point)
+    return ", ".join(coordinate(study, name, value) for name, value in point)
 
 
 def panel_title(summary: Summary, panel: Point) -> str:
     """What a panel of the main figure shows, as far as it differs from the other panels."""
     several = [name for name, _ in panel if len({dict(other)[name] for other in summary.panels}) > 1]
-    return place_words((name, value) for name, value in panel if name in several)
+    return place_words(summary.study, ((name, value) for name, value in panel if name in several))
 
 
 def same_runs(along: Mapping[int, Setting]) -> bool:
@@ -140,7 +182,7 @@ def difference_sides(study: Study, contrast: Contrast) -> tuple[str, str]:
     assert contrast.minus is not None
     words = []
     for (one, two), other in (((contrast.first, contrast.second), contrast.minus[0]), (contrast.minus, contrast.first)):
-        values = place_words(pair for pair in one.point if pair in two.point and pair not in other.point)
+        values = place_words(study, (pair for pair in one.point if pair in two.point and pair not in other.point))
         words.append(f"({_difference(study, one, two)}{f' at {values}' if values else ''})")
     return words[0], words[1]
 
@@ -148,12 +190,12 @@ def difference_sides(study: Study, contrast: Contrast) -> tuple[str, str]:
 def contrast_place(study: Study, contrast: Contrast) -> str:
     """Where both settings of a contrast are, on the axes with several values: "2 images per GPU"."""
     pairs = [pair for pair in contrast.first.point if all(pair in place.point for place in contrast.places)]
-    return place_words((name, value) for name, value in pairs if len(study.axes[name]) > 1)
+    return place_words(study, ((name, value) for name, value in pairs if len(study.axes[name]) > 1))
 
 
 def side(study: Study, place: Place, other: Place) -> str:
     """One side of a contrast, by what it does not share with the other: its arm, its values, or both."""
-    values = place_words(pair for pair in place.point if pair not in other.point)
+    values = place_words(study, (pair for pair in place.point if pair not in other.point))
     label = label_of(study, place.arm) if place.arm != other.arm or not values else ""
     return f"{label} at {values}" if label and values else label or values
 
@@ -163,15 +205,15 @@ def label_of(study: Study, arm: str) -> str:
     return next(each.label for each in study.arms if each.name == arm)
 
 
-def setting_words(setting: Setting) -> str:
+def setting_words(study: Study, setting: Setting) -> str:
     """Where a setting is, as a sentence begins: "4 images per GPU in class order".
 
     The batch on each GPU and the class order are named also where the study does not vary them.
     """
     at = dict(setting.point)
     config = setting.runs[0].config
-    words = [] if "per_gpu_batch_size" in at else [coordinate("per_gpu_batch_size", config.get("per_gpu_batch_size"))]
-    words = [", ".join([*words, *(coordinate(*pair) for pair in setting.point)])]
+    size = ("per_gpu_batch_size", config.get("per_gpu_batch_size"))
+    words = [place_words(study, setting.point if size[0] in at else [size, *setting.point])]
     skewed = ((config.get("data") or {}).get("class_skew") or 1) > 1
     return " ".join([*words, "in class order"] if skewed and "data.class_skew" not in at else words)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
+from matplotlib.figure import Figure
 
 from syncbn.study.analysis.evaluations import evaluated_settings
 from syncbn.study.analysis.findings import Finding, findings_of
@@ -18,7 +19,9 @@ from syncbn.study.analysis.statistics import SPREAD_FLOOR, TEST
 from syncbn.study.analysis.summary import Summary, summary_of
 from syncbn.study.plan.grid import Arm, Cell, Study
 from syncbn.study.report import figures, tables
-from syncbn.study.report.format import axis_word, joined, place_words, value_word
+from syncbn.study.report.format import axis_word, capital, joined, place_words, value_word
+from syncbn.study.report.tuning import choices_table
+from syncbn.study.report.units import Units
 from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
 
@@ -35,8 +38,9 @@ def write_report(
 ) -> Path:
     """Write ``report.html``, ``results.csv`` and the figures to ``out``.
 
-    The main figure is ``error_by_arm`` or, along a sweep, ``error_by_nbs`` (``.svg`` and ``.png``). ``contrasts.svg``,
-    ``statistics.svg`` and ``curves.svg`` are written if there is something to draw.
+    The main figure is ``error_by_arm`` or, along a sweep, ``error_by_nbs`` (``.svg`` and ``.png``), with the metric's
+    name in place of ``error``. ``contrasts.svg``, ``statistics.svg`` and ``curves.svg`` are written if there is
+    something to draw.
 
     Args:
         results: by the cells' keys. A cell without one is shown as missing.
@@ -51,76 +55,106 @@ def write_report(
     parity = out / "parity.json"
     summary = summary_of(study, cells, results)
     findings = findings_of(summary)
-    tables.write_csv(study, cells, results, out / "results.csv", failed=failures, running=running)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
+    runs = tables.runs_csv(study, cells, results, failed=failures, running=running)
+    write_atomically(out / "results.csv", runs)
+    page = _template().render(
         study=study,
         marks=figures.arm_marks(study),
+        metric=summary.metric,
+        units=Units(summary.metric),
+        capital=capital,
         verdict=verdict(summary, findings),
         test=TEST,
         spread_floor=SPREAD_FLOOR,
         figures=_figures(summary, findings, out),
-        contrasts=tables.contrasts_table(summary, findings),
-        means=tables.means_tables(summary),
-        settings=tables.settings_table(summary),
-        statistics=tables.statistics_table(summary),
-        maps=tables.heat_maps(summary),
+        **_tables(summary, findings),
+        choices=choices_table(study, results),
         levels=[f"{level:g}" for level in tables.LEVELS],
-        effective=tables.effective_table(summary),
-        costs=tables.cost_table(summary.at(study.comparison_point())),
-        shown=place_words(study.comparison_point()),
-        across=axis_word(summary.across) if summary.across else "",
-        images=_images(results),
+        shown=place_words(study, study.comparison_point()),
+        across=axis_word(study, summary.across) if summary.across else "",
+        sizes=_sizes(study, results),
         parity=json.loads(parity.read_text()) if parity.exists() else None,
         failures=[(cell.label, failures[cell.key]) for cell in cells if cell.key in failures],
         plan=_plan(study),
         versions=_versions(results),
         base=_yaml(study.base, block=True),
-        arms=[(arm, _yaml(arm.overrides), _only(arm)) for arm in study.arms],
+        arms=[(arm, _yaml(arm.overrides), _only(study, arm)) for arm in study.arms],
         command=command,
     )
     write_atomically(out / "report.html", "\n".join(line for line in page.splitlines() if line.strip()) + "\n")
     return out / "report.html"
 
 
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
 def _figures(summary: Summary, findings: Sequence[Finding], out: Path) -> dict[str, str]:
     """The figures as SVG elements, by name; empty text for a figure without anything in it."""
-    study, marks = summary.study, figures.arm_marks(summary.study)
     found = dict.fromkeys(("main", "contrasts", "statistics", "curves"), "")
+    for name, (file, draw, what) in drawings(summary, findings).items():
+        found[name] = figures.save(out / f"{file}.svg", draw, *what)
+        if name == "main":
+            figures.save(out / f"{file}.png", draw, *what)
+    return found
+
+
+def drawings(
+    summary: Summary, findings: Sequence[Finding]
+) -> dict[str, tuple[str, Callable[..., Figure], tuple[Any, ...]]]:
+    """By the name of each figure that has something in it: its file's name, the function that draws it, and of what."""
+    study, marks = summary.study, figures.arm_marks(summary.study)
+    found: dict[str, tuple[str, Callable[..., Figure], tuple[Any, ...]]] = {}
     if not any(setting.runs for setting in summary.settings.values()):
         return found
-    name = figures.main_figure_name(summary)
-    found["main"] = figures.save(out / f"{name}.svg", figures.main_figure, summary, marks)
-    figures.save(out / f"{name}.png", figures.main_figure, summary, marks)
+    found["main"] = figures.main_figure_name(summary), figures.main_figure, (summary, marks)
     words = [row[0] for row in tables.contrasts_table(summary, findings).rows]
     if known := [(f, label) for f, label in zip(findings, words, strict=True) if not math.isnan(f.difference)]:
-        found["contrasts"] = figures.save(out / "contrasts.svg", figures.forest_figure, *zip(*known, strict=True))
+        found["contrasts"] = "contrasts", figures.forest_figure, tuple(zip(*known, strict=True))
     panel = summary.panel_of(study.comparison_point())
     every = evaluated_settings(summary).values()
     if items := [item for item in every if summary.panel_of(item.setting.point) == panel]:
-        found["statistics"] = figures.save(out / "statistics.svg", figures.statistics_figure, summary, items)
+        found["statistics"] = "statistics", figures.statistics_figure, (summary, items)
     if here := [s for s in summary.at(study.comparison_point()) if any(run.losses for run in s.runs)]:
-        found["curves"] = figures.save(out / "curves.svg", figures.curves_figure, here, marks)
+        found["curves"] = "curves", figures.curves_figure, (here, marks, summary.metric)
     return found
+
+
+def _tables(summary: Summary, findings: Sequence[Finding]) -> dict[str, Any]:
+    """The tables by the names that the page gives them."""
+    return {
+        "contrasts": tables.contrasts_table(summary, findings),
+        "means": tables.means_tables(summary),
+        "settings": tables.settings_table(summary),
+        "statistics": tables.statistics_table(summary),
+        "maps": tables.heat_maps(summary),
+        "effective": tables.effective_table(summary),
+        "costs": tables.cost_table(summary),
+    }
 
 
 def _plan(study: Study) -> list[tuple[str, str]]:
     """The axes with their values, what stays the same along the sweep, and the seeds."""
-    lines = [(f"{axis_word(name)} ({name})", ", ".join(map(value_word, v))) for name, v in study.axes.items()]
+    lines = [(f"{axis_word(study, name)} ({name})", ", ".join(map(value_word, v))) for name, v in study.axes.items()]
     sweep = study.sweep
     if sweep is not None and sweep.kind == "decoupled":
-        lines.append(("decoupled sweep", "global batch, learning rate and steps are the same everywhere"))
+        same = "global batch, learning rate and steps" if study.tune is None else "global batch and steps"
+        lines.append(("decoupled sweep", f"{same} are the same everywhere"))
     elif sweep is not None:
         held = joined([f"{sweep.steps} steps" if name == "steps" else f"constant {name}" for name in sweep.hold])
         lines.append(("coupled sweep", f"global batch and learning rate vary with the batch on each GPU; {held}"))
+    if study.tune is not None:
+        tried = "; ".join(f"{key} {', '.join(map(value_word, values))}" for key, values in study.tune.grid.items())
+        lines.append(("chosen by validation", f"{tried}; seeds {', '.join(map(str, study.tune.seeds))}"))
     return [*lines, ("seeds", ", ".join(map(str, study.seeds)))]
 
 
-def _only(arm: Arm) -> str:
+def _only(study: Study, arm: Arm) -> str:
     """Where an arm is run, if not everywhere."""
-    places = [f"{axis_word(name)} {joined([value_word(v) for v in values])}" for name, values in arm.only.items()]
-    return ", ".join(places)
+    only = arm.only.items()
+    return ", ".join(f"{axis_word(study, name)} {joined([value_word(v) for v in values])}" for name, values in only)
 
 
 def _yaml(values: Mapping[str, Any], block: bool = False) -> str:
@@ -128,12 +162,14 @@ def _yaml(values: Mapping[str, Any], block: bool = False) -> str:
     return text.strip() if values else "nothing"
 
 
-def _images(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
-    """Numbers of training and test images, with all the values that occur."""
-    found = {"training images": {run.train_images for run in results.values()}}
-    found["test images"] = {run.test_images for run in results.values()}
-    counts = {name: sorted(value for value in values if value is not None) for name, values in found.items()}
-    return [(name, joined([f"{value:,}" for value in values])) for name, values in counts.items() if values]
+def _sizes(study: Study, results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
+    """Numbers of training, validation and test samples, with all the values that occur; without a set that is empty."""
+    found = []
+    for part, field in (("training", "train"), ("validation", "validation"), ("test", "test")):
+        sizes = sorted({size for run in results.values() if (size := getattr(run, f"{field}_samples"))})
+        if sizes:
+            found.append((f"{part} {study.samples_word}", joined([f"{size:,}" for size in sizes])))
+    return found
 
 
 def _versions(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -18,26 +17,25 @@ from rich.text import Text
 
 from syncbn.study.analysis.evaluations import Kind, columns_of, evaluated, evaluated_settings
 from syncbn.study.analysis.findings import Finding, findings_of
-from syncbn.study.analysis.summary import Setting, Summary, by_badness, layer_means, summary_of
+from syncbn.study.analysis.summary import Setting, Summary, by_badness, layer_means, score_of, summary_of
 from syncbn.study.plan.grid import Cell, Study
 from syncbn.study.report.format import (
     DASH,
     axis_word,
+    candidate_words,
+    capital,
     compact,
     contrast_place,
     contrast_words,
     p_value,
     panel_title,
-    percent,
-    percent_interval,
     plural,
-    points,
-    points_interval,
     same_runs,
     value_word,
 )
+from syncbn.study.report.units import Units
 from syncbn.study.report.verdict import verdict
-from syncbn.train.result import RunResult, write_atomically
+from syncbn.train.result import RunResult
 
 TERMINAL_WIDTH = 80
 SAME = "="
@@ -47,9 +45,10 @@ MAX_LAYERS = 24
 LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Divergences at which the colour of a heat map changes, the same on every page."""
 _FIGURES = (
-    *("test_error", "test_loss", "steps", "samples", "seconds", "images_per_second", "peak_memory_bytes"),
-    *("parameters", "train_images", "test_images", "processes"),
+    *("steps", "samples", "seconds", "samples_per_second", "peak_memory_bytes", "parameters"),
+    *("train_samples", "test_samples", "processes"),
 )
+"""Fields of a result in the CSV file, after its scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,40 +79,41 @@ class HeatMap:
 
 
 def contrasts_table(summary: Summary, findings: Sequence[Finding]) -> Table:
-    """The planned contrasts, in points of test error; effects come before p values."""
-    study = summary.study
+    """The planned contrasts, with differences in points or in the metric's own unit; effects come before p values."""
+    study, units = summary.study, Units(summary.metric)
     places = [contrast_place(study, f.contrast) for f in findings]
     head = ["contrast", "verdict", "difference", "95 % interval", "p", "sign-flip p", "smallest effect"]
-    table = Table(title=places[0] if len(set(places)) == 1 else "", head=[*head, "test set error"])
+    head += ["test set error"] * summary.metric.of_samples
+    table = Table(title=places[0] if len(set(places)) == 1 else "", head=head)
     for place, f in zip(places, findings, strict=True):
         words = contrast_words(study, f.contrast)
         table.rows.append(
             [
                 words if table.title or not place else f"{words}, {place}",
                 f.verdict or f"{plural(f.missing, 'run')} missing",
-                points(f.difference, signed=True),
-                points_interval(f.low, f.high, f.difference),
+                units.difference(f.difference, signed=True),
+                units.difference_interval(f.low, f.high, f.difference),
                 p_value(f.p_no_worse if f.verdict == "no worse" else f.p),
                 p_value(f.p_sign_flip),
-                points(f.smallest_effect),
-                points(f.test_set_error),
+                units.difference(f.smallest_effect),
+                *[units.difference(f.test_set_error)] * summary.metric.of_samples,
             ]
         )
     return table
 
 
 def means_tables(summary: Summary) -> list[Table]:
-    """Mean errors in percent of the arms along the sweep, a table a panel; none where nothing goes across."""
+    """Mean scores of the arms along the sweep, a table a panel; none where nothing goes across."""
     found: list[Table] = []
     if summary.across is None:
         return found
     for panel in summary.panels:
-        head = [axis_word(summary.across), *map(value_word, summary.values)]
+        head = [axis_word(summary.study, summary.across), *map(value_word, summary.values)]
         table = Table(title=panel_title(summary, panel), head=head)
         for arm in summary.study.arms:
             along = summary.along(arm.name, panel)
             if any(setting.runs for setting in along.values()):
-                cells = [_mean_cell(along.get(i)) for i in range(len(summary.values))]
+                cells = [_mean_cell(along.get(i), summary) for i in range(len(summary.values))]
                 if same_runs(along):
                     cells = [SAME if i in along and i != min(along) else cell for i, cell in enumerate(cells)]
                 table.rows.append([arm.label, *cells])
@@ -123,20 +123,21 @@ def means_tables(summary: Summary) -> list[Table]:
 
 
 def settings_table(summary: Summary) -> Table:
-    """Every setting with mean, interval and each seed's error, in percent; a level arm's once."""
-    axes = [axis_word(name) for name in summary.study.axes]
+    """Every setting with mean, interval and each seed's score; a level arm's once."""
+    units = Units(summary.metric)
+    axes = [axis_word(summary.study, name) for name in summary.study.axes]
     head = ["arm", *axes, "norm. batch", "mean", "95 % interval", "SD", *(f"seed {s}" for s in summary.study.seeds)]
     table = Table(head=head)
     settings = list(summary.settings.values())
     same_runs_of: dict[tuple[str, tuple[str, ...]], list[Setting]] = {}
-    for setting in settings if axes else by_badness(settings):
+    for setting in settings if axes else by_badness(settings, summary.metric):
         same_runs_of.setdefault((setting.arm, setting.keys), []).append(setting)
     for setting, *others in same_runs_of.values():
         shared = [pair for pair in setting.point if all(pair in other.point for other in others)]
         places = [value_word(value) if (name, value) in shared else "all" for name, value in setting.point]
-        size, error = setting.normalization_batch_size, setting.error
-        mean = [_mean_cell(setting), percent_interval(error.low, error.high), percent(error.sd)]
-        seeds = [_seed_cell(run) for run in setting.results]
+        size, score = setting.normalization_batch_size, setting.score
+        mean = [_mean_cell(setting, summary), units.interval(score.low, score.high), units.spread(score.sd)]
+        seeds = [_seed_cell(run, units) for run in setting.results]
         name = f"{setting.label} (reference)" if setting.reference else setting.label
         table.rows.append([name, *places, DASH if size is None else str(size), *mean, *seeds])
         table.arms.append(setting.arm)
@@ -144,25 +145,28 @@ def settings_table(summary: Summary) -> Table:
 
 
 def statistics_table(summary: Summary) -> Table | None:
-    """Errors in percent of the same weights with each kind of statistics, at one place; None without other kinds."""
-    point = summary.study.comparison_point()
+    """Scores of the same weights with each kind of statistics, at one place; None without other kinds."""
+    study, units = summary.study, Units(summary.metric)
+    point = study.comparison_point()
     items = [item for (_, place), item in evaluated_settings(summary).items() if place == point]
     columns = columns_of([run for item in items for run in item.setting.runs])
     if not items:
         return None
-    table = Table(head=["arm", *(_kind_word(name, kinds[0]) for name, kinds in columns)])
+    table = Table(head=["arm", *(_kind_word(name, kinds[0], study) for name, kinds in columns)])
     for item in items:
-        known = [[item.errors[kind].mean for kind in kinds if kind in item.errors] for _, kinds in columns]
-        table.rows.append([item.setting.label, *(percent(means[0]) if means else DASH for means in known)])
+        known = [[item.scores[kind].mean for kind in kinds if kind in item.scores] for _, kinds in columns]
+        table.rows.append([item.setting.label, *(units.value(means[0]) if means else DASH for means in known)])
         table.arms.append(item.setting.arm)
     return table
 
 
-def cost_table(settings: Sequence[Setting]) -> Table:
-    """What a run of each arm was and took: medians over the seeds."""
-    table = Table(head=["arm", "parameters", "images seen", "steps", "seconds", "images/s", "memory, MiB"])
-    figures = ("parameters", "samples", "steps", "seconds", "images_per_second", "peak_memory_bytes")
-    for setting in settings:
+def cost_table(summary: Summary) -> Table:
+    """What a run of each arm was and took: medians over the seeds, at one place."""
+    study = summary.study
+    seen = study.samples_word
+    table = Table(head=["arm", "parameters", f"{seen} seen", "steps", "seconds", f"{seen}/s", "memory, MiB"])
+    figures = ("parameters", "samples", "steps", "seconds", "samples_per_second", "peak_memory_bytes")
+    for setting in summary.at(study.comparison_point()):
         if setting.runs:
             every = [[value for run in setting.runs if (value := getattr(run, name)) is not None] for name in figures]
             medians = [median(values) if values else math.nan for values in every]
@@ -206,9 +210,9 @@ def heat_level(value: float) -> int | None:
 
 
 def print_table(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> None:
-    """Print the verdict, the planned contrasts and the mean errors, 80 columns wide unless the terminal is wider."""
+    """Print the verdict, the planned contrasts and the mean scores, 80 columns wide unless the terminal is wider."""
     summary = summary_of(study, cells, results)
-    findings = findings_of(summary)
+    units, findings = Units(summary.metric), findings_of(summary)
     console = Console()
     if not console.is_terminal:
         console = Console(width=TERMINAL_WIDTH)
@@ -217,44 +221,47 @@ def print_table(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRe
     contrasts = contrasts_table(summary, findings)
     if contrasts.rows:
         rows = [row[:5] for row in contrasts.rows]
-        title = "Planned contrasts, points of test error" + (f", at {contrasts.title}" if contrasts.title else "")
+        title = f"Planned contrasts, {units.differences}" + (f", at {contrasts.title}" if contrasts.title else "")
         _print(console, Table(title=title, head=contrasts.head[:5], rows=rows))
     for means in means_tables(summary):
-        title = "Mean test error in %" + (f", {means.title}" if means.title else "")
+        title = f"Mean {units.heading}" + (f", {means.title}" if means.title else "")
         rows = [[row[0], *(cell.replace(" ", "\n") for cell in row[1:])] for row in means.rows]
         _print(console, Table(title=title, head=means.head, rows=rows))
     if summary.across is None:
         settings = settings_table(summary)
         last = settings.head.index("SD")
         rows = [row[:last] for row in settings.rows]
-        _print(console, Table(title="Test error in %", head=settings.head[:last], rows=rows))
+        _print(console, Table(title=capital(units.heading), head=settings.head[:last], rows=rows))
     console.print(Text(f"k×: k runs diverged, {SAME}: the same runs as at the left, {DASH}: not run"))
 
 
-def write_csv(
+def runs_csv(
     study: Study,
     cells: Sequence[Cell],
     results: Mapping[str, RunResult],
-    path: Path,
     *,
     failed: Collection[str] = (),
     running: Collection[str] = (),
-) -> None:
-    """Write one line a run: place, state, figures, and the error of each evaluation, as fractions.
+) -> str:
+    """One line a run: place, state, scores, figures, and the metric in each evaluation, as the task gives them.
 
     A run that stands at several places of its arm (it does not depend on an axis) has one line, ``level`` is ``yes``,
-    and the axes on which its places differ are empty. A figure that a run does not have is empty.
+    and the axes on which its places differ are empty. A figure that a run does not have is empty. ``tuned`` is what a
+    run's setting chose, if the study tunes.
     ``results`` are by the cells' keys; ``failed`` and ``running`` are keys whose run failed or is going on.
     """
-    columns = columns_of(list(results.values()))
+    summary = summary_of(study, cells, results)
+    metric, columns = summary.metric.name, columns_of(list(results.values()))
+    scores, figures = _score_columns(metric, list(results.values())), _figure_columns(study)
     labels = {arm.name: arm.label for arm in study.arms}
     places: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         places.setdefault((cell.arm, cell.key), []).append(cell)
     text = io.StringIO()
     writer = csv.writer(text)
-    head = ["arm", "label", *study.axes, "level", "seed", "normalization_batch_size", "key", "status"]
-    writer.writerow([*head, *_FIGURES, *(name for name, _ in columns)])
+    axes = [*study.axes, *(["tuned"] if study.tune else [])]
+    head = ["arm", "label", *axes, "level", "seed", "normalization_batch_size", "key", "status"]
+    writer.writerow([*head, *scores, *figures, *(f"{metric}_{name}" for name, _ in columns)])
     for (arm, key), same in places.items():
         cell, result = same[0], results.get(key)
         points_of = [dict(each.point) for each in same]
@@ -262,12 +269,28 @@ def write_csv(
         state = "failed" if key in failed else "running" if key in running else "missing"
         if result is not None:
             state = "diverged" if result.status == "diverged" else "done"
-        errors = [[evaluated(result, kind) for kind in kinds] for _, kinds in columns]
-        values = [next((error for error in tried if not math.isnan(error)), "") for tried in errors]
+        tried = [[evaluated(result, kind) for kind in kinds] for _, kinds in columns]
+        found = [(getattr(result, part, None) or {}).get(name) for part, name in scores.values()]
+        found += [next((score for score in each if not math.isnan(score)), None) for each in tried]
+        found[len(scores) : len(scores)] = [getattr(result, name, None) for name in figures.values()]
+        at += [candidate_words(cell.candidate)] if study.tune else []
         place = [arm, labels[arm], *at, "yes" if len(same) > 1 else "no", cell.seed]
-        figures = [getattr(result, name, None) for name in _FIGURES]
-        writer.writerow([*place, cell.config.normalization_batch_size, key, state, *figures, *values])
-    write_atomically(path, text.getvalue())
+        writer.writerow([*place, cell.config.normalization_batch_size, key, state, *found])
+    return text.getvalue()
+
+
+def _score_columns(metric: str, results: Sequence[RunResult]) -> dict[str, tuple[str, str]]:
+    """The columns of scores: for each the part of the data and the name, the task's metric and the loss first."""
+    names = dict.fromkeys([metric, "loss", *(name for result in results for name in result.test or ())])
+    validated = any(result.validation for result in results)
+    pairs = [*(("test", name) for name in names), *[("validation", metric)] * validated]
+    return {f"{part}_{name}": (part, name) for part, name in pairs}
+
+
+def _figure_columns(study: Study) -> dict[str, str]:
+    """The columns of further figures, and which field of a result each holds; "samples" are those seen in training."""
+    words = study.samples_word
+    return {name if name == "samples" else name.replace("samples", words): name for name in _FIGURES}
 
 
 def _print(console: Console, table: Table) -> None:
@@ -280,23 +303,25 @@ def _print(console: Console, table: Table) -> None:
     console.print(shown)
 
 
-def _mean_cell(setting: Setting | None) -> str:
+def _mean_cell(setting: Setting | None, summary: Summary) -> str:
     if setting is None or not setting.runs:
         return DASH
-    words = [percent(setting.error.mean)] if setting.finished else []
+    words = [Units(summary.metric).value(setting.score.mean)] if setting.finished else []
     return " ".join([*words, *[f"{setting.diverged}×"] * (setting.diverged > 0)])
 
 
-def _seed_cell(run: RunResult | None) -> str:
+def _seed_cell(run: RunResult | None, units: Units) -> str:
     if run is None:
         return DASH
-    return "diverged" if run.status == "diverged" or run.test_error is None else percent(run.test_error)
+    score = score_of(run)
+    return "diverged" if math.isnan(score) else units.value(score)
 
 
-def _kind_word(name: str, kind: Kind) -> str:
+def _kind_word(name: str, kind: Kind, study: Study) -> str:
     if kind.statistics != "population":
         return {"running": "running", "batch": "test batch"}.get(kind.statistics, kind.statistics)
-    return f"population, {name.partition(f'_{kind.estimator}_')[2].replace('_', ' ')} images, {kind.estimator}"
+    size = name.partition(f"_{kind.estimator}_")[2].replace("_", " ")
+    return f"population, {size} {study.samples_word}, {kind.estimator}"
 
 
 def _layer_columns(summary: Summary) -> list[tuple[str, list[tuple[str, Setting]]]]:

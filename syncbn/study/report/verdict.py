@@ -14,11 +14,10 @@ from syncbn.study.report.format import (
     joined,
     label_of,
     plural,
-    points,
-    points_interval,
     setting_words,
     side,
 )
+from syncbn.study.report.units import Units
 
 MAX_NAMED = 4
 """Costs, and remedies of one cost, that the verdict names. The table has all of them."""
@@ -41,8 +40,8 @@ def verdict(summary: Summary, findings: Sequence[Finding]) -> str:
     for f in (*found["no worse"], *(f for f in unclear if f.contrast.margin is not None)):
         words = "is no worse than" if f.verdict == "no worse" else "is not shown to be no worse than"
         first, second, place = _sides(study, f)
-        margin = points(f.contrast.margin or 0)
-        said.append(f"{first} {words} {second}{place} by a margin of {margin} points: {_effect(f)}.")
+        margin = Units(f.metric).margin(f.margin or 0)
+        said.append(f"{first} {words} {second}{place} by a margin of {margin}: {_effect(f)}.")
     if unclear := sorted((f for f in unclear if f.contrast.margin is None), key=lambda f: -abs(f.difference)):
         which = "" if len(unclear) == 1 else f"in {len(unclear)} contrasts; the largest is "
         first, second, place = _sides(study, unclear[0])
@@ -58,12 +57,24 @@ def verdict(summary: Summary, findings: Sequence[Finding]) -> str:
         said.append(f"Nothing is claimed for {waiting}: {ended} of {len(planned)} runs have a result.")
     if not findings:
         said.append("The study plans no contrast, so nothing is compared.")
-    return " ".join([*said, "No arm's learning rate was tuned."])
+    return " ".join([*said, tuning_words(study)])
+
+
+def tuning_words(study: Study) -> str:
+    """How the learning rates were chosen, for the verdict."""
+    if study.tune is None:
+        return "No arm's learning rate was tuned."
+    own = [arm.label for arm in study.arms if arm.tuned and arm.tune is not None]
+    number, seeds = len(study.tune.candidates(study.arms[0])), plural(len(study.tune.seeds), "other seed")
+    what = joined(list(study.tune.grid)) + (f" ({joined(own)}: options of its own)" if own else "")
+    words = f"Each arm at each place chose {what} among {number} candidates by validation data and {seeds}."
+    untuned = any(not arm.tuned for arm in study.arms)
+    return words + (" An arm named untuned is as it was before." if untuned else "")
 
 
 def _costs(summary: Summary, shown: Sequence[Finding]) -> list[str]:
     """What the worse of two settings costs, what gives it back, and what else costs something against the same."""
-    study = summary.study
+    study, units = summary.study, Units(summary.metric)
     groups: dict[Place, list[Finding]] = {}
     for finding in sorted(shown, key=lambda finding: -abs(finding.difference)):
         groups.setdefault(_ends(finding)[0], []).append(finding)
@@ -72,18 +83,18 @@ def _costs(summary: Summary, shown: Sequence[Finding]) -> list[str]:
         main = next((f for f in group if study.reference and _ends(f)[1].arm == study.reference.name), group[0])
         better, cost = _ends(main)[1], abs(main.difference)
         low, high = (main.low, main.high) if main.difference > 0 else (-main.high, -main.low)
-        interval = f"(95 % interval {points_interval(low, high, cost)})"
-        words = f"{label_of(study, worse.arm)} costs {points(cost)} points"
+        interval = f"(95 % interval {units.difference_interval(low, high, cost)})"
+        words = f"{label_of(study, worse.arm)} costs {units.amount(cost)}"
         sentences = said.setdefault((better, worse.point), [])
         if not sentences:
-            place = setting_words(summary.settings[worse.arm, worse.point])
-            words = f"At {place}, {words} of test error against {side(study, better, worse)}"
+            place = setting_words(study, summary.settings[worse.arm, worse.point])
+            words = f"At {place}, {words} {units.of} against {side(study, better, worse)}"
         sentences.append(f"{words} {interval}.")
         back = []
         for remedy, gain in [(_ends(f)[1], abs(f.difference)) for f in group if f is not main]:
             # A remedy that itself costs something against another setting does not give all of it back.
-            whole = (gain >= cost or points(gain) == points(cost)) and remedy not in groups
-            part = "all of it back" if whole else f"back {points(gain)} points"
+            whole = (gain >= cost or units.amount(gain) == units.amount(cost)) and remedy not in groups
+            part = "all of it back" if whole else f"back {units.amount(gain)}"
             back.append(f"{side(study, remedy, worse)} gives {part}")
         if back:
             sentences.append("; ".join(_first(back)) + ".")
@@ -107,11 +118,14 @@ def _sides(study: Study, finding: Finding) -> tuple[str, str, str]:
 
 
 def _effect(finding: Finding) -> str:
-    interval = points_interval(finding.low, finding.high, finding.difference)
-    return f"{points(finding.difference, signed=True)} points (95 % interval {interval})"
+    units = Units(finding.metric)
+    interval = units.difference_interval(finding.low, finding.high, finding.difference)
+    # "0.031" alone would not say of what; the word "points" does.
+    of = "" if finding.metric.percent else f" {units.of}"
+    return f"{units.amount(finding.difference, signed=True)}{of} (95 % interval {interval})"
 
 
 def _ends(finding: Finding) -> tuple[Place, Place]:
-    """The setting with the higher error, and the one with the lower."""
+    """The worse of the two settings, and the better one."""
     first, second = finding.contrast.first, finding.contrast.second
-    return (first, second) if finding.difference > 0 else (second, first)
+    return (first, second) if finding.cost > 0 else (second, first)

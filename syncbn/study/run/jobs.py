@@ -13,6 +13,7 @@ A study's folder holds::
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -118,6 +119,10 @@ def _train_once(job: Job, train: TrainFunction, records: Records) -> State:
         result = load_result(job.directory)
         if result is None:
             raise RuntimeError(f"the run ended without a readable {job.directory / 'result.json'}")
+        if job.cell.tuning and result.validation is None and result.status != "diverged":
+            shutil.rmtree(job.directory)  # it is of no use, and has to be done again when there is validation data
+            expected = "a task with validation data (for classification, set data.validation_fraction)"
+            raise ConfigError("tune", "no validation metric", expected)
         records.add(job.key, started, time.monotonic() - clock, result)
     return state_of(result)
 

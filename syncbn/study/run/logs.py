@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,10 +50,12 @@ def output_to(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     try:
-        with log.open("ab") as file:
+        with log.open("a", buffering=1, encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        yield
+            # In a notebook, what Python prints does not go to these descriptors.
+            with redirect_stdout(file), redirect_stderr(file):
+                yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
@@ -14,8 +15,8 @@ from syncbn.study.run.status import Outcome
 class Display:
     """Shows how many runs have ended, which ones are running and about how long the rest takes. A context manager."""
 
-    def __init__(self) -> None:
-        self.console = Console()
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         self.total = self.done = 0
         self.workers = 1
         self._running: dict[str, tuple[str, float]] = {}
@@ -59,10 +60,16 @@ class Display:
             self._seconds.append(time.monotonic() - began)
         if result is None:
             news = f"failed: {outcome.message}"
-        elif result.test_error is None:
+        elif math.isnan(result.score):
             news = f"diverged after {result.steps} steps"
         else:
-            news = f"test error {100 * result.test_error:.1f} %, {duration(result.seconds)}"
+            # A run of the tuning says what it is chosen by.
+            part: str = "test"
+            score: float | None = result.score
+            if outcome.job.cell.tuning and result.validation is not None:
+                part, score = "validation", result.validation[result.metric.name]
+            shown = "unknown" if score is None else result.metric.shown(score)
+            news = f"{part} {result.metric.name} {shown}, {duration(result.seconds)}"
         width = len(str(self.total))
         left = self._left()
         self._print(f"[{self.done:{width}}/{self.total}] {outcome.job.label}: {news}" + (f"; {left}" if left else ""))

@@ -12,7 +12,6 @@ never changed.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import socket
@@ -157,15 +156,13 @@ def _record(line: bytes, path: Path) -> Record | None:
     if not {"key", "worker", "result"} <= values.keys():
         return None
     try:
-        result = values["result"]
-        result["losses"] = [math.nan if loss is None else loss for loss in result["losses"]]
         return Record(
             key=str(values["key"]),
             worker=str(values["worker"]),
             started=datetime.fromisoformat(values["started"]).astimezone(UTC),
             ended=datetime.fromisoformat(values["ended"]).astimezone(UTC),
             seconds=float(values["seconds"]),
-            result=RunResult(**result),
+            result=RunResult.from_dict(values["result"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         # Not a missing run, which would be run again over a result that another version can read.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from syncbn.study.plan.grid import Cell, state_of
+from syncbn.study.run.here import here_events
 from syncbn.study.run.jobs import Events, Job, TrainFunction, load_result, recorded, study_jobs
 from syncbn.study.run.logs import error_line, note_failure
 from syncbn.study.run.pool import pool_events
@@ -24,8 +25,8 @@ from syncbn.study.run.submit import submitted_events
 from syncbn.train import loop
 from syncbn.train.checkpoint import try_lock
 
-Executor = Literal["pool", "slurm", "local"]
-"""Who does the runs: processes of this machine, a Slurm cluster, or submitit's stand-in for one on this machine."""
+Executor = Literal["pool", "slurm", "local", "here"]
+"""Who does the runs: processes of this machine, a Slurm cluster, submitit's stand-in for one, or this process."""
 RETRY_SECONDS = 1.0
 """Time between two looks at cells that another study run is working on."""
 
@@ -39,6 +40,7 @@ def run_cells(
     executor: Executor = "pool",
     options: Mapping[str, Any] | None = None,
     together: bool = False,
+    progress: bool = True,
 ) -> dict[str, Outcome]:
     """Run the cells that have no record yet.
 
@@ -48,6 +50,7 @@ def run_cells(
         executor, options: who does the runs, and for submitit the parameters of a job.
         together: all processes of a launcher do each run together. This is the first of them, and the others have to
             call :func:`syncbn.study.run.ranks.follow`.
+        progress: print what is done.
 
     Returns:
         One outcome per key. A run that failed is an outcome; records or a result of another version are a ConfigError.
@@ -56,8 +59,8 @@ def run_cells(
     records = Records(out)
     outcomes = {key: outcome for key, job in jobs.items() if (outcome := _settled(job, records))}
     limit = workers or (len(jobs) if executor == "slurm" else len(os.sched_getaffinity(0)))
-    side_by_side = 1 if together else min(limit, len(jobs) - len(outcomes))
-    with Display() as shown:
+    side_by_side = 1 if together or executor == "here" else min(limit, len(jobs) - len(outcomes))
+    with Display(quiet=not progress) as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         while left := [job for key, job in jobs.items() if key not in outcomes]:
             if free := [job for job in left if not job.held()]:
@@ -78,6 +81,8 @@ def run_cells(
 def _events(jobs: Sequence[Job], size: int, train: TrainFunction, executor: str, options: Mapping[str, Any]) -> Events:
     if executor == "pool":
         return pool_events(jobs, size, train)
+    if executor == "here":
+        return here_events(jobs, train)
     if executor == "ranks":
         return rank_events(jobs, train)
     return submitted_events(jobs, size, train, executor, options)

@@ -1,0 +1,84 @@
+"""Reading the ``tune:`` of a study file, and the keys of a run's configuration that a study varies.
+
+Each setting chooses its own values of these keys by its validation metric, with seeds that the study does not use::
+
+    tune: {optimizer.lr: [0.03, 0.1, 0.3], optimizer.weight_decay: [0, 1.0e-4], seeds: 2, untuned: true}
+
+``seeds`` is a number or a list. With ``untuned``, the report also has each arm as it is without tuning. An arm may have
+a ``tune:`` of its own in place of the study's; it has as many candidates, so that no arm has a larger budget.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from syncbn.study.plan.content import axis_values, mapping
+from syncbn.study.plan.grid import Arm, Study, Tune, Value
+from syncbn.train.config import ConfigError, known_keys, require
+
+FIRST_SEED = 1000
+"""Tuning seeds count from here."""
+OPTIONS = ("task.options.", "model.options.")
+"""Sections whose keys a configuration does not list."""
+
+
+def grid_from(content: object, where: str, what: str = "key") -> dict[str, tuple[Value, ...]]:
+    """A mapping from dotted keys of the run configuration to the values that are tried or run."""
+    found = mapping(content, where)
+    known = [key for key in known_keys() if key != "seed"]
+    for name in found:
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"a key of the run configuration{', such as ' + ', '.join(close) if close else ''}"
+        option = isinstance(name, str) and any(name.startswith(start) and name != start for start in OPTIONS)
+        require(option or name in known, f"{where}: {what}", name, hint)
+    return {name: axis_values(values, f"{where}.{name}") for name, values in found.items()}
+
+
+def tune_from(content: object, arms: tuple[Arm, ...], study: Study, where: str) -> tuple[Tune | None, tuple[Arm, ...]]:
+    """The ``tune:`` of a study file, and the arms, with their untuned copies if it asks for them."""
+    if content is None:
+        own = [arm.name for arm in arms if arm.tune is not None]
+        require(not own, f"{where} of arms", own, "none without a `tune` of the study, which has the seeds")
+        return None, arms
+    data = dict(mapping(content, where))
+    seeds, untuned = data.pop("seeds", 1), data.pop("untuned", False)
+    require(isinstance(untuned, bool), f"{where}.untuned", untuned, "true or false")
+    grid = grid_from(data, where)
+    require(bool(grid), where, content, "at least one key with the values to try, such as optimizer.lr: [0.03, 0.1]")
+    copies = [replace(arm, name=f"{arm.name} untuned", label=f"{arm.label}, untuned", tuned=False) for arm in arms]
+    copies = [replace(arm, reference=False) for arm in copies] if untuned else []
+    return Tune(grid=grid, seeds=_seeds(seeds, study.seeds, f"{where}.seeds")), (*arms, *copies)
+
+
+def check_tune(study: Study, swept: Sequence[str], source: str) -> None:
+    """Check that tuning sets nothing that the study varies, and that every arm has as many candidates.
+
+    Raises ConfigError if not, or if the task is classification and nothing is held out for validation.
+    """
+    if study.tune is None:
+        return
+    numbers = {}
+    for arm in study.arms:
+        where = f"{source}: tune" if arm.tune is None else f"{source}: arms.{arm.name}.tune"
+        for key in study.tune.grid if arm.tune is None else arm.tune:
+            require(key not in study.grid and key not in swept, where, key, "a key that the study does not vary")
+        numbers[arm.name] = len(study.tune.candidates(arm))
+    same = f"as many candidates for each arm, so that no arm has a larger budget than another: {numbers}"
+    require(len(set(numbers.values())) == 1, f"{source}: tune", max(numbers.values()), same)
+    task, data = study.base.get("task") or {}, study.base.get("data") or {}
+    held_out = task.get("name", "classification") != "classification" or data.get("validation_fraction", 0)
+    expected = "a fraction above 0 in `base`, as tuning chooses by validation data"
+    require(bool(held_out), f"{source}: base: data.validation_fraction", data.get("validation_fraction", 0), expected)
+
+
+def _seeds(content: Any, taken: Sequence[int], where: str) -> tuple[int, ...]:
+    if type(content) is int and content >= 1:
+        free = (seed for seed in range(FIRST_SEED, FIRST_SEED + content + len(taken)) if seed not in taken)
+        return tuple(next(free) for _ in range(content))
+    integers = isinstance(content, list) and all(type(seed) is int and 0 <= seed < 2**31 for seed in content)
+    if not integers or not content or len(set(content)) < len(content) or set(content) & set(taken):
+        raise ConfigError(where, content, "a number of seeds, or a list of different ones that are not the study's")
+    return tuple(content)
