@@ -15,7 +15,7 @@ from syncbn.population import LayerDivergence, Population
 from syncbn.train.batches import fetched, forward
 from syncbn.train.checkpoint import load_weights
 from syncbn.train.config import ConfigError, RunConfig, load_config, require
-from syncbn.train.data.order import epoch_order
+from syncbn.train.data.order import order_of
 from syncbn.train.data.samples import batch_loader
 from syncbn.train.evaluate import evaluate, evaluate_statistics
 from syncbn.train.launch import open_session
@@ -149,8 +149,7 @@ def _by_size(run: Run, own: int, samples: int, sizes: Sequence[int] | None) -> d
 
 def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDivergence]:
     train, c, epoch = run.data.train, run.config, run.schedule.epochs
-    labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
-    order = epoch_order(labels, skew, c.seed, epoch).tolist()[: samples // size * size]
+    order = order_of(len(train), train.labels, skew, c.seed, epoch)[: samples // size * size]
     # Whole normalization batches, about a global batch at a time.
     together = max(1, c.global_batch_size // size) * size
     population = Population(run.model)

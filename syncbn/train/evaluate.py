@@ -17,7 +17,7 @@ from torch import Tensor
 from syncbn.population import LayerDivergence, Population, batch_statistics
 from syncbn.train.batches import fetched, forward, leaves, loss_of, metrics_of
 from syncbn.train.config import LocalError
-from syncbn.train.data.order import epoch_order
+from syncbn.train.data.order import order_of
 from syncbn.train.data.samples import Key, Keyed, batch_loader
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run
@@ -120,9 +120,10 @@ def evaluate_statistics(run: Run, final: Values) -> tuple[list[dict[str, Any]], 
     # BatchRenorm pulls batch statistics to the running ones: evaluating with them would repeat the first entry.
     if run.config.evaluation.batch and run.config.norm.name != "renorm":
         # Ordered and cut as in training: under class skew, the statistics are then like those of the training.
-        order = _order(run, run.data.test, 0)
+        test, c = run.data.test, run.config
+        order = order_of(len(test), test.labels, c.data.class_skew, c.seed, 0)
         with batch_statistics(run.model):
-            values, _ = _values(run, _loaded(run, run.data.test, [(0, i) for i in order]))
+            values, _ = _values(run, _loaded(run, test, [(0, i) for i in order]))
         # None if a last, smaller batch cannot be normalized.
         add("batch", None if math.isnan(values["loss"]) else values)
     layers: list[LayerDivergence] = []
@@ -133,11 +134,6 @@ def evaluate_statistics(run: Run, final: Values) -> tuple[list[dict[str, Any]], 
             with population.used(estimator):
                 add("population", evaluate(run, run.data.test), estimator, samples)
     return found, layers
-
-
-def _order(run: Run, samples: Keyed, epoch: int) -> list[int]:
-    labels = torch.zeros(len(samples), dtype=torch.int64) if samples.labels is None else samples.labels
-    return epoch_order(labels, run.config.data.class_skew, run.config.seed, epoch).tolist()
 
 
 def _gather(run: Run, population: Population) -> Iterator[int]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from syncbn.train.config import RunConfig, require
-from syncbn.train.data.order import epoch_order
+from syncbn.train.data.order import order_of
 from syncbn.train.data.samples import Key
 
 
@@ -50,8 +49,7 @@ class Schedule:
     def order(self, epoch: int) -> list[int]:
         """The training samples in the order of an epoch."""
         c = self.config
-        labels = torch.zeros(self.samples, dtype=torch.int64) if self.labels is None else self.labels
-        return epoch_order(labels, c.data.class_skew, c.seed, epoch).tolist()
+        return order_of(self.samples, self.labels, c.data.class_skew, c.seed, epoch)
 
     def steps(self, epoch: int) -> Iterator[list[list[Key]]]:
         """The global batches of each optimizer step of an epoch (from 0). The last batches may be smaller."""

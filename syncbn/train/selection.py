@@ -22,9 +22,7 @@ def note_evaluation(run: Run) -> None:
     """Keep the weights of the last evaluation if it is the best so far. Of equal ones, the first is the best."""
     if run.config.budget.select == "last":
         return
-    entry = run.progress.history[-1]
-    best = best_entry(run)
-    if best is entry:
+    if best_entry(run) is run.progress.history[-1]:
         run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
 
 
@@ -46,8 +44,7 @@ def stops_early(run: Run) -> bool:
     patience, history = run.config.budget.patience, run.progress.history
     if patience is None or not history:
         return False
-    best = next(i for i, entry in enumerate(history) if entry is best_entry(run))
-    return len(history) - 1 - best >= patience
+    return len(history) - 1 - history.index(best_entry(run)) >= patience
 
 
 def restore_best(run: Run) -> None:

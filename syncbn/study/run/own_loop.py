@@ -96,8 +96,8 @@ class Setting:
         )
         partition = Partition.of(c, placement())
         together = partition.hosted > 1
-        whole = norm.synchronized and partition.sync_group_size > partition.hosted
-        even = not whole or partition.sync_group_size % partition.hosted == 0
+        spans_processes = norm.synchronized and partition.sync_group_size > partition.hosted
+        even = not spans_processes or partition.sync_group_size % partition.hosted == 0
         require(even, "sync_group_size", c.sync_group_size, f"a multiple of the {partition.hosted} GPUs of a process")
         expected = f"one process for each of the {c.gpus} logical GPUs with norm.name {norm.name}: set `processes`"
         require(not together or norm.name != "renorm" or norm.sync, "gpus", c.gpus, expected)

@@ -42,6 +42,12 @@ def epoch_order(labels: Tensor, class_skew: int, seed: int, epoch: int) -> Tenso
     )
 
 
+def order_of(samples: int, labels: Tensor | None, class_skew: int, seed: int, epoch: int) -> list[int]:
+    """:func:`epoch_order` as a list, also of ``samples`` that have no labels."""
+    known = torch.zeros(samples, dtype=torch.int64) if labels is None else labels
+    return epoch_order(known, class_skew, seed, epoch).tolist()
+
+
 def position_in_class(labels: Tensor) -> Tensor:
     """For each sample, the number of samples of its class before it: int64 [n] of int64 [n]."""
     by_class = labels.argsort(stable=True)

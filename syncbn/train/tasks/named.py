@@ -21,8 +21,6 @@ from syncbn.train.tasks.classification import Classification
 
 BUILT_IN: dict[str, str] = {"segmentation": "syncbn.train.tasks.segmentation:Segmentation"}
 """Built-in tasks besides ``classification``, by name: ``module:attribute``."""
-
-
 BUILT_IN_NAMES = ("classification", *BUILT_IN)
 
 
