@@ -1,4 +1,4 @@
-"""The import of torchvision."""
+"""The imports of torchvision and timm."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ def import_torchvision(submodule: str | None = None) -> Any:
             f"torchvision cannot be imported beside torch {torch.__version__} ({error}); "
             "install the torchvision release that belongs to this torch"
         ) from error
+
+
+def has_torchvision_operators() -> bool:
+    """Whether torchvision's compiled operators, such as non-maximum suppression, can be called."""
+    return bool(import_torchvision("extension")._has_ops())
+
+
+def import_timm(submodule: str = "") -> Any:
+    """Import timm, or a part of it such as ``"layers"``."""
+    import_torchvision()  # timm imports it, and a torchvision that does not fit torch needs preparation
+    try:
+        return importlib.import_module(f"timm.{submodule}" if submodule else "timm")
+    except ImportError as error:
+        raise ImportError(f"timm is needed here ({error}); install: pip install 'syncbn[train]'") from error
 
 
 def _declare_missing_operators() -> None:

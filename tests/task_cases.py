@@ -87,3 +87,22 @@ class Trees(Task):
 
     def loss(self, outputs, targets):
         return Sum(functional.cross_entropy(outputs["logits"], targets[0]["y"], reduction="sum"), len(targets[0]["y"]))
+
+
+class Ranked(Sign):
+    """Compared by the area under the curve of the test set, which is no mean over samples."""
+
+    metric = Metric("auc", higher_is_better=True)
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def predictions(self, outputs, targets):
+        return list(zip(outputs[:, 1] - outputs[:, 0], targets, strict=True))
+
+    def metrics_of_set(self, predictions):
+        scores, targets = map(torch.stack, zip(*predictions, strict=True))
+        self.seen.append(targets)
+        above = scores[targets == 1][:, None] > scores[targets == 0]
+        return {"auc": above.double().mean()}

@@ -7,28 +7,30 @@ uses (Wu and Johnson 2021, arXiv 2105.07576, sections 3 and 5).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.population import LayerDivergence, Population, batch_statistics
-from syncbn.train.batches import fetched, forward, leaves, loss_of, metrics_of
+from syncbn.train.batches import described, fetched, forward, leaves, loss_of, metrics_of, predictions_of
 from syncbn.train.config import LocalError
 from syncbn.train.data.order import order_of
 from syncbn.train.data.samples import Key, Keyed, batch_loader
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run
 from syncbn.train.task import Sum
-from syncbn.train.tasks.named import TaskError
+from syncbn.train.tasks.named import TaskError, blamed
 
 Values = dict[str, float]
 """The loss (``loss``) and the metrics of a task, each divided over all samples; NaN where nothing was counted."""
+Seen = Callable[[list[Key], Any, Any], None]
+"""Called with the keys, outputs and targets of this process's part of each batch."""
 
 
-def evaluate(run: Run, samples: Keyed) -> Values:
+def evaluate(run: Run, samples: Keyed, seen: Seen | None = None) -> Values:
     """The loss and the metrics on a data set, in evaluation mode, over all processes."""
     size, workers = run.config.budget.eval_batch_size, run.config.data.workers
     rank, processes = run.partition.placement.rank, run.partition.placement.processes
@@ -41,21 +43,40 @@ def evaluate(run: Run, samples: Keyed) -> Values:
     run.model.eval()
     try:
         loaded = fetched(run, batch_loader(samples, parts, workers))
-        values, counted = _values(run, zip(parts, loaded, strict=True))
+        values, counted = _values(run, zip(parts, loaded, strict=True), seen)
     finally:
         for module, mode in was_training.items():
             module.training = mode
     assert counted == len(samples), f"evaluated {counted} of {len(samples)} samples"
     name = run.task.metric.name
+    if not math.isfinite(values["loss"]):
+        values.setdefault(name, math.nan)  # a model that diverged has no metrics of the set
     if name not in values:
-        raise TaskError(f"task {run.task_name}: its metric is {name!r}, but metrics() returned {sorted(values)}")
+        raise TaskError(f"task {run.task_name}: its metric is {name!r}, but its metrics are {sorted(values)}")
     if math.isnan(values[name]) and math.isfinite(values["loss"]):
-        raise TaskError(f"task {run.task_name}: metrics() gave NaN for {name!r}, expected a number, or a count above 0")
+        raise TaskError(f"task {run.task_name}: metric {name!r} is NaN, expected a number, or a count above 0")
+    problem = run.task.metric.problem(values[name])
+    if problem is not None and math.isfinite(values["loss"]):
+        raise TaskError(
+            f"task {run.task_name}: got {problem}; for any other metric, the task's Metric has percent=False"
+        )
     return values
 
 
+class _Counted(NamedTuple):
+    """What is known of a data set after its batches."""
+
+    sums: dict[str, Tensor]
+    """Totals and counts of the loss and the metrics."""
+    samples: int
+    predictions: dict[int, Any]
+    """By the index of the sample, for the metrics of the whole set."""
+
+
 @torch.no_grad()
-def _values(run: Run, loaded: Iterable[tuple[list[Key], tuple[Any, Any]]]) -> tuple[Values, int]:
+def _values(
+    run: Run, loaded: Iterable[tuple[list[Key], tuple[Any, Any]]], seen: Seen | None = None
+) -> tuple[Values, int]:
     """As :func:`evaluate`, in the model's present mode, over this process's part of each batch; and the samples seen.
 
     In training mode the layers may communicate, so the model also gets empty parts. A last, smaller batch may then
@@ -64,12 +85,13 @@ def _values(run: Run, loaded: Iterable[tuple[list[Key], tuple[Any, Any]]]) -> tu
     them.
     """
     sums: dict[str, Tensor] = {"loss": torch.zeros(2, dtype=torch.float64, device=run.device)}
-    counted = 0
+    samples = 0
+    predictions: dict[int, Any] = {}
     training = any(module.training for module in run.model.modules())
     for keys, (inputs, targets) in loaded:
         if not (keys or training):
             continue
-        counted += len(keys)
+        samples += len(keys)
         try:
             outputs = forward(run, run.model, inputs, targets)
         except LocalError as error:
@@ -78,6 +100,8 @@ def _values(run: Run, loaded: Iterable[tuple[list[Key], tuple[Any, Any]]]) -> tu
             sums["loss"] += math.nan
             continue
         if keys:
+            if seen is not None:
+                seen(keys, outputs, targets)
             total, count = loss_of(run, outputs, targets, [1] * len(keys))
             if total.isnan() and all(out.isfinite().all() for out in leaves(outputs)):
                 problem = "loss() gave NaN for finite outputs, as a mean over nothing is"
@@ -85,29 +109,50 @@ def _values(run: Run, loaded: Iterable[tuple[list[Key], tuple[Any, Any]]]) -> tu
             found = {"loss": torch.stack((total.double(), torch.as_tensor(count, device=run.device).double()))}
             for name, pair in (found | metrics_of(run, outputs, targets)).items():
                 sums[name] = sums[name] + pair if name in sums else pair
-    sums, counted = _added(run, sums, counted)
-    return {name: Sum(*pair).mean() for name, pair in sums.items()}, counted
+            of_samples = predictions_of(run, outputs, targets, len(keys)) or []
+            predictions.update(zip((index for _, index in keys), of_samples, strict=False))
+    counted = _added(run, _Counted(sums, samples, predictions))
+    values = {name: Sum(*pair).mean() for name, pair in counted.sums.items()}
+    return values | _of_set(run, counted.predictions, values), counted.samples
 
 
-def _added(run: Run, sums: dict[str, Tensor], counted: int) -> tuple[dict[str, Tensor], int]:
-    """Sums and numbers of samples over all processes. A process without samples may lack some names."""
-    everywhere: list[Any] = [({name: pair.cpu() for name, pair in sums.items()}, counted)]
+def _added(run: Run, counted: _Counted) -> _Counted:
+    """The same over all processes. A process without samples may lack some names."""
+    own = counted._replace(sums={name: pair.cpu() for name, pair in counted.sums.items()})
+    everywhere: list[Any] = [own]
     if (processes := run.partition.placement.processes) > 1:
-        own, everywhere = everywhere[0], [None] * processes
+        everywhere = [None] * processes
         dist.all_gather_object(everywhere, own)
     added: dict[str, Tensor] = {}
-    for part, _ in everywhere:
-        for name, pair in part.items():
+    predictions: dict[int, Any] = {}
+    for part in everywhere:
+        predictions |= part.predictions
+        for name, pair in part.sums.items():
             if name in added and added[name].shape != pair.shape:
                 raise TaskError(f"task {run.task_name}: metrics() gave {name!r} different shapes on different batches")
             added[name] = added[name] + pair if name in added else pair
-    return added, sum(number for _, number in everywhere)
+    return _Counted(added, sum(part.samples for part in everywhere), predictions)
 
 
-def evaluate_statistics(run: Run, final: Values) -> tuple[list[dict[str, Any]], list[LayerDivergence]]:
+def _of_set(run: Run, predictions: dict[int, Any], values: Values) -> Values:
+    """The task's metrics of the whole set; none if its batches could not be evaluated."""
+    if not predictions or not math.isfinite(values["loss"]):
+        return {}
+    with blamed(run.task_name, "metrics_of_set()"):
+        found = run.task.metrics_of_set([predictions[index] for index in sorted(predictions)])
+        if not isinstance(found, Mapping) or found.keys() & values.keys():
+            expected = f"a dict of numbers, with other names than {sorted(values)}"
+            raise TypeError(f"it returned {described(found)}, expected {expected}")
+        return {str(name): float(value) for name, value in found.items()}
+
+
+def evaluate_statistics(
+    run: Run, final: Values, seen: Callable[[str], Seen] | None = None
+) -> tuple[list[dict[str, Any]], list[LayerDivergence]]:
     """The entries of :attr:`RunResult.evaluations`, and the divergence of each layer over the largest population.
 
     ``final`` is the last evaluation on the test set, with running statistics that are the same on all processes.
+    ``seen`` makes what is called with the batches of the further evaluations, for ``batch``, ``mean`` and ``total``.
     """
     found: list[dict[str, Any]] = []
 
@@ -123,7 +168,7 @@ def evaluate_statistics(run: Run, final: Values) -> tuple[list[dict[str, Any]], 
         test, c = run.data.test, run.config
         order = order_of(len(test), test.labels, c.data.class_skew, c.seed, 0)
         with batch_statistics(run.model):
-            values, _ = _values(run, _loaded(run, test, [(0, i) for i in order]))
+            values, _ = _values(run, _loaded(run, test, [(0, i) for i in order]), seen and seen("batch"))
         # None if a last, smaller batch cannot be normalized.
         add("batch", None if math.isnan(values["loss"]) else values)
     layers: list[LayerDivergence] = []
@@ -132,7 +177,8 @@ def evaluate_statistics(run: Run, final: Values) -> tuple[list[dict[str, Any]], 
         layers = population.divergences()
         for estimator in ("mean", "total"):
             with population.used(estimator):
-                add("population", evaluate(run, run.data.test), estimator, samples)
+                values = evaluate(run, run.data.test, seen and seen(estimator))
+                add("population", values, estimator, samples)
     return found, layers
 
 

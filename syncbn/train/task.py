@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,4 +110,18 @@ class Task:
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Sum]:
         """Metrics of a batch in evaluation, by name."""
+        return {}
+
+    def predictions(self, outputs: Any, targets: Any) -> Sequence[Any] | None:
+        """What :meth:`metrics_of_set` needs of each sample of a batch, such as its scores and its class; else None.
+
+        Each is a tensor or a tree of tensors and numbers. They come to the CPU and to all processes.
+        """
+        return None
+
+    def metrics_of_set(self, predictions: list[Any]) -> Mapping[str, float]:
+        """Metrics that are no mean over samples, such as an average precision, by name.
+
+        ``predictions`` are those of all samples, in the order of the data set.
+        """
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from task_cases import Sign, Trees, Uneven, Weighted
+from task_cases import Ranked, Sign, Trees, Uneven, Weighted
 
 from syncbn.train import Datasets, Sum
 from syncbn.train.config import LocalError, config_from_dict
@@ -13,7 +13,7 @@ from syncbn.train.parity import TOLERANCE, Trained, compare_runs, parity_config
 
 # 64 samples in steps of 40: the last has 24, in batches of 20 and 4, so that the last GPUs get none.
 BASE = {"gpus": 4, "per_gpu_batch_size": 5, "accumulation_steps": 2, "device": "cpu", "optimizer": {"lr": 0.05}}
-TASKS = {"scalar": Sign, "counts": Weighted, "no mean": Uneven, "trees": Trees}
+TASKS = {"scalar": Sign, "counts": Weighted, "no mean": Uneven, "trees": Trees, "whole set": Ranked}
 
 
 def configured(norm, **changes):

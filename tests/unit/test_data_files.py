@@ -196,7 +196,8 @@ def test_grey_and_transparent_images_become_rgb(folder: Path) -> None:
         Image.new(mode, (20, 20)).save(folder / "train" / "blue" / f"{i}.png")
     images, _ = from_folder(folder).train.__getitems__([(0, i) for i in range(4)])
     assert images.shape == (4, 3, 16, 16)
-    assert (images < -1).all()  # black
+    assert (images[[0, 2, 3]] < -1).all()  # black
+    assert (images[1] > 1).all()  # transparent
 
 
 def test_what_fits_is_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from syncbn.compat import import_timm
 from syncbn.train.config import ConfigError, ModelConfig
 from syncbn.train.tasks.models import build_model
 
@@ -205,6 +206,15 @@ def test_options_reach_torchvision() -> None:
         ("resnet18", {"num_classes": 3}, "model.options", "no num_classes"),
         ("googlenet", {"aux_logits": True}, "model.options", "aux_logits false"),
         ("alexnet", {}, "model.name", "a network for images of 32x32"),
+        ("timm:resnt10t", {}, "model.name", r"timm:NAME with a model of timm \(close: .*timm:resnet10t"),
+        ("timm:resnet10t.c3_in1k", {}, "model.name", "timm:NAME with a model of timm"),
+        ("timm:hf-hub:timm/resnet18", {}, "model.name", "timm:NAME with a model of timm"),
+        ("timm:resnet10t", {"depth": 3}, "model.options", "keyword arguments of timm's .*'depth'"),
+        ("timm:resnet10t", {"pretrained": True}, "model.options", "no pretrained: a run draws"),
+        ("timm:resnet10t", {"checkpoint_path": "x"}, "model.options", "no checkpoint_path"),
+        ("timm:resnet10t", {"in_chans": 3}, "model.options", "no in_chans: a run sets it"),
+        ("timm:resnet10t", {"features_only": True}, "model.options", "one output for each of 10 classes"),
+        ("timm:levit_128s", {"img_size": 64}, "model.name", "a network for images of 32x32"),
     ],
 )
 def test_errors_name_the_key(name: str, options: dict[str, Any], key: str, message: str) -> None:
@@ -223,3 +233,35 @@ def test_a_vision_transformer_that_does_not_divide_the_image() -> None:
 def test_other_numbers_of_channels_are_refused_for_torchvision() -> None:
     with pytest.raises(ValueError, match="in_channels: got 4"):
         build("resnet18", channels=4)
+
+
+TIMM = {"timm:test_resnet": nn.BatchNorm2d, "timm:test_efficientnet": import_timm("layers").BatchNormAct2d}
+"""Two small networks: one with torch's layers, one with layers that also activate."""
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_models_by_name(name: str) -> None:
+    seen: list[type] = []
+
+    def note(model: nn.Module) -> nn.Module:
+        seen.extend(type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        torch.rand(3)
+        return model
+
+    plain, state = build(name, adapt=note, channels=1, classes=7), torch.get_rng_state()
+    assert set(seen) == {TIMM[name]}
+    assert plain.training
+    assert plain(torch.randn(4, 1, 32, 32)).shape == (4, 7)
+    again = build(name, channels=1, classes=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = drawn_weights(plain)
+    assert all(torch.equal(weights[key], value) for key, value in drawn_weights(again).items())
+    other = drawn_weights(build(name, channels=1, classes=7, seed=1))
+    assert not any(torch.equal(weights[key], value) for key, value in other.items())
+    assert all(m.num_batches_tracked == 0 for m in again.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_options_reach_timm_and_images_have_the_runs_size() -> None:
+    model = build("timm:test_resnet", drop_path_rate=0.3)
+    assert any(type(m).__name__ == "DropPath" for m in model.modules())
+    assert build("timm:levit_128s", size=96)(torch.randn(2, 3, 96, 96)).shape == (2, 10)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from task_cases import Drawn, Sign, Trees, Uneven, Weighted, numbers
+from task_cases import Drawn, Ranked, Sign, Trees, Uneven, Weighted, numbers
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -52,6 +52,38 @@ def test_a_run_of_a_users_task(tmp_path):
     assert [entry["statistics"] for entry in result.evaluations] == ["running", "batch", "population", "population"]
     assert RunResult.from_json(tmp_path / "result.json") == result
     assert train(named(Sign), task=Sign()).losses == result.losses
+
+
+def test_a_metric_of_the_whole_set():
+    """An area under the curve is no mean over samples: it needs the scores of all of them, in the order of the set."""
+    task = Ranked()
+    result = train(config(budget={"epochs": 2, "eval_batch_size": 5}), task=task)
+    assert result.metric.name == "auc"
+    assert result.score == result.test["auc"] == result.history[-1]["test"]["auc"] > 0.6
+    # Validation and test data in each of two epochs, then the test data with the statistics of batches, whose order is
+    # that of a training, and with population statistics: always in the order of the set.
+    (_, test), (_, validation) = task.data(0).test.tensors, task.data(0).validation.tensors
+    assert [len(targets) for targets in task.seen].count(len(validation)) == 2
+    assert len(task.seen) == 2 * 2 + 3
+    assert all(torch.equal(targets, test if len(targets) == len(test) else validation) for targets in task.seen)
+    kinds = [entry["statistics"] for entry in result.evaluations]
+    assert kinds == ["running", "batch", "population", "population"]
+    assert all(0 <= entry["test"]["auc"] <= 1 for entry in result.evaluations)
+
+
+def test_a_run_that_diverges_has_no_metric_of_the_whole_set():
+    """It is a result, by which tuning knows that this learning rate is no good, and not a mistake of the task."""
+    result = train(config(optimizer={"lr": 1e38}, budget={"epochs": 2, "select": "best"}), task=Ranked())
+    assert (result.status, result.test) == ("diverged", None)
+
+
+def test_predictions_hold_nothing_but_themselves():
+    """A view of the batch would carry the whole batch to every process."""
+    task, found = Ranked(), []
+    task.metrics_of_set = lambda predictions: found.extend(predictions) or {"auc": 0.5}
+    train(config(budget={"epochs": None, "steps": 1}, evaluation={"batch": False}), task=task)
+    assert found
+    assert all(x.untyped_storage().nbytes() == x.element_size() for pair in found for x in pair)
 
 
 def test_options_are_arguments_and_the_model_keeps_its_initial_weights():
@@ -371,31 +403,29 @@ def test_classification_holds_out_a_fraction_of_each_class():
 
 
 def test_diagnosis_of_a_users_task(tmp_path, capsys):
-    from syncbn.train.diagnosis import advice, print_diagnosis
-
     train(named(Sign), tmp_path)
     found = diagnose(tmp_path, samples=32)
     assert found.scores["running"] > 0.6
     assert list(found.layers) == [2, 4, 8, 16]
-    print_diagnosis(found)
+    found.print()
     assert "test accuracy with running statistics" in capsys.readouterr().out
-    assert advice(found)
+    assert found.advice
+    assert found.per_sample["running"].shape == (32, 2, 1)
 
 
 def test_advice_honours_the_direction_of_the_metric(tmp_path):
     from dataclasses import replace
 
-    from syncbn.train.diagnosis import advice
-
     train(named(Sign), tmp_path)
     found = diagnose(tmp_path, samples=32)
     kinds = [("running", None, 0.6), ("batch", None, 0.9), ("population", "mean", 0.7), ("population", "total", 0.8)]
     entries = [{"statistics": s, "estimator": e, "samples": 9, "test": {"accuracy": x}} for s, e, x in kinds]
-    words = advice(replace(found, evaluations=entries))
+    found = replace(found, evaluations=entries, per_sample={}, test_samples=1000)
+    words = found.advice
     assert words[0].startswith("Estimation: with population statistics the accuracy is 80.0 % and not 60.0 %")
     assert "the accuracy is 90.0 %, with fixed ones at most 80.0 %" in words[1]
     entries[1]["test"] = {"accuracy": 0.5}
-    assert not any(line.startswith("Mismatch") for line in advice(replace(found, evaluations=entries)))
+    assert not any(line.startswith("Mismatch") for line in found.advice)
 
 
 # ---- mistakes
@@ -421,13 +451,36 @@ class Broken(Drawn):
 
 
 BAD = {
-    "no metric of this name": (bad(metric=Metric("dice")), "its metric is 'dice', but metrics() returned"),
+    "no metric of this name": (bad(metric=Metric("dice")), "its metric is 'dice', but its metrics are"),
     "metric is a text": (bad(metric="accuracy"), "whose `metric` is a syncbn.train.Metric, not 'accuracy'"),
-    "NaN metric": (bad(metrics=lambda s, o, t: {"accuracy": Sum(math.nan, 1)}), "gave NaN for 'accuracy'"),
-    "nothing counted": (bad(metrics=lambda s, o, t: {"accuracy": Sum(0, 0)}), "gave NaN for 'accuracy'"),
+    "NaN metric": (bad(metrics=lambda s, o, t: {"accuracy": Sum(math.nan, 1)}), "metric 'accuracy' is NaN"),
+    "percent, not a fraction": (
+        bad(metrics=lambda s, o, t: {"accuracy": Sum(torch.tensor(3720.0), 100)}),
+        "got 37.2 for 'accuracy', which is in percent: expected a fraction from 0 to 1; for any other metric, "
+        "the task's Metric has percent=False",
+    ),
+    "a negative fraction": (bad(metrics=lambda s, o, t: {"accuracy": Sum(-1, 2)}), "got -0.5 for 'accuracy', which is"),
+    "nothing counted": (bad(metrics=lambda s, o, t: {"accuracy": Sum(0, 0)}), "metric 'accuracy' is NaN"),
     "metric is no Sum": (bad(metrics=lambda s, o, t: {"accuracy": 0.5}), "'accuracy' is 0.5, expected a Sum"),
     "metrics is no dict": (bad(metrics=lambda s, o, t: 0.5), "metrics() raised TypeError: it returned 0.5"),
     "shapes of a Sum": (bad(metrics=lambda s, o, t: {"accuracy": Sum(torch.ones(3), 1)}), "have shapes (3,) and ()"),
+    "too few predictions": (
+        bad(predictions=lambda s, o, t: [1.0]),
+        "predictions() raised TypeError: it returned a list",
+    ),
+    "predictions is a dict": (bad(predictions=lambda s, o, t: {}), "expected a list of 24, one entry for each sample"),
+    "no metrics of the set": (
+        bad(predictions=lambda s, o, t: o, metrics_of_set=lambda s, p: 0.5),
+        "it returned 0.5, expected a dict",
+    ),
+    "a metric of both": (
+        bad(predictions=lambda s, o, t: o, metrics_of_set=lambda s, p: {"accuracy": 1.0}),
+        "with other names than ['accuracy', 'loss']",
+    ),
+    "metrics of the set raise": (
+        bad(predictions=lambda s, o, t: o, metrics_of_set=raises(ZeroDivisionError("no class"))),
+        "metrics_of_set() raised ZeroDivisionError: no class",
+    ),
     "loss is a vector": (
         bad(loss=lambda s, o, t: o.sum(1)),
         "float64 tensor of shape (16,), expected a Sum or a scalar",
@@ -438,6 +491,14 @@ BAD = {
     "wrong shapes": (
         bad(model=lambda s: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(3, 2))),
         "the model raised RuntimeError",
+    ),
+    "wrong channels": (
+        bad(model=lambda s: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))),
+        "the model raised ValueError: GhostBatchNorm '0' (num_features=3), input of shape (16, 4): expected 3 channels",
+    ),
+    "an error that only looks like a layer's": (
+        bad(outputs=raises(ValueError("num_features=8 are not samples"))),
+        "the model raised ValueError: num_features=8 are not samples",
     ),
     "model is no module": (bad(model=lambda s: "unet"), "a task whose model() is a Module, not 'unet'"),
     "model raises": (
@@ -537,3 +598,9 @@ def test_sections_of_classification_are_refused_for_other_tasks():
         config(task={"name": "a:b", "options": {"root": Path("data")}})
     with pytest.raises(ConfigError, match=r"task\.options: got .*, expected none for classification"):
         train(config(task={"options": {"width": 3}}))
+
+
+def test_a_batch_that_a_layer_of_a_users_model_cannot_normalize():
+    """One sample of single values on each GPU: the remedy is the batch's size, not the task's code."""
+    with pytest.raises(LocalError, match=r"per_gpu_batch_size: got 1, expected batches that every layer can normalize"):
+        train(config(per_gpu_batch_size=1), task=Sign())

@@ -94,6 +94,19 @@ class DigitCanvas(Dataset[tuple[Tensor, Tensor]]):
         return image, self._masks[index].to(torch.int64)
 
 
+class DigitBoxes(DigitCanvas):
+    """Pairs of the same images, without slices, and their boxes: ``boxes`` float32 (k, 4), ``labels`` int64 (k,).
+
+    Labels are the digits; ``crowd``, bool (k,), is False.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+        image, _ = super().__getitem__(index)
+        item = self.items[index]
+        crowd = torch.zeros(len(item.classes), dtype=torch.bool)
+        return image, {"boxes": item.boxes.to(torch.float32), "labels": item.classes - 1, "crowd": crowd}
+
+
 def digits_of(pool: Labelled, split: Split) -> Labelled:
     """A split's digits: those whose position in their class is 0, 1, 2 modulo 5 (train), 3 (validation) or 4 (test)."""
     fifth = position_in_class(pool.labels) % 5

@@ -23,12 +23,14 @@ from torch import Tensor
 from syncbn.compat import import_torchvision
 from syncbn.train.config import ConfigError, require
 from syncbn.train.data.augment import AreaCrop
+from syncbn.train.data.image_file import rgb_image
 from syncbn.train.result import replacing
 
 HELD_BYTES = 2 * 2**30
 """Most bytes of uint8 training and test images that are held: 699,050 images of 32 pixels a side, 14,266 of 224."""
-DECODING = 1
+DECODING = 2
 """Version of `_decode_file`; raise it when its result changes, so that old copies are not used."""
+_KEY = "data.root"
 _CHUNK = 64  # images a thread decodes at a time
 _SMALL_FILE = 8192  # bytes; below this average, threads are slower than one, as only the decoding runs in parallel
 
@@ -93,10 +95,12 @@ def read_image_folder(root: str, size: int, area_seed: int | None = None) -> tup
         train, test = (list_folder(Path(root) / part) for part in ("train", test_name))
     except OSError as error:
         expected = f"a folder with images in train/CLASS/ and test/CLASS/ or val/CLASS/ ({error})"
-        raise ConfigError("data.root", root, expected) from error
+        raise ConfigError(_KEY, root, expected) from error
+    for part in (train, test):
+        _check_links(part)
     differing = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
     expected = f"the same classes in train and {test_name} (in only one: {differing})"
-    require(not differing, "data.root", root, expected)
+    require(not differing, _KEY, root, expected)
     if area_seed is not None:
         in_train = _read(train, AreaCrop(size, area_seed), held=False)
         in_test = _read(test, CentreCut(size, round(size * 256 / 224)), held=False)
@@ -104,6 +108,14 @@ def read_image_folder(root: str, size: int, area_seed: int | None = None) -> tup
         held = (len(train.samples) + len(test.samples)) * 3 * size * size <= HELD_BYTES
         in_train, in_test = (_read(part, CentreCut(size, size), held) for part in (train, test))
     return in_train, in_test, len(train.classes)
+
+
+def _check_links(folder: Any) -> None:
+    """Raise ConfigError if a link makes a folder's files count twice, as one to a folder above it does many times."""
+    seen: dict[str, str] = {}
+    for directory in dict.fromkeys(os.path.dirname(path) for path, _ in folder.samples):
+        before = seen.setdefault(os.path.realpath(directory), directory)
+        require(before == directory, _KEY, directory, f"a folder of its own; it is a link to {before}")
 
 
 def _read(folder: Any, cut: Cut, held: bool) -> Part:
@@ -116,7 +128,7 @@ def _read(folder: Any, cut: Cut, held: bool) -> Part:
         try:
             status = os.stat(path)
         except OSError as error:  # a broken link
-            raise _unreadable(path, error) from error
+            raise ConfigError(_KEY, path, f"an image that can be read ({error})") from error
         digest.update(os.fsencode(f"{path.removeprefix(str(folder.root))}\0{status.st_size}\0{status.st_mtime_ns}\0"))
         total += status.st_size
     threads = 1 if total < _SMALL_FILE * len(paths) else min(16, os.cpu_count() or 1)
@@ -141,19 +153,8 @@ def _decode_all(paths: Sequence[str], cut: Cut, threads: int) -> Tensor:
 def _decode_file(path: str, cut: Cut, epoch: int = 0, index: int = 0) -> Tensor:
     """uint8 [3, H, W]: ``cut`` of a file's image."""
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    # Pillow's errors for a damaged file depend on the format.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
-    return torch.from_numpy(np.array(cut(image, epoch, index))).permute(2, 0, 1)
-
-
-def _unreadable(path: str, error: Exception) -> ConfigError:
-    return ConfigError("data.root", path, f"an image that can be read ({error})")
+    return torch.from_numpy(np.array(cut(rgb_image(path, _KEY), epoch, index))).permute(2, 0, 1)
 
 
 # ---- the cache

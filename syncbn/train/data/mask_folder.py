@@ -14,6 +14,7 @@ from syncbn.compat import import_torchvision
 from syncbn.train.config import ConfigError, require
 from syncbn.train.data.datasets import IMAGENET
 from syncbn.train.data.files import HELD_BYTES, turn
+from syncbn.train.data.image_file import opened_image, rgb_image
 
 Pair = tuple[str, str]
 """The files of an image and of its mask."""
@@ -41,13 +42,13 @@ class MaskReader(NamedTuple):
         from PIL import Image
 
         image_file, mask_file = pair
-        image, mask = _opened(image_file), _opened(mask_file)
+        image, mask = rgb_image(image_file, KEY), opened_image(mask_file, KEY)
         one_channel = mask.mode in ("1", "L", "P", "I", "I;16")
         require(one_channel, KEY, mask_file, f"class numbers in one channel, not an image of mode {mask.mode}")
         same = "a mask as large as its image ({}x{}), not {}x{}".format(*image.size, *mask.size)
         require(image.size == mask.size, KEY, mask_file, same)
         sides = (self.size[1], self.size[0])  # Pillow has the width first
-        pixels = np.array(image.convert("RGB").resize(sides, Image.Resampling.BILINEAR))
+        pixels = np.array(image.resize(sides, Image.Resampling.BILINEAR))
         classes = torch.from_numpy(np.array(mask.resize(sides, Image.Resampling.NEAREST)).astype(np.int64))
         if self.class_of is not None:
             classes = torch.tensor(self.class_of)[classes]
@@ -55,18 +56,6 @@ class MaskReader(NamedTuple):
         expected = f"class numbers from 0 to {self.num_classes - 1}, and {self.ignored} for ignored pixels"
         require(not wrong, KEY, mask_file, f"{expected}, not {wrong[0] if wrong else None}")
         return torch.from_numpy(pixels).permute(2, 0, 1), classes.to(torch.uint8)
-
-
-def _opened(path: str) -> Any:
-    """A file's PIL image, decoded."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            return file.copy()
-    # Pillow's errors for a damaged file depend on the format.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(KEY, path, f"an image that can be read ({error})") from error
 
 
 class MaskedImages(Dataset[tuple[Tensor, Tensor]]):

@@ -6,7 +6,6 @@ the normalization alone start from the same weights.
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from syncbn.compat import import_torchvision
-from syncbn.train.config import ConfigError, ModelConfig, require
+from syncbn.train.config import ModelConfig, require
+from syncbn.train.tasks.library_models import library_model
 
 Norm = Callable[[int], nn.Module]
 """From a number of channels to the layer that normalizes them; ``nn.Identity`` for none."""
@@ -35,19 +34,19 @@ def build_model(
     """The network of a configuration, on the CPU, in float32 and training mode.
 
     It draws one number from torch's global generator; the weights are a function of this number. This package's
-    networks are built with layers of ``norm``, and ``finish`` is called once they have their weights; in a torchvision
-    model, for images of 1 or 3 channels, ``adapt`` replaces BatchNorm.
+    networks are built with layers of ``norm``, and ``finish`` is called once they have their weights; in a model of
+    torchvision (for images of 1 or 3 channels) or timm, ``adapt`` replaces BatchNorm.
 
     Raises:
         ConfigError: an unknown name, wrong options, or a network that does not take images of this size.
-        ImportError: a torchvision model without torchvision.
+        ImportError: a model of a library that is not installed.
     """
     seed = int(torch.randint(2**63 - 1, ()))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if config.name not in _OWN:
-            return adapt(_torchvision_model(config, in_channels, num_classes, image_size))
-        expected = f"none with model.name {config.name}, only with torchvision's"
+            return adapt(library_model(config, list(_OWN), in_channels, num_classes, image_size))
+        expected = f"none with model.name {config.name}, only with torchvision's and timm's"
         require(not config.options, "model.options", config.options, expected)
         model = _OWN[config.name](in_channels, num_classes, config.width, norm)
         # Making the modules has drawn numbers, and how many depends on the normalization.
@@ -130,50 +129,6 @@ class BasicBlock(nn.Module):
         if self.stride != 1 or self.new_channels:
             shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
         return functional.relu(shortcut + self.second(functional.relu(self.first(x))))
-
-
-# ---- torchvision
-
-
-def _torchvision_model(config: ModelConfig, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    models = import_torchvision().models
-    known = models.list_models(module=models)  # the classifiers
-    if config.name not in known:
-        close = difflib.get_close_matches(config.name, [*_OWN, *known], n=5)
-        expected = f"{', '.join(_OWN)} or a classifier of torchvision.models"
-        raise ConfigError("model.name", config.name, expected + f" (close: {', '.join(close)})" * bool(close))
-    if in_channels not in (1, 3):
-        raise ValueError(f"in_channels: got {in_channels}, expected 1 or 3 with the torchvision model {config.name}")
-    options = dict(config.options)
-    for key in ("weights", "num_classes"):
-        require(key not in options, "model.options", config.options, f"no {key}: a run sets it")
-    require(not options.get("aux_logits"), "model.options", config.options, "aux_logits false: a run trains one output")
-    if config.name in ("googlenet", "inception_v3"):
-        options["aux_logits"] = False
-        options.setdefault("init_weights", True)  # torchvision's default, without its warning
-    if config.name.startswith("vit_"):
-        options.setdefault("image_size", image_size)
-    model: nn.Module | None = None
-    try:
-        model = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
-        if in_channels == 1:
-            model.register_forward_pre_hook(grey_to_rgb)  # keeps torchvision's architecture and state_dict
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, in_channels, image_size, image_size))
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if model is None and config.options:
-            expected = f"keyword arguments of torchvision's {config.name} ({reason})"
-            raise ConfigError("model.options", config.options, expected) from error
-        # For example pooling that leaves nothing of a small image.
-        expected = f"a network for images of {image_size}x{image_size} ({reason})"
-        raise ConfigError("model.name", config.name, expected) from error
-    return model.train()
-
-
-def grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A forward pre-hook for networks that take colour images: (N, 1, H, W) -> (N, 3, H, W)."""
-    return (inputs[0].expand(-1, 3, -1, -1),)
 
 
 _OWN: dict[str, Callable[[int, int, int, Norm], nn.Module]] = {

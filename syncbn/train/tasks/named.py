@@ -19,7 +19,10 @@ from syncbn.train.result import Metric
 from syncbn.train.task import Task
 from syncbn.train.tasks.classification import Classification
 
-BUILT_IN: dict[str, str] = {"segmentation": "syncbn.train.tasks.segmentation:Segmentation"}
+BUILT_IN: dict[str, str] = {
+    "segmentation": "syncbn.train.tasks.segmentation:Segmentation",
+    "detection": "syncbn.train.tasks.detection:Detection",
+}
 """Built-in tasks besides ``classification``, by name: ``module:attribute``."""
 BUILT_IN_NAMES = ("classification", *BUILT_IN)
 

@@ -23,11 +23,10 @@ from syncbn.train.data.mask_folder import (
     folder_pairs,
     voc_pairs,
 )
-from syncbn.train.data.order import fraction_split
 from syncbn.train.result import Metric
 from syncbn.train.task import Datasets, Sum, Task
 from syncbn.train.tasks.class_maps import confusion, overlap_metrics, pixel_loss, sample_loss
-from syncbn.train.tasks.models import grey_to_rgb
+from syncbn.train.tasks.library_models import grey_to_rgb
 from syncbn.train.tasks.segmentation_options import SegmentationOptions
 from syncbn.train.tasks.unet import UNet
 
@@ -56,13 +55,7 @@ class Segmentation(Task):
         o = self.options
         assert o.root is not None, "checked by SegmentationOptions"
         train, validation, test = _pairs(o.data, o.root)
-        if o.validation_fraction:
-            expected = "0 for a folder with a validation part, else a fraction that leaves images and holds some out"
-            no_classes = torch.zeros(len(train), dtype=torch.int64)
-            kept, held_out = (part.tolist() for part in fraction_split(no_classes, o.validation_fraction))
-            splits = validation is None and bool(kept) and bool(held_out)
-            require(splits, "task.options.validation_fraction", o.validation_fraction, expected)
-            train, validation = [train[i] for i in kept], [train[i] for i in held_out]
+        train, validation = o.held_out(train, validation)
         reader = MaskReader(
             size=(o.size[0], o.size[1]),
             num_classes=o.classes,
