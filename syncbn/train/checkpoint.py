@@ -1,21 +1,30 @@
-"""Checkpoints: written atomically, tied to a configuration, independent of the number of processes."""
+"""Checkpoints: whole or not used, tied to a configuration, independent of the number of processes."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from syncbn.train.config import RunConfig, config_to_dict, flatten, require
+from syncbn.train.plain_state import from_plain, to_plain
 from syncbn.train.result import replacing, write_atomically
 
+KEPT = 2
+"""Checkpoints of a run that are kept: if a file of the newest is damaged, the one before it is used."""
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+"""The sizes and digests of the other files, written last."""
+_FILES = ("model.safetensors", "state.safetensors", "state.json", "config.json")
+_log = logging.getLogger("syncbn")
 # When a run is resumed, as they do not change what is computed.
 _MAY_CHANGE = ("device", "data.workers", "budget.checkpoint_every", "budget.eval_batch_size")
 
@@ -36,28 +45,96 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, state: dict[str, Any], config: RunConfig) -> None:
-    """Write a checkpoint, make it the latest, and only then remove the one before."""
+    """Write a checkpoint, make it the latest, and only then remove all but :data:`KEPT`."""
+    from safetensors.torch import save_file
+
     target = folder / f"step-{step:08d}"
-    target.mkdir(parents=True, exist_ok=True)
-    save_weights(model, target / "model.safetensors")
-    torch.save(state, target / "state.pt")
-    write_atomically(target / "config.json", json.dumps(config_to_dict(config)))
+    unfinished = folder / f".{target.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    plain = to_plain(state, tensors)
+    save_weights(model, unfinished / "model.safetensors")
+    save_file(tensors, unfinished / "state.safetensors")
+    (unfinished / "state.json").write_text(json.dumps(plain))
+    (unfinished / "config.json").write_text(json.dumps(config_to_dict(config)))
+    files = {name: _digest(unfinished / name) for name in _FILES}
+    (unfinished / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
+    if target.exists():  # damaged, as the run has come here again
+        shutil.rmtree(target)
+    unfinished.rename(target)
     write_atomically(folder / "latest", target.name)
-    for other in folder.glob("step-*"):
-        if other != target:
-            shutil.rmtree(other)
+    # A later one was damaged, or the run would not have come here again.
+    older = [each for each in _checkpoints(folder) if each.name < target.name]
+    for other in set(_checkpoints(folder)) - {target, *older[: KEPT - 1]}:
+        shutil.rmtree(other)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[str, Any] | None:
-    """Load the latest checkpoint's weights into ``model`` and return its state; None if there is no checkpoint."""
-    pointer = folder / "latest"
-    if not pointer.exists():
+    """Load the newest whole checkpoint's weights into ``model`` and return its state; None if there is none yet.
+
+    A checkpoint with a file that its manifest does not describe is not used, but the one before it.
+
+    Raises:
+        ConfigError: no checkpoint is whole, or the run in ``folder`` has another configuration.
+    """
+    from safetensors.torch import load_file
+
+    target = whole_checkpoint(folder)
+    if target is None:
         return None
-    target = folder / pointer.read_text().strip()
     check_same(json.loads((target / "config.json").read_text()), config_to_dict(config), folder)
     load_weights(model, target / "model.safetensors")
-    state: dict[str, Any] = torch.load(target / "state.pt", map_location="cpu", weights_only=True)
+    state = from_plain(json.loads((target / "state.json").read_text()), load_file(target / "state.safetensors"))
+    assert isinstance(state, dict), "as save_checkpoint wrote it"
     return state
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The folder of the newest checkpoint whose files are those of its manifest; None if there is no checkpoint yet.
+
+    Raises:
+        ConfigError: there are checkpoints, but none is whole.
+    """
+    found, problems = _checkpoints(folder), list[str]()
+    for target in found:
+        problem = _problem(target)
+        if problem is None:
+            if problems:
+                _log.warning("%s; the run goes on from %s", "; ".join(problems), target.name)
+            return target
+        problems.append(f"{target.name}/{problem}")
+    require(not found, "out", str(folder), f"a whole checkpoint; use another --out ({'; '.join(problems)})")
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _problem(target: Path) -> str | None:
+    """What is wrong with a checkpoint: a file's name and the reason; None if nothing is."""
+    try:
+        manifest = json.loads((target / _MANIFEST).read_text())
+        files = dict(manifest["files"])
+        if manifest["format"] != _FORMAT or files.keys() != set(_FILES):
+            return f"{_MANIFEST} is of another version"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{_MANIFEST} cannot be read"
+    for name, expected in files.items():
+        try:
+            found = _digest(target / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
 
 
 def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:

@@ -11,11 +11,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from syncbn.train.result import jsonable
+from syncbn.train.result import jsonable, write_atomically
 
 # fmt: off
 NormName = Literal[
@@ -26,9 +27,16 @@ NormName = Literal[
 BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen", "mabn")
 """Norms that use statistics over samples in training."""
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
+_WORDS |= {Path: "a path"}
 
 
 # ---- checks
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a section's fields. To evaluate them takes most of the time of a check."""
+    return get_type_hints(kind)
 
 
 class ConfigError(ValueError):
@@ -37,6 +45,10 @@ class ConfigError(ValueError):
     def __init__(self, key: str, value: object, expected: str) -> None:
         super().__init__(f"{key}: got {value!r}, expected {expected}")
         self.key, self.value, self.expected = key, value, expected
+
+
+class RunWarning(UserWarning):
+    """A run can be done, but may not be what was meant. The command line prints it as one line."""
 
 
 class LocalError(ValueError):
@@ -57,9 +69,9 @@ def check_rules(config: Any, prefix: str, *rules: tuple[str, bool, str]) -> None
 
 def check_values(config: Any, prefix: str, **least: int) -> None:
     """Check every field of a dataclass against its type, and those named in ``least`` against a smallest value."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _hints(cast(Any, type(config))).items():
         value = getattr(config, name)
-        require(_fits(value, hint), prefix + name, value, _described(hint))
+        require(_fits(value, hint), prefix + name, value, described_type(hint))
         if name in least and value is not None:
             kind = "a number" if hint is float else "an integer"
             require(value >= least[name], prefix + name, value, f"{kind} of at least {least[name]}")
@@ -81,16 +93,17 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def _described(hint: Any) -> str:
+def described_type(hint: Any) -> str:
+    """What a value of a type is, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(repr, parts))}"
     if origin in (Union, UnionType):
-        return " or ".join(_described(part) for part in parts)
+        return " or ".join(described_type(part) for part in parts)
     if origin is list:
-        return f"a list, each item {_described(parts[0])}"
+        return f"a list, each item {described_type(parts[0])}"
     if origin is tuple:
-        return f"a list of {len(parts)}, each item {_described(parts[0])}"
+        return f"a list of {len(parts)}, each item {described_type(parts[0])}"
     return _WORDS.get(hint, "a mapping")
 
 
@@ -102,11 +115,11 @@ class TaskConfig:
     """What is trained."""
 
     name: str = "classification"
-    """`classification`, whose data and network are in the sections `data` and `model`; `segmentation`; or
+    """`classification`, whose data and network are in the sections `data` and `model`; `segmentation`; `detection`; or
     `module:attribute`, a subclass of `syncbn.train.Task` or a function that returns a task."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the task. Those of `segmentation` are the fields of
-    `syncbn.train.tasks.segmentation_options.SegmentationOptions`."""
+    """Keyword arguments of the task. Those of `segmentation` and `detection` are the fields of `SegmentationOptions`
+    and `DetectionOptions`, in `syncbn.train.tasks`."""
 
     def __post_init__(self) -> None:
         check_values(self, "task.")
@@ -167,11 +180,11 @@ class ModelConfig:
     """Network."""
 
     name: str = "convnet"
-    """`convnet`, `resnet20`, `resnet56`, or the name of a classifier in torchvision.models."""
+    """`convnet`, `resnet20`, `resnet56`, the name of a classifier in torchvision.models, or `timm:NAME`."""
     width: int = 16
     """Channels of the first stage (`convnet`, `resnet20`, `resnet56`)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments for a torchvision model."""
+    """Further keyword arguments for a model of torchvision or timm."""
 
     def __post_init__(self) -> None:
         check_values(self, "model.", width=1)
@@ -454,14 +467,9 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         >>> config.gpus, config.norm.name, config.norm.momentum
         (4, 'sync', 0.05)
     """
-    import yaml
+    from syncbn.train.yaml_file import read_yaml
 
-    try:
-        values = {} if path is None else yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ConfigError("config", str(path), f"a file that can be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"a file in YAML ({' '.join(str(error).split())})") from error
+    values = {} if path is None else read_yaml(Path(path), "config")
     _check_keys(values, RunConfig)
     for key, value in (overrides or {}).items():
         section = values
@@ -483,7 +491,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 def _check_keys(values: Any, kind: type, prefix: str = "") -> None:
     if not isinstance(values, dict):
         raise ConfigError(prefix.removesuffix(".") or "config", values, "a mapping")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for name, value in values.items():
         if name not in hints:
             close = difflib.get_close_matches(f"{prefix}{name}", known_keys(), n=3, cutoff=0.5)
@@ -495,12 +503,13 @@ def _check_keys(values: Any, kind: type, prefix: str = "") -> None:
 def _built(values: Any, hint: Any) -> Any:
     """``values`` as ``hint`` has them: sections as dataclasses, numbers of float fields as floats."""
     if is_dataclass(hint):
-        hints, section = get_type_hints(hint), cast(Any, hint)
+        section = cast(Any, hint)
+        hints = _hints(section)
         return section(**{name: _built(value, hints[name]) for name, value in values.items()})
     if get_origin(hint) in (list, tuple) and isinstance(values, list):
         return get_origin(hint)(_built(value, get_args(hint)[0]) for value in values)
     if hint is float or (get_origin(hint) in (Union, UnionType) and float in get_args(hint)):
-        # YAML 1.1 reads 1e-3 as text. A bool is left for the check of types to refuse.
+        # YAML 1.1, which the command line follows, reads 1e-3 as text. A bool is left for the check of types to refuse.
         try:
             return float(values) if isinstance(values, int | str) and not isinstance(values, bool) else values
         except ValueError:
@@ -514,21 +523,21 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write all fields of the configuration as YAML."""
-    path.write_text(config_to_yaml(config))
+    """Write all fields of the configuration as YAML, atomically."""
+    write_atomically(path, config_to_yaml(config))
 
 
 def config_to_yaml(config: RunConfig) -> str:
     """All fields of the configuration as YAML, in their order."""
-    import yaml
+    from syncbn.train.yaml_file import yaml_text
 
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    return yaml_text(config_to_dict(config))
 
 
 def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
     """All keys of the configuration, dotted."""
     keys: list[str] = []
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         keys.append(prefix + name)
         if is_dataclass(hint):
             keys += known_keys(cast(type, hint), f"{prefix}{name}.")

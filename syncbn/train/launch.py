@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -9,13 +10,17 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from syncbn.train.config import RunConfig, require
+from syncbn.train.lifeline import PARENT
 from syncbn.train.logical_gpus import Placement
 
 
@@ -37,9 +42,11 @@ def launch(
     Raises:
         LaunchError: they failed, or did not end within ``timeout`` seconds.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = "from syncbn.train.lifeline import torchrun; torchrun()"
+    command = [sys.executable, "-c", torchrun, "--standalone", f"--nproc-per-node={processes}"]
     outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {"OMP_NUM_THREADS": "1", **{k: v for k, v in os.environ.items() if k not in outer}}
+    environment[PARENT] = str(os.getpid())
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -86,17 +93,23 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
-    known = [str(tracker.value) for tracker in LoggerType]
+    known = list(map(str, LoggerType))
     for name in trackers:
         require(name in known, "trackers", name, f"one of {', '.join(known)}")
+        # Accelerate leaves out a tracker without its package, and says nothing.
+        installed = name == "all" or name in map(str, get_available_trackers())
+        require(installed, "trackers", name, f"a tracker whose package is installed: pip install {name}")
     cpu = _use_cpu(config)
     had_world = dist.is_initialized()
     rng_devices = [] if cpu else [int(os.environ.get("LOCAL_RANK", "0"))]
     # Accelerate has one state per process, which refuses a second precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
+        if placement().processes > 1 and not had_world and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            make_process_group("gloo" if cpu else "nccl")
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
@@ -116,6 +129,27 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
         AcceleratorState._reset_state(reset_partial_state=True)
         if not had_world and dist.is_initialized():
             dist.destroy_process_group()
+
+
+_worlds = itertools.count()
+
+
+def make_process_group(backend: str) -> None:
+    """Make the default process group of the launcher's processes; each of them makes its groups in the same order.
+
+    The launcher's store outlives a group, with the addresses at which the processes of that group could be reached. A
+    second group under the same keys may read these, and wait forever for processes that listen elsewhere by now. So
+    each group has keys of its own.
+    """
+    place, store = placement(), PrefixStore(f"syncbn-{next(_worlds)}", _launchers_store())
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.processes)
+
+
+@lru_cache(maxsize=1)
+def _launchers_store() -> Store:
+    # Kept: without torchrun the first process serves it, and could not open the port a second time.
+    store: Store = next(iter(rendezvous("env://")))[0]
+    return store
 
 
 def _use_cpu(config: RunConfig) -> bool:

@@ -52,7 +52,7 @@ def train(
         task: what is trained, in place of the task that the configuration names.
         resume: continue from the last checkpoint in ``out``; a finished run returns its result.
         progress: show a progress bar (rank 0).
-        trackers: accelerate's trackers, such as ``tensorboard``, which write below ``out``.
+        trackers: accelerate's trackers whose packages are installed; ``tensorboard`` and ``wandb`` write below ``out``.
 
     Returns:
         The result, the same on every process. If a loss is not finite, the run ends there with status ``diverged``.
@@ -83,7 +83,7 @@ def train(
             reset_peak_memory(accelerator.device)
             run = prepare(config, partition, accelerator, out, resume=resume, progress=progress, given=task)
             if trackers:
-                accelerator.init_trackers("trackers", config=_shown(config))
+                accelerator.init_trackers("syncbn", config=_shown(config), init_kwargs=_tracker_options(out))
             check_selection(run)
             with run.bar or nullcontext():
                 _train_epochs(run, out)
@@ -100,6 +100,12 @@ def _shown(config: RunConfig) -> dict[str, Any]:
     """The configuration as trackers take it: no lists, no None."""
     values = flatten(config_to_dict(config))
     return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
+
+
+def _tracker_options(out: Path | None) -> dict[str, Any]:
+    """What accelerate does not tell a tracker: the name of the run, and where files go."""
+    assert out is not None, "checked before"
+    return {"wandb": {"name": out.name, "dir": str(out)}, "mlflow": {"run_name": out.name}}
 
 
 def _finished(config: RunConfig, task: str, out: Path, resume: bool) -> RunResult | None:

@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+ROUNDING = 1e-3
+"""How far a fraction may lie beyond 0 and 1: the rounding of half precision, in which a user may have computed it."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -26,7 +29,8 @@ class Metric:
     higher_is_better: bool = False
     """Whether a higher value is the better one."""
     percent: bool = True
-    """Whether values are fractions, which are shown in percent."""
+    """Whether values are fractions from 0 to 1, which are shown in percent. A value that may be negative, such as a
+    correlation, is not: it is a number."""
     of_samples: bool = False
     """Whether a value is a fraction of the samples: it then moves in steps of 1 / samples."""
 
@@ -38,6 +42,13 @@ class Metric:
     def shown(self, value: float) -> str:
         """A value in words: "12.3 %", "0.0213"."""
         return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
+
+    def problem(self, value: float, name: str | None = None) -> str | None:
+        """Why a finite value, under this name, is none of this metric, in words; None if it may be one."""
+        outside = math.isfinite(value) and not -ROUNDING <= value <= 1 + ROUNDING
+        if not (self.percent and outside):
+            return None
+        return f"{value:.6g} for {name or self.name!r}, which is in percent: expected a fraction from 0 to 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,8 @@ class RunResult:
     metric: Metric
     """The task's metric that arms are compared by."""
     test: dict[str, float | None] | None
-    """The trained model's loss (``loss``) and metrics on the test set; None if the run diverged."""
+    """The trained model's loss (``loss``) and metrics on the test set; None if the run diverged. A training loop of the
+    user's has the metrics that it returned."""
     validation: dict[str, float | None] | None = None
     """The same on the validation set; None without one, or if the run diverged."""
     steps: int
@@ -151,7 +163,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """What may influence the numbers: versions, device, threads, git commit of the code."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     found = {"python": platform.python_version(), "device": name, "threads": str(torch.get_num_threads())}
-    for package in ("syncbn", "torch", "torchvision", "accelerate"):
+    for package in ("syncbn", "torch", "torchvision", "timm", "accelerate"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from syncbn.layers import BatchRenorm, SmallBatchNorm
 from syncbn.population import RunningStatistics
 from syncbn.train.checkpoint import load_checkpoint
-from syncbn.train.config import ConfigError, LocalError, RunConfig, require, save_config
+from syncbn.train.config import ConfigError, LocalError, RunConfig, RunWarning, require, save_config
 from syncbn.train.data.datasets import Images
 from syncbn.train.data.generators import generators_kept, seed_generators
 from syncbn.train.data.order import derive_seed
@@ -149,9 +149,8 @@ def prepare(
         if isinstance(module, SmallBatchNorm):
             module.qualified_name = layer  # for error messages
     first = partition.placement.rank == 0
-    if partition.placement.processes > 1 and first:
-        for own in _own_to_processes(model):
-            warnings.warn(f"the model has {own}: this run depends on the number of processes", stacklevel=2)
+    for remark in _remarks(config, partition, data, model) if first else ():
+        warnings.warn(remark, RunWarning, stacklevel=2)
     model.to(accelerator.device, _dtype(config))
     optimizer = make_optimizer(config, model)
     total = schedule.total_steps
@@ -214,6 +213,35 @@ def _load_data(task: Task, name: str, seed: int) -> Data:
     return Data(train=train, validation=sets["validation"], test=test)
 
 
+def _remarks(config: RunConfig, partition: Partition, data: Data, model: nn.Module) -> list[str]:
+    """What the user may not have meant."""
+    own = _own_to_processes(model) if partition.placement.processes > 1 else []
+    depends = [f"the model has {what}: this run depends on the number of processes" for what in own]
+    return [*_small_data(config, data), *_few_of_classes(data), *depends]
+
+
+def _small_data(config: RunConfig, data: Data) -> list[str]:
+    """Whether no step of the run is as large as its configuration says."""
+    n, size = len(data.train), config.step_batch_size
+    if size <= n:
+        return []
+    filled = -(-n // config.per_gpu_batch_size)
+    idle = f", and {config.gpus - filled} of the {config.gpus} logical GPUs have none of them" * (filled < config.gpus)
+    step = f"an optimizer step has {size} samples, but there are only {n} training samples"
+    return [f"per_gpu_batch_size: {step}: each epoch is one smaller step{idle}"]
+
+
+def _few_of_classes(data: Data) -> list[str]:
+    """Which sets are too small to have a sample of each class of the training set."""
+    labels, found = data.train.labels, []
+    classes = 0 if labels is None else len(labels.unique())
+    for part, samples in (("validation", data.validation), ("test", data.test)):
+        if samples is not None and len(samples) < classes:
+            fewer = f"fewer than the {classes} classes of the training set"
+            found.append(f"the {part} set has {len(samples)} samples, {fewer}")
+    return found
+
+
 def _build_model(task: Task, name: str, config: RunConfig, partition: Partition) -> nn.Module:
     adapt = partial(adapt_model, config=config.norm, partition=partition)
     if isinstance(task, Classification):
@@ -247,6 +275,9 @@ def _moves(module: nn.Module) -> bool:
 
 
 def _drops(model: nn.Module) -> bool:
-    """Whether a module drops at random (torch's dropouts, torchvision's StochasticDepth)."""
-    dropping = [m for m in model.modules() if re.search("Dropout|StochasticDepth", type(m).__name__)]
-    return any(float(getattr(m, "p", 0.0)) > 0 for m in dropping)
+    """Whether a module drops at random (torch's dropouts, torchvision's StochasticDepth, timm's DropPath)."""
+    dropping = [m for m in model.modules() if re.search("Drop|StochasticDepth", type(m).__name__)]
+    rates = [getattr(m, name, 0.0) for m in dropping for name in ("p", "drop_prob")]
+    # Some of timm's models drop in a function, at a rate that is an attribute of the model.
+    rates += [getattr(m, "drop_rate", 0.0) for m in model.modules() if type(m).__module__.startswith("timm.")]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)

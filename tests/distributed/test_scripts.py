@@ -135,6 +135,56 @@ def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(config, tmp_path):
     assert code == 0, output
 
 
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def running(*marks):
+    """Processes whose command line has all of these texts."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes()
+        except OSError:  # it has ended
+            continue
+        if all(mark.encode() in words for mark in marks):
+            found.append(int(entry.parent.name))
+    return found
+
+
+def test_no_rank_trains_on_after_its_launcher_was_killed(config, tmp_path):
+    out = tmp_path / "out"
+    process = start("torchrun.sh", config, out, "--budget.epochs", "4000", NPROC="2")
+    assert wait_for((out / "checkpoint/latest").exists)
+    assert len(workers_of(out)) == 2
+    for launcher in running("torch.distributed.run", str(out)):
+        os.kill(launcher, signal.SIGKILL)
+    assert wait_for(lambda: workers_of(out) == [], 10)
+    finish(process)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda how: how.name)
+def test_a_command_ends_with_the_processes_it_started(config, tmp_path, how):
+    words = ["parity", "--config", str(config), "--processes", "2,1", "--steps", "100000"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and a process inherits that
+    try:
+        process = subprocess.Popen([sys.executable, "-m", "syncbn", *words], env=environment, stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    mark = str(tmp_path / "syncbn-parity-")
+    try:
+        assert wait_for(lambda: len(running(mark, "0-of-2")) == 3), "the launcher and two ranks"
+        process.send_signal(how)
+        process.wait(20)
+        assert wait_for(lambda: running(mark) == [], 30)
+    finally:
+        process.kill()
+
+
 def test_a_mistake_is_said_once_by_all_processes(config, tmp_path):
     code, output = finish(start("torchrun.sh", config, tmp_path / "out", "--gpus", "3", NPROC="2"))
     assert code != 0

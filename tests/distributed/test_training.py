@@ -137,7 +137,7 @@ def test_sync_groups_that_span_processes_unevenly(pools, gpus, sync_group_size, 
     check_same(pools, config, (world,), tmp_path)
 
 
-@pytest.mark.parametrize("model", ["resnet20", "resnet18"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet18", "timm:test_efficientnet"])
 def test_same_answer_of_larger_models(pools, model, tmp_path):
     config = configured({"name": "sync"}, model={"name": model}, data={"name": "synthetic", "synthetic_samples": 40})
     check_same(pools, dataclasses.replace(config, per_gpu_batch_size=2), (2,), tmp_path)

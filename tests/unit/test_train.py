@@ -8,13 +8,15 @@ import fcntl
 import importlib
 import json
 import math
+import warnings
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import syncbn.train
-from syncbn.train import loop
-from syncbn.train.config import ConfigError, LocalError, config_from_dict, load_config
+from syncbn.train import Datasets, Task, loop
+from syncbn.train.config import ConfigError, LocalError, RunWarning, config_from_dict, load_config
 from syncbn.train.data import files as data_files
 from syncbn.train.loop import train
 from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
@@ -282,13 +284,66 @@ def test_sections_that_are_none(values, message):
         config_from_dict(values)
 
 
-@pytest.mark.parametrize("module", ["config", "diagnosis", "loop", "result", "task"])
+@pytest.mark.parametrize("module", ["config", "diagnosis", "loop", "model_diagnosis", "result", "task"])
 def test_examples_of_the_docstrings(module):
     found = doctest.testmod(importlib.import_module(f"syncbn.train.{module}"))
     assert (found.failed, found.attempted > 0) == (0, True)
 
 
 def test_public_names():
-    names = ["Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task", "diagnose", "load_config", "train"]
+    names = ["Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task"]
+    names += ["diagnose", "diagnose_model", "load_config", "train"]
     assert syncbn.train.__all__ == names
     assert all(callable(getattr(syncbn.train, name)) for name in syncbn.train.__all__)
+
+
+def warned(config, task=None):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(config, task=task)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, RunWarning)]
+
+
+STEPS = {"budget": {"epochs": None, "steps": 1}, "norm": {"name": "sync"}}
+
+
+def test_a_batch_that_is_larger_than_the_data_is_remarked_on():
+    few = {"name": "digits", "train_samples": 20}
+    (words,) = warned(small(data=few, **STEPS))
+    assert words.startswith("per_gpu_batch_size: an optimizer step has 32 samples, but there are only 20 training")
+    assert words.endswith("and 1 of the 4 logical GPUs have none of them")
+    (words,) = warned(small(data={**few, "train_samples": 40}, accumulation_steps=2, **STEPS))
+    assert words.endswith("40 training samples: each epoch is one smaller step")
+    assert not warned(small(data={**few, "train_samples": 32}, **STEPS))
+    with pytest.raises(ConfigError, match="an optimizer step of at most the 20 training samples"):
+        train(small(data={**few, "drop_last": True}))
+    # More than the test set has is what an evaluation batch may be.
+    assert not warned(small(budget={"epochs": None, "steps": 1, "eval_batch_size": 10_000}))
+
+
+class Labelled(Task):
+    """Ten classes, and so many test samples."""
+
+    def __init__(self, test):
+        self.test = test
+
+    def model(self):
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 10))
+
+    def data(self, seed):
+        x, y = torch.randn(40, 4), torch.arange(40) % 10
+        data = TensorDataset(x, y)
+        data.targets = y
+        return Datasets(train=data, test=torch.utils.data.Subset(data, range(self.test)))
+
+    def loss(self, outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+
+def test_fewer_test_samples_than_classes_are_remarked_on():
+    config = config_from_dict({"gpus": 2, "per_gpu_batch_size": 4, "device": "cpu", "precision": "fp64", **STEPS})
+    fewer = "fewer than the 10 classes of the training set"
+    assert warned(config, Labelled(9)) == [f"the test set has 9 samples, {fewer}"]
+    assert not warned(config, Labelled(10))
+    with pytest.raises(ConfigError, match="a task whose test data are not empty"):
+        train(config, task=Labelled(0))
