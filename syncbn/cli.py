@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import syncbn
-from syncbn.train.config import ConfigError, LocalError, RunConfig, config_to_yaml, load_config, require
+from syncbn.options import read_options
+from syncbn.train.config import (
+    ConfigError,
+    LocalError,
+    RunConfig,
+    RunWarning,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    require,
+)
 from syncbn.train.launch import LaunchError
-
-
-class UsageError(ValueError):
-    """Options that a command's parser does not accept."""
+from syncbn.train.lifeline import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -33,9 +42,15 @@ class Command:
     takes_run: bool = False
 
 
+_pythons_format = warnings.formatwarning
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0 if done, 1 if a run or check failed, 2 for a user's mistake, 130 if interrupted."""
+    warnings.formatwarning = _format_warning
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGKILL)  # torchrun, which cannot end its processes if it is killed
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     if not name and words[-1:] == ["--version"]:
         print(syncbn.__version__)
@@ -51,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "bench":  # reads its own options, as it has to work where only torch is installed
             return COMMANDS[name].call(rest)
         return COMMANDS[name].call(**_parse(name, rest))
-    except (ConfigError, UsageError, ImportError) as error:
+    except (ConfigError, ImportError) as error:
         return _fail(str(error))
     except LocalError as error:
         return _fail(str(error), everywhere=True)
@@ -66,40 +81,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments for a command's function."""
-    try:
-        from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed; pip install 'syncbn[study]'") from error
-
     command = COMMANDS[name]
-    # Abbreviations would take a misspelt key for another, and torchrun's options for ours.
-    parser = ArgumentParser(prog=f"syncbn {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
-    for option, details in command.options.items():
-        parser.add_argument(option, **details)
-    if command.takes_run:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        parser.add_argument("--config", type=str, help="YAML file with any of the keys below.")
-        parser.add_argument("--print-config", action="store_true", help="Print the whole configuration and exit.")
-        parser.add_class_arguments(RunConfig, None)
-    try:
-        # Without defaults, a key that is not given leaves the file's value as it is.
-        given = vars(parser.parse_args(list(words), defaults=False).as_flat())
-    except ArgumentError as error:
-        message, parsers_prefix = str(error), 'Parser key "'
-        if message.startswith(parsers_prefix):
-            raise UsageError(message.removeprefix(parsers_prefix).replace('":', ":", 1)) from error
-        raise UsageError(f"{name}: {message} (see syncbn {name} --help)") from error
+    given = read_options(name, command.help, command.options, words, command.takes_run)
     values: dict[str, Any] = {}
     for option, details in command.options.items():
         key = option.removeprefix("--").replace("-", "_")
         values[key] = given.pop(key, details.get("default", False if "action" in details else None))
     if command.takes_run:
         file, show = given.pop("config", None), given.pop("print_config", False)
+        if values.get("resume"):
+            out = values["out"]
+            require(out is not None, "resume", True, "--out with it, the folder of the run to continue")
+            file = file or _begun(out, given)
         values["run"] = load_config(file, given)
         if show:
             print(config_to_yaml(values["run"]), end="")
             raise SystemExit(0)
     return values
+
+
+def _begun(out: Path, given: Mapping[str, Any]) -> Path | None:
+    """The configuration of the run that was begun in ``out``; None if there is none, and ``given`` starts a new one."""
+    begun = out / "config.yaml"
+    if begun.is_file():
+        return begun
+    expected = "the folder of a run, with config.yaml; or give the options of the run, to start it if it is not there"
+    require(bool(given), "out", str(out), expected)
+    return None
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, RunWarning):
+        return f"syncbn: warning: {message}\n"
+    return _pythons_format(message, category, filename, lineno, line)
 
 
 def _fail(message: str, everywhere: bool = False) -> int:
@@ -112,11 +128,13 @@ def _fail(message: str, everywhere: bool = False) -> int:
 
 
 def _train(run: RunConfig, out: Path | None, resume: bool, trackers: list[str], progress: bool) -> int:
+    from syncbn.train.checkpoint import check_same
     from syncbn.train.loop import train
 
-    require(not resume or out is not None, "resume", True, "--out with it, the folder of the run to continue")
+    if resume and out is not None and (begun := out / "config.yaml").is_file():
+        check_same(config_to_dict(load_config(begun)), config_to_dict(run), out)
     out = out or Path(f"runs/train-{time.strftime('%Y%m%d-%H%M%S')}")
-    if resume and not any((out / name).exists() for name in ("result.json", "checkpoint/latest")):
+    if resume and not ((out / "result.json").exists() or any(out.glob("checkpoint/step-*"))):
         print(f"nothing to resume in {out}: starting", flush=True)
     result = train(run, out, resume=resume, progress=progress, trackers=trackers)
     if os.environ.get("RANK", "0") == "0":
@@ -135,9 +153,9 @@ def _parity(run: RunConfig, processes: str, steps: int) -> int:
 
 
 def _diagnose(checkpoint: Path, samples: int, sizes: str | None) -> int:
-    from syncbn.train.diagnosis import diagnose, print_diagnosis
+    from syncbn.train.diagnosis import diagnose
 
-    print_diagnosis(diagnose(checkpoint, samples, None if sizes is None else _integers("sizes", sizes)))
+    diagnose(checkpoint, samples, None if sizes is None else _integers("sizes", sizes)).print()
     return 0
 
 
@@ -172,7 +190,7 @@ COMMANDS: dict[str, Command] = {
         "Train one configuration, in this process or in all processes of a launcher.",
         {
             "--out": {"type": Path, "help": "Folder of the run (default: runs/train-TIME)."},
-            "--resume": {"action": "store_true", "help": "Continue from the last checkpoint in --out."},
+            "--resume": {"action": "store_true", "help": "Continue the run in --out, with its configuration."},
             "--trackers": {"type": list[str], "default": [], "help": "Accelerate's trackers, as in '[tensorboard]'."},
             "--progress": {"type": bool, "default": True, "help": "Show a progress bar."},
         },
@@ -247,6 +265,17 @@ COMMANDS: dict[str, Command] = {
                 "help": "latex, csv, json or parquet (the table), or pdf or svg (the figures).",
             },
             "--to": {"type": Path, "help": "File, or folder for figures (default: in --out)."},
+        },
+    ),
+    "study compare": Command(
+        _study(lambda commands: commands.compare_studies),
+        "Show two studies side by side: what differs in their configurations, then each arm that both have.",
+        {
+            "a": {"type": Path, "help": "Folder of the first study."},
+            "b": {"type": Path, "help": "Folder of the second study."},
+            "--config-a": {"type": str, "help": "Study of the first folder, if the folder has no study.yaml."},
+            "--config-b": {"type": str, "help": "Study of the second folder, likewise."},
+            "--format": {"type": str, "default": "table", "help": "table, csv or json."},
         },
     ),
     "bench": Command(_bench, "Time the layers beside their peers."),

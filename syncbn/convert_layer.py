@@ -77,6 +77,11 @@ def is_convertible(cls: type) -> bool:
     return cls in _KNOWN or cls in _registered or _full_name(cls) in _KNOWN_BY_NAME
 
 
+def follows(cls: type) -> After | None:
+    """What a class that can be converted does after normalizing; None if it does nothing more."""
+    return _registered[cls] if cls in _registered else _KNOWN_BY_NAME.get(_full_name(cls))
+
+
 def drop_then_act(layer: Any, x: Tensor) -> Tensor:
     """What timm's layers do after normalizing."""
     for name in ("drop", "act"):
@@ -151,7 +156,7 @@ def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
 def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
     """The attributes of ``layer`` as a ``cls``; None if it is one with these options already."""
     original, before = _original_state(layer)
-    after = _registered[original] if original in _registered else _KNOWN_BY_NAME.get(_full_name(original))
+    after = follows(original)
     kept = {key: before[key] for key in ("eps", "momentum")}
     if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
         kept |= {key: before[key] for key in ("activation", "negative_slope")}

@@ -45,6 +45,14 @@ class SampleGroups(NamedTuple):
     """Fewest samples in any non-empty group, over all ranks that share statistics. 0: unknown, read from the device."""
 
 
+class BatchError(ValueError):
+    """The layer fits its input, but this batch cannot be normalized by statistics over its samples."""
+
+
+class RowsError(BatchError):
+    """The rows of a layer's input are not the samples that its groups are made of."""
+
+
 class SmallBatchNorm(_BatchNorm):
     """Base class of this package's layers. It has every option; each layer's ``__init__`` sets those that it takes."""
 
@@ -134,9 +142,9 @@ class SmallBatchNorm(_BatchNorm):
         if not input.is_floating_point():
             self._fail(input, f"expected a floating-point input, got {input.dtype}; convert it first")
 
-    def _fail(self, x: Tensor, problem: str) -> NoReturn:
+    def _fail(self, x: Tensor, problem: str, error: type[ValueError] = ValueError) -> NoReturn:
         name = type(self).__name__ if self.qualified_name is None else f"{type(self).__name__} '{self.qualified_name}'"
-        raise ValueError(f"{name} (num_features={self.num_features}), input of shape {tuple(x.shape)}: {problem}")
+        raise error(f"{name} (num_features={self.num_features}), input of shape {tuple(x.shape)}: {problem}")
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
@@ -248,13 +256,13 @@ class SmallBatchNorm(_BatchNorm):
             index = self.sample_groups.index
             if index is not None and len(index) != n:
                 remedy = "the rows of this layer are not samples; run one process for each logical GPU"
-                self._fail(x, f"its groups are those of {len(index)} samples: {remedy}")
+                self._fail(x, f"its groups are those of {len(index)} samples: {remedy}", RowsError)
             return self.sample_groups
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)
         if n % g and self.remainder == "error":
             remedy = "drop the last samples, choose a divisor, or pass remainder='smaller' for a smaller last group"
-            self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}")
+            self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}", BatchError)
         filled = -(-n // g)
         number = max(1, filled if group_name is None else self._common_groups(x, filled, group_name))
         index = None if number == 1 else _consecutive_groups(n, g, x)
@@ -284,7 +292,7 @@ class SmallBatchNorm(_BatchNorm):
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
             "batch, more processes in the group, or eval mode with running statistics"
         )
-        self._require(x, (counts != 1).all(), problem)
+        self._require(x, (counts != 1).all(), problem, BatchError)
 
     def _check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         least = 1.0 if bias is None else bias.detach().abs().clamp(min=1.0)
@@ -293,14 +301,14 @@ class SmallBatchNorm(_BatchNorm):
             "save='output' needs weights of at least 1/128 in size, and 1/128 of their bias; use save='input' for this "
             "layer"
         )
-        self._require(x, enough, problem, wait=not x.is_cuda)
+        self._require(x, enough, problem, ValueError, wait=not x.is_cuda)
 
-    def _require(self, x: Tensor, condition: Tensor, problem: str, wait: bool = True) -> None:
-        """ValueError unless the () bool tensor holds, or an error on the device if the host must not wait for it."""
+    def _require(self, x: Tensor, condition: Tensor, problem: str, error: type[ValueError], wait: bool = True) -> None:
+        """``error`` unless the () bool tensor holds, or an error on the device if the host must not wait for it."""
         if torch.compiler.is_compiling() or not wait:
             assert_async(condition, f"{type(self).__name__}: {problem}")
         elif not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(condition):
-            self._fail(x, problem)
+            self._fail(x, problem, error)
 
 
 def _consecutive_groups(n: int, size: int, x: Tensor) -> Tensor:

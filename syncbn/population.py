@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.collectives import resolve
 from syncbn.functional.running import unbiased
 from syncbn.functional.statistics import WIRE_DTYPE, group_sums, moments
-from syncbn.layers import SmallBatchNorm
+from syncbn.layers import BatchError, SmallBatchNorm
 
 Estimator = Literal["mean", "total"]
 """How the variance of the population is estimated. ``total`` is the variance of all samples together, within plus
@@ -248,8 +248,8 @@ def batch_statistics(
                 stack.callback(setattr, layer, "observer", layer.observer)
                 layer.observer = lambda _, *statistics, observer=observer: observer(*statistics)
             else:  # torch's own layers have no observer and update their buffers
-                stack.enter_context(_restored(layer.buffers(recurse=False)))
-                hook = partial(_observe_input, observer)
+                stack.enter_context(restored(layer.buffers(recurse=False)))
+                hook = partial(_observe_input, name, observer)
                 stack.callback(layer.register_forward_pre_hook(hook).remove)
         # Compiled code does not call hooks that were added later. If the compiler is not loaded, nothing is compiled.
         if "torch._dynamo" in sys.modules:
@@ -258,7 +258,8 @@ def batch_statistics(
 
 
 @contextmanager
-def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The tensors have their present values again when this context ends."""
     kept = [(tensor, tensor.clone()) for tensor in tensors]
     try:
         yield
@@ -268,8 +269,12 @@ def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor.copy_(values)
 
 
-def _observe_input(observer: Observer, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    observer(*moments(group_sums(inputs[0].detach())))
+def _observe_input(name: str, observer: Observer, layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    x = inputs[0].detach()
+    if layer.training and x.numel() == layer.num_features:  # torch's own error does not name the layer
+        shown = f"{type(layer).__name__} '{name}' (num_features={layer.num_features}), input of shape {tuple(x.shape)}"
+        raise BatchError(f"{shown}: one value per channel has no variance; use a larger batch")
+    observer(*moments(group_sums(x)))
 
 
 class Population:
@@ -326,7 +331,7 @@ class Population:
     @contextmanager
     def used(self, estimator: Estimator = "total") -> Iterator[None]:
         """Replace the running statistics by the population statistics within this context."""
-        with _restored(buffer for layer in self.layers.values() for buffer in _running(layer)):
+        with restored(buffer for layer in self.layers.values() for buffer in _running(layer)):
             self.write(estimator)
             yield
 

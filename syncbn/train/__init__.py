@@ -1,9 +1,14 @@
-"""Training of one run: its task and configuration, the training itself, its result, a diagnosis of the model."""
+"""Training of one run: its task and configuration, the training itself, its result, a diagnosis of any model."""
 
 from syncbn.train.config import RunConfig, load_config
 from syncbn.train.diagnosis import diagnose
 from syncbn.train.loop import train
+from syncbn.train.model_diagnosis import diagnose_model
 from syncbn.train.result import Metric, RunResult
 from syncbn.train.task import Datasets, Sum, Task
 
-__all__ = ["Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task", "diagnose", "load_config", "train"]
+# fmt: off
+__all__ = [
+    "Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task", "diagnose", "diagnose_model", "load_config", "train",
+]
+# fmt: on

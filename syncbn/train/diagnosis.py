@@ -2,69 +2,113 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median_high
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from syncbn.layers import SampleGroups
+from syncbn.layers import BatchError, SampleGroups
 from syncbn.population import LayerDivergence, Population
-from syncbn.train.batches import fetched, forward
-from syncbn.train.checkpoint import load_weights
-from syncbn.train.config import ConfigError, RunConfig, load_config, require
+from syncbn.train.batches import fetched, forward, loss_of, metrics_of, split
+from syncbn.train.checkpoint import load_weights, whole_checkpoint
+from syncbn.train.config import ConfigError, LocalError, RunConfig, load_config, require
 from syncbn.train.data.order import order_of
-from syncbn.train.data.samples import batch_loader
-from syncbn.train.evaluate import evaluate, evaluate_statistics
+from syncbn.train.data.samples import Key, batch_loader
+from syncbn.train.evaluate import Seen, evaluate, evaluate_statistics
 from syncbn.train.launch import open_session
 from syncbn.train.logical_gpus import Partition, Placement
-from syncbn.train.result import Metric
+from syncbn.train.paired import Difference, independent_difference, paired_difference
+from syncbn.train.result import Metric, RunResult
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run, prepare
-from syncbn.train.task import Task
-
-FEW = 16.0
-"""Effective samples below which a layer is reported. A batch mean is then off by a quarter of a standard deviation."""
-MATTERS = 0.005
-"""Smallest difference of the metric that is reported; relative, unless its values are fractions."""
+from syncbn.train.task import Sum, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Measurements on a trained model."""
+    """Measurements on a trained model. :meth:`print` shows them, with what they mean in words."""
 
-    config: RunConfig
-    metric: Metric
-    samples: int  # training samples that the divergences are measured on
-    evaluations: list[dict[str, Any]]
-    """The test set with running, batch and population statistics, as in :attr:`RunResult.evaluations`."""
+    title: str
+    """The model, and its normalization if it is known."""
+    trained_at: int | None
+    """Normalization batch size in training; None if it is not known."""
+    samples: int
+    """Training samples that the divergences are measured on."""
     layers: dict[int, list[LayerDivergence]]
     """Divergence of every layer for each normalization batch size, with the samples ordered as in training."""
     shuffled: list[LayerDivergence]
-    """Divergence at the trained size with shuffled samples. It differs only if training had class skew."""
+    """Divergence at the trained size, or else the largest, with shuffled samples. It differs if the samples of a batch
+    are alike, as with class skew."""
+    metric: Metric | None = None
+    """What the test set is evaluated by; None if it was not."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """The test set with running, batch and population statistics, as in :attr:`RunResult.evaluations`."""
+    per_sample: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """For the names in :attr:`scores`, the metric's total and count of each test sample: float64 (n, 2, K) for K
+    classes. Empty if they are not known."""
+    test_samples: int | None = None
+    """Number of test samples, if it is known."""
+    evaluated_at: int | None = None
+    """Largest batch of the evaluation with batch statistics, if that is not :attr:`trained_at`."""
+    uses: dict[str, int] = field(default_factory=dict)
+    """Layers that the model applies several times in one forward pass, and how often."""
+    config: RunConfig | None = None
+    """Configuration of the run; None for a model that no run made."""
 
     @property
     def scores(self) -> dict[str, float | None]:
         """The metric by statistics: ``running``, ``batch``, or the population estimator (``mean``, ``total``)."""
+        if self.metric is None:
+            return {}
         return {
             entry["estimator"] or entry["statistics"]: entry["test"] and entry["test"][self.metric.name]
             for entry in self.evaluations
         }
 
+    def gain(self, first: str, second: str) -> Difference | None:
+        """By how much the second of two :attr:`scores` is the better one, with its interval over test samples.
+
+        None if the scores alone do not tell how large their noise is.
+        """
+        metric, scores, pairs = self.metric, self.scores, self.per_sample
+        before, after = scores[first], scores[second]
+        if metric is None or before is None or after is None:
+            return None
+        if first in pairs and second in pairs and pairs[first].shape == pairs[second].shape:
+            found = paired_difference(pairs[first], pairs[second], of_samples=metric.of_samples)
+        elif metric.of_samples and self.test_samples is not None:
+            found = independent_difference(before, after, self.test_samples)
+        else:
+            return None
+        if metric.sign < 0:
+            return found
+        return Difference(-found.value, -found.high, -found.low, found.samples)
+
     @property
-    def trained_at(self) -> int:
-        """Normalization batch size in training."""
-        size = self.config.normalization_batch_size
-        assert size is not None
-        return size
+    def advice(self) -> list[str]:
+        """What the measurements mean, one sentence each, the most important first."""
+        from syncbn.train.advice import advice
+
+        return advice(self)
+
+    def print(self) -> None:
+        """Print the scores, the table of layers and the advice."""
+        from syncbn.train.advice import print_diagnosis
+
+        print_diagnosis(self)
 
 
 def diagnose(
     folder: Path, samples: int = 1024, sizes: Sequence[int] | None = None, *, task: Task | None = None
 ) -> Diagnosis:
-    """Measure how a trained model depends on its normalization batch, in this process.
+    """Measure how the trained model of a run depends on its normalization batch, in this process.
+
+    :func:`diagnose_model` does it for a model that no run of this package made.
 
     Args:
         folder: folder of a run, with its configuration and its weights or last checkpoint.
@@ -75,7 +119,7 @@ def diagnose(
     Returns:
         The measurements: ``evaluations`` and ``scores`` (the metric by kind of statistics), ``layers`` (divergence of
         each layer for each size), ``shuffled`` (with shuffled samples), ``trained_at``, ``samples``, ``metric`` and
-        ``config``.
+        ``config``; ``advice`` says what they mean, and ``print()`` shows all.
 
     Raises:
         ConfigError: the folder holds no run, its norm has no batch statistics, or a size cannot be measured.
@@ -110,27 +154,80 @@ def diagnose(
         run.model.to(run.device, run.dtype)
         samples = min(samples, len(run.data.train))
         require(size <= samples, "samples", samples, f"at least {size}, the normalization batch of the run")
-        evaluations, _ = evaluate_statistics(run, evaluate(run, run.data.test))
-        layers = _by_size(run, size, samples, sizes)
-        skewed = config.data.class_skew > 1
-        return Diagnosis(
-            config=config,
-            metric=run.task.metric,
-            samples=samples,
-            evaluations=evaluations,
-            layers=layers,
-            shuffled=_divergences(run, size, samples, 1) if skewed else layers[size],
-        )
+        return _measured(run, size, samples, sizes)
+
+
+def _measured(run: Run, size: int, samples: int, sizes: Sequence[int] | None) -> Diagnosis:
+    """The diagnosis of a run whose trained weights are loaded."""
+    config, seen = run.config, _Seen(run)
+    evaluations, _ = evaluate_statistics(run, evaluate(run, run.data.test, seen.of("running")), seen.of)
+    layers = _by_size(run, size, samples, sizes)
+    name = config.model.name if config.task.name == "classification" else run.task_name
+    found = Diagnosis(
+        title=f"{name}, norm {config.norm.name}",
+        trained_at=size,
+        samples=samples,
+        layers=layers,
+        shuffled=_divergences(run, size, samples, 1) if config.data.class_skew > 1 else layers[size],
+        metric=run.task.metric,
+        evaluations=evaluations,
+        test_samples=len(run.data.test),
+        config=config,
+    )
+    return replace(found, per_sample=seen.checked(found.scores))
+
+
+class _Seen:
+    """The metric's total and count of each test sample, by kind of statistics."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._pairs: dict[str, dict[int, Tensor]] = {}
+
+    def of(self, kind: str) -> Seen:
+        """What the evaluation with this kind of statistics calls with each batch."""
+        pairs = self._pairs.setdefault(kind, {})
+
+        def add(keys: list[Key], outputs: Any, targets: Any) -> None:
+            ones = [1] * len(keys)
+            # Outputs may be of no sample in particular, and the metric one of several samples or of the whole set.
+            with suppress(TypeError, KeyError, LocalError):
+                for (_, index), out, target in zip(keys, split(outputs, ones), split(targets, ones), strict=True):
+                    pairs[index] = self._pair(out, target)
+
+        return add
+
+    def _pair(self, outputs: Any, targets: Any) -> Tensor:
+        name = self._run.task.metric.name
+        if name != "loss":
+            return metrics_of(self._run, outputs, targets)[name].cpu().view(2, -1)
+        total, count = loss_of(self._run, outputs, targets, [1])
+        return torch.tensor([[float(total)], [float(count)]], dtype=torch.float64)
+
+    def checked(self, scores: dict[str, float | None]) -> dict[str, Tensor]:
+        """Those of the kinds whose samples, added up, have the score that was found for the whole test set."""
+        found = {}
+        for kind, pairs in self._pairs.items():
+            score = scores.get(kind)
+            if score is not None and len(pairs) == len(self._run.data.test):
+                stacked = torch.stack([pairs[index] for index in range(len(pairs))])
+                total, count = stacked.sum(0)
+                if math.isclose(Sum(total, count).mean(), score, rel_tol=1e-6, abs_tol=1e-9):
+                    found[kind] = stacked
+        return found
 
 
 def _find(folder: Path) -> tuple[RunConfig, Path]:
-    pointer = folder / "checkpoint" / "latest"
     weights = folder / "model.safetensors"
-    if not weights.is_file() and pointer.is_file():
-        weights = folder / "checkpoint" / pointer.read_text().strip() / "model.safetensors"
+    if not weights.is_file() and (checkpoint := whole_checkpoint(folder / "checkpoint")) is not None:
+        weights = checkpoint / "model.safetensors"
     if not weights.is_file() or not (folder / "config.yaml").is_file():
         expected = "the folder of a run, with config.yaml and model.safetensors or a checkpoint"
         raise ConfigError("checkpoint", str(folder), expected)
+    status = "ok"
+    with suppress(OSError, ValueError, TypeError, KeyError):  # unfinished, or damaged: the weights are what counts
+        status = RunResult.from_json(folder / "result.json").status
+    require(status == "ok", "checkpoint", str(folder), "a run that did not diverge")
     return load_config(folder / "config.yaml"), weights
 
 
@@ -141,7 +238,10 @@ def _by_size(run: Run, own: int, samples: int, sizes: Sequence[int] | None) -> d
     for size in sorted(size for size in {*(sizes or powers), own} if size <= samples):
         try:
             layers[size] = _divergences(run, size, samples, run.config.data.class_skew)
-        except ValueError as error:  # one value per channel has no variance, as in a network that ends in 1x1 maps
+        except LocalError as error:
+            # One value per channel has no variance, as in a network that ends in 1x1 maps.
+            if not isinstance(error.__cause__, BatchError):
+                raise
             if size == own or sizes is not None:
                 raise ConfigError("sizes", size, f"a batch that every layer can normalize ({error})") from error
     return layers
@@ -162,88 +262,3 @@ def _divergences(run: Run, size: int, samples: int, skew: int) -> list[LayerDive
                 layer.sample_groups = groups
             forward(run, run.model, *batch)
     return population.divergences()
-
-
-# ---- in words
-
-
-def advice(found: Diagnosis) -> list[str]:
-    """What the measurements mean, one sentence each, the most important first."""
-    size, words, metric = found.trained_at, [], found.metric
-    known = {kind: score for kind, score in found.scores.items() if score is not None}
-    running = known["running"]
-    population = min(known["mean"], known["total"], key=lambda score: metric.sign * score)
-    matters = MATTERS * (1 if metric.percent else abs(running))
-    if metric.sign * (running - population) > matters:
-        words.append(
-            f"Estimation: with population statistics the {metric.name} is {metric.shown(population)} and not "
-            f"{metric.shown(running)}. Recompute them after training (syncbn.update_population_statistics)."
-        )
-    best = min(running, population, key=lambda score: metric.sign * score)
-    if "batch" in known and metric.sign * (best - known["batch"]) > matters:
-        words.append(
-            f"Mismatch: with the statistics of its own batches of {size} the {metric.name} is "
-            f"{metric.shown(known['batch'])}, with fixed ones at {'most' if metric.higher_is_better else 'least'} "
-            f"{metric.shown(best)}. The model uses information about which samples share a batch, and "
-            "inference does not have it. Train with larger normalization batches, BatchRenorm or GroupNorm."
-        )
-    own = {layer.layer: layer.effective for layer in found.layers.get(size, [])}
-    pairs = [(own.get(layer.layer), layer.effective) for layer in found.shuffled]
-    ratio = median_high([shuffled / trained for trained, shuffled in pairs if trained and shuffled] or [0.0])
-    if ratio >= 2:
-        words.append(
-            f"Order: a shuffled batch of {size} would have {ratio:.0f} times as many effective samples in the median "
-            "layer, because the samples of a batch are alike. Shuffle the samples, synchronize over GPUs that see "
-            "others, or use BatchRenorm or GroupNorm."
-        )
-    suffering = {
-        tried: [x.layer for x in layers if x.effective is not None and x.effective < FEW]
-        for tried, layers in found.layers.items()
-    }
-    if few := suffering.get(size):
-        named = ", ".join(few[:3]) + (", ..." if len(few) > 3 else "")
-        enough = next((tried for tried, layers in suffering.items() if tried > size and not layers), None)
-        remedy = "No size tried is enough for all layers: use BatchRenorm, or train anew with GroupNorm."
-        if enough is not None:
-            gpus = -(-enough // size)
-            remedy = f"{enough} are enough: synchronize over {gpus} GPUs (SyncBatchNorm), or use BatchRenorm."
-        words.append(
-            f"Noise: at {size} samples, as trained, {len(few)} of {len(found.shuffled)} layers have fewer than "
-            f"{FEW:.0f} effective samples ({named}). {remedy}"
-        )
-    return words or ["Nothing here suggests that small batches harmed this model."]
-
-
-def print_diagnosis(found: Diagnosis) -> None:
-    """Print errors, the table of layers and the advice."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    c = found.config
-    name = c.model.name if c.task.name == "classification" else c.task.name
-    console.print(
-        f"{name}, norm {c.norm.name}, trained with {found.trained_at} samples per mean; "
-        f"measured on {found.samples} training samples"
-    )
-    for entry in found.evaluations:
-        detail = f" ({entry['estimator']}, {entry['samples']} samples)" if entry["estimator"] else ""
-        kind = f"{entry['statistics']} statistics{detail}"
-        values = entry["test"]
-        shown = "cannot be computed" if values is None else found.metric.shown(values[found.metric.name])
-        console.print(f"  test {found.metric.name} with {kind}: {shown}")
-    table = Table(title="KL of batch from population statistics (effective samples), by normalization batch size")
-    table.add_column("layer")
-    for heading in (*(f"{size}{'*' * (size == found.trained_at)}" for size in found.layers), "running"):
-        table.add_column(heading, justify="right")
-    for row in zip(*found.layers.values(), strict=True):
-        cells = [f"{_number(x.kl)} ({_number(x.effective)})" for x in row]
-        table.add_row(row[0].layer, *cells, _number(row[-1].running_kl))
-    console.print(table)
-    console.print("* as trained; running: KL of the running from the population statistics")
-    for sentence in advice(found):
-        console.print(f"- {sentence}", markup=False)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if value < 99.5 else f"{value:.0f}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
+import yaml
 
 from syncbn.cli import main
 from syncbn.train.config import (
@@ -18,6 +21,7 @@ from syncbn.train.config import (
     load_config,
     save_config,
 )
+from syncbn.train.result import RunResult
 
 
 def test_round_trip(tmp_path):
@@ -70,15 +74,25 @@ def test_every_field_has_a_docstring_in_the_help(capsys):
 
 
 MISTAKES = [
-    (["--gpus", "x"], "gpus: Expected a <class 'int'>. Got value: x"),
-    (["--gpus", "2.5"], "gpus: Expected a <class 'int'>. Got value: 2.5"),
+    (["--gpus", "x"], "gpus: got 'x', expected an integer"),
+    (["--gpus", "2.5"], "gpus: got '2.5', expected an integer"),
+    (["--gpus=two"], "gpus: got 'two', expected an integer"),
     (["--gpus", "0"], "gpus: got 0, expected an integer of at least 1"),
-    (["--norm.momentum", "abc"], "norm.momentum: Does not validate against any of the Union subtypes"),
+    (["--norm.momentum", "abc"], "norm.momentum: got 'abc', expected a finite number or null"),
     (["--norm.momentum", "1.5"], "norm.momentum: got 1.5, expected a number from 0 to 1, or null"),
-    (["--norm.name", "foo"], "norm.name: Expected a typing.Literal['none', 'batch'"),
-    (["--norm.affine", "maybe"], "norm.affine: Expected a <class 'bool'>. Got value: maybe"),
-    (["--nrm.name", "x"], "train: unrecognized arguments: --nrm.name x (see syncbn train --help)"),
-    (["--data.nam", "digits"], "train: unrecognized arguments: --data.nam digits (see"),
+    (["--norm.name", "foo"], "norm.name: got 'foo', expected one of 'none', 'batch'"),
+    (["--norm.affine", "maybe"], "norm.affine: got 'maybe', expected true or false"),
+    (["--optimizer.betas", "0.9"], "optimizer.betas: got '0.9', expected a list of 2, each item a finite number"),
+    (["--model.options", "dropout"], "model.options: got 'dropout', expected a mapping"),
+    (["--nrm.name", "x"], "nrm.name: got 'x', expected an option of syncbn train, such as --norm.name"),
+    (["--data.nam", "digits"], "data.nam: got 'digits', expected an option of syncbn train, such as --data.name"),
+    (["--data.nam=digits"], "data.nam: got 'digits', expected an option of syncbn train, such as --data.name"),
+    (["--zzz"], "zzz: got None, expected an option of syncbn train\n"),
+    (["-v"], "train: got '-v', expected options alone, which begin with -- (see syncbn train --help)"),
+    (["gpus", "4"], "train: got 'gpus', expected options alone"),
+    (["--resume=yes"], "resume: got 'yes', expected no value"),
+    (["--gpus", "--seed", "3"], "gpus: got None, expected an integer"),
+    (["--progress", "perhaps"], "progress: got 'perhaps', expected true or false"),
     (["--gpus", "4", "--sync_group_size", "3"], "sync_group_size: got 3, expected a divisor of gpus (4), or null"),
     (["--sync_group_size", "1"], "sync_group_size: got 1, expected null with norm.name batch"),
     (["--norm.name", "ghost"], "norm.ghost_batch_size: got None, expected a number of samples"),
@@ -91,7 +105,8 @@ MISTAKES = [
     (["--norm.name", "group", "--norm.groups", "7"], "norm.groups: got 7, expected a divisor"),
     (["--config", "/nowhere.yaml"], "config: got '/nowhere.yaml', expected a file that can be read"),
     (["--resume"], "resume: got True, expected --out with it"),
-    (["--out"], "train: argument --out: expected one argument (see"),
+    (["--out"], "out: got None, expected a path"),
+    (["--out", "nothing-there", "--resume"], "out: got 'nothing-there', expected the folder of a run"),
 ]
 
 
@@ -100,10 +115,71 @@ MISTAKES = [
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--data.name", "digits", "--device", "cpu", *words]) == 2
+    resumes = "nothing-there" in words  # with options of a run, it would be started there
+    assert main(["train", *([] if resumes else ["--data.name", "digits", "--device", "cpu"]), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"syncbn: error: {message}"), error
     assert error.count("\n") == 1
+
+
+def test_a_tracker_whose_package_is_missing_is_no_silence(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    words = ["--out", str(tmp_path / "out"), "--trackers", "[wandb]"]
+    assert main(["train", "--data.name", "digits", "--device", "cpu", *words]) == 2
+    expected = "trackers: got 'wandb', expected a tracker whose package is installed: pip install wandb\n"
+    assert capsys.readouterr().err == f"syncbn: error: {expected}"
+
+
+def test_an_option_may_be_given_in_each_form(capsys):
+    """A value after a space or an equals sign, empty, negative, or with an exponent; an item of a mapping."""
+    words = ["--gpus=2", "--data.root=", "--optimizer.lr", "1e-3", "--model.options.dropout", "0.5"]
+    words += ["--model.options.width_mult=0.25", "--norm.momentum", "null", "--optimizer.betas", "[0.8, 0.9]"]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words, "--model.name", "mobilenet_v2", "--print-config"])
+    assert stop.value.code == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["gpus"], values["data"]["root"], values["optimizer"]["lr"]) == (2, "", 0.001)
+    assert (values["norm"]["momentum"], values["optimizer"]["betas"]) == (None, [0.8, 0.9])
+    assert values["model"]["options"] == {"dropout": 0.5, "width_mult": 0.25}
+
+
+RUN = ["--data.name", "synthetic", "--data.synthetic_samples", "32", "--data.image_size", "8", "--model.width", "4"]
+RUN += ["--gpus", "2", "--per_gpu_batch_size", "4", "--budget.epochs", "1", "--device", "cpu", "--progress", "false"]
+
+
+def test_a_run_is_resumed_with_its_own_configuration(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert main(["train", *RUN, "--seed", "3", "--out", out, "--resume"]) == 0, "with options, it is started"
+    assert "nothing to resume" in capsys.readouterr().out
+    losses = RunResult.from_json(tmp_path / "run" / "result.json").losses
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been cut off
+    assert main(["train", "--out", out, "--resume", "--progress", "false"]) == 0
+    assert RunResult.from_json(tmp_path / "run" / "result.json").losses == losses
+    assert main(["train", "--out", out, "--resume", "--seed", "3"]) == 0, "options that agree"
+    capsys.readouterr()
+    # Whether it has finished, has a checkpoint, or was cut off before the first one.
+    for gone in ((), ("result.json",)):
+        for name in gone:
+            (tmp_path / "run" / name).unlink()
+        for words in (["--seed", "4"], ["--config", "other.yaml"]):
+            (tmp_path / "other.yaml").write_text("{seed: 4}")
+            words = [str(tmp_path / word) if word.endswith("yaml") else word for word in words]
+            assert main(["train", *(RUN if "--config" in words else []), *words, "--out", out, "--resume"]) == 2
+            said = capsys.readouterr().err
+            expected = "seed: got 4, expected 3, the value of the run that was started in"
+            assert said.startswith(f"syncbn: error: {expected}"), said
+            assert said.count("\n") == 1
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_remark_on_a_run_is_one_line(tmp_path):
+    """The command line in a process of its own, as pytest has its own handling of warnings."""
+    command = [sys.executable, "-m", "syncbn", "train", *RUN, "--gpus", "64", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    step = "an optimizer step has 256 samples, but there are only 32 training samples: each epoch is one smaller step"
+    idle = "and 56 of the 64 logical GPUs have none of them"
+    assert f"syncbn: warning: per_gpu_batch_size: {step}, {idle}" in done.stderr.splitlines()
 
 
 def test_a_folder_that_cannot_be_and_an_unknown_tracker(capsys, tmp_path):
@@ -124,7 +200,7 @@ def test_a_folder_that_cannot_be_and_an_unknown_tracker(capsys, tmp_path):
         ("norm: {nam: x}", "norm.nam: got 'x', expected a known key, such as norm.name"),
         ("gpuss: 3", "gpuss: got 3, expected a known key, such as gpus"),
         ("norm: {eps: -1}", "norm.eps: got -1.0, expected a positive number"),
-        ("norm: [", "config: got 'c.yaml', expected a file in YAML (while parsing"),
+        ("norm: [", "config: got 'c.yaml', expected a file in YAML (line 1: expected the node content"),
         ("norm: {eps: x}", "norm.eps: got 'x', expected a finite number"),
         ("data: 3", "data: got 3, expected a mapping"),
     ],

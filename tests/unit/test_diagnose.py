@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
 from syncbn.population import LayerDivergence
+from syncbn.train.advice import advice
 from syncbn.train.config import ConfigError, config_from_dict
-from syncbn.train.diagnosis import Diagnosis, advice, diagnose, print_diagnosis
+from syncbn.train.diagnosis import Diagnosis, diagnose
 from syncbn.train.loop import train
 from syncbn.train.result import Metric
 
@@ -26,6 +30,14 @@ def run(tmp_path_factory):
     return folder, train(config_from_dict(RUN), folder)
 
 
+def test_a_run_that_diverged_is_not_diagnosed(run, tmp_path):
+    folder, result = run
+    shutil.copytree(folder, tmp_path / "run")
+    replace(result, status="diverged").to_json(tmp_path / "run" / "result.json")
+    with pytest.raises(ConfigError, match=r"checkpoint: got '.*', expected a run that did not diverge"):
+        diagnose(tmp_path / "run", samples=32)
+
+
 def test_the_table_of_a_trained_model(run, capsys):
     folder, result = run
     found = diagnose(folder, samples=256)
@@ -37,7 +49,7 @@ def test_the_table_of_a_trained_model(run, capsys):
         assert divergences == sorted(divergences, reverse=True), "a larger batch is nearer to the population"
     # The samples of a batch are of one class: worth less than as many of any class.
     assert found.layers[4][-1].effective < found.shuffled[-1].effective
-    print_diagnosis(found)
+    found.print()
     printed = capsys.readouterr().out
     assert "layer6.norm" in printed
     assert "4*" in printed
@@ -53,14 +65,19 @@ def layer(effective, name="a"):
     return LayerDivergence(layer=name, count=8, kl=0.1, effective=effective, running_kl=0.0, channels=4, dead=0)
 
 
-def diagnosis(layers, shuffled, running=0.1, batch=0.1, population=0.1):
+def diagnosis(layers, shuffled, running=0.1, batch=0.1, population=0.1, test_samples=1000):
     kinds = [("running", None, running), ("batch", None, batch)]
     kinds += [("population", "mean", population), ("population", "total", population)]
     evaluations = [{"statistics": s, "estimator": e, "samples": 9, "test": {"error": x}} for s, e, x in kinds]
-    config = config_from_dict({"gpus": 4, "per_gpu_batch_size": 2})
-    metric = Metric("error", of_samples=True)
     return Diagnosis(
-        config=config, metric=metric, samples=64, evaluations=evaluations, layers=layers, shuffled=shuffled
+        title="convnet, norm batch",
+        trained_at=2,
+        samples=64,
+        layers=layers,
+        shuffled=shuffled,
+        metric=Metric("error", of_samples=True),
+        evaluations=evaluations,
+        test_samples=test_samples,
     )
 
 
@@ -105,3 +122,70 @@ def test_networks_that_end_in_single_values(tmp_path):
         diagnose(tmp_path, samples=32, sizes=[1])
     with pytest.raises(ConfigError, match="samples: got 3, expected at least 4"):
         diagnose(tmp_path, samples=3)
+
+
+def test_a_claim_needs_more_than_the_noise_of_the_test_set():
+    """Three points are noise on 200 samples and not on 20,000; a tenth of a point never matters."""
+    fine = {2: [layer(100.0)]}
+    nothing = ["Nothing here suggests that small batches harmed this model."]
+    few = diagnosis(fine, fine[2], running=0.13, test_samples=200)
+    assert advice(few) == nothing
+    (words,) = advice(replace(few, test_samples=20_000))
+    assert words.startswith("Estimation: with population statistics the error is 10.0 % and not 13.0 %")
+    assert "(better by 3.0 points, 95 % interval 2.4 to 3.6, on 20000 test samples)" in words
+    assert advice(diagnosis(fine, fine[2], running=0.101, test_samples=10_000_000)) == nothing
+    assert advice(diagnosis(fine, fine[2], batch=0.07, test_samples=200)) == nothing
+    (words,) = advice(diagnosis(fine, fine[2], batch=0.07, test_samples=20_000))
+    assert words.startswith("Mismatch: with the statistics of its own batches of 2 the error is 7.0 %")
+    assert "95 % interval 2." in words
+
+
+def pairs(right):
+    """Totals and counts of samples, of which the first ``right`` have an error of 0."""
+    errors = torch.ones(200, dtype=torch.float64)
+    errors[:right] = 0
+    return torch.stack((errors, torch.ones_like(errors)), 1).unsqueeze(2)
+
+
+def test_the_same_samples_tell_more_than_two_scores():
+    fine = {2: [layer(100.0)]}
+    found = diagnosis(fine, fine[2], running=0.13, test_samples=200)
+    same = {"running": pairs(174), "batch": pairs(180), "mean": pairs(180), "total": pairs(180)}
+    (words,) = advice(replace(found, per_sample=same))
+    assert "Estimation" in words
+    assert "better by 3.0 points" in words
+    # As many are right, but others: a difference between samples, not between statistics.
+    others = {**same, "mean": same["mean"].flip(0), "total": same["total"].flip(0), "batch": same["running"]}
+    assert len(advice(replace(found, per_sample=others))) == 1
+    assert advice(replace(found, per_sample=others))[0].startswith("Nothing")
+
+
+def test_a_metric_whose_noise_is_not_known_is_said_to_be_uncertain():
+    fine = {2: [layer(100.0)]}
+    found = replace(diagnosis(fine, fine[2], running=0.3), metric=Metric("error"))
+    assert found.gain("running", "total") is None
+    (words,) = advice(found)
+    assert "(which may be noise of the test set, as the values of its samples are not known)" in words
+
+
+def test_the_samples_of_a_run_are_known(run):
+    """All kinds of statistics have the errors of the same test samples, though batches come in another order."""
+    found = diagnose(run[0], samples=256)
+    assert found.per_sample.keys() == {"running", "batch", "mean", "total"}
+    for kind, each in found.per_sample.items():
+        assert each.shape == (run[1].test_samples, 2, 1)
+        assert float(each[:, 0].mean()) == pytest.approx(found.scores[kind])
+    wrong = {kind: each[:, 0, 0] for kind, each in found.per_sample.items()}
+    assert (wrong["mean"] == wrong["total"]).float().mean() > 0.9, "paired by sample"
+
+
+def test_an_error_of_the_data_is_not_taken_for_a_size(run, monkeypatch):
+    from syncbn.train import diagnosis as module
+    from syncbn.train.config import LocalError
+
+    def broken(*args):
+        raise LocalError("data.root: got 'x.png'")
+
+    monkeypatch.setattr(module, "batch_loader", broken)
+    with pytest.raises(LocalError, match=r"data\.root"):
+        diagnose(run[0], samples=64)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
-from syncbn.layers import SampleGroups
+from syncbn.layers import BatchError, RowsError, SampleGroups
 
 LAYERS = {
     "sync": lambda c=3, **options: SyncBatchNorm(c, **options),
@@ -204,13 +204,15 @@ def test_wrong_input(make, shape, dtype, named):
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(ValueError, match=type(layer).__name__) as caught:
         layer(torch.ones(shape, dtype=dtype))
+    # A batch that another one could replace is told from an input that the layer never takes.
+    assert isinstance(caught.value, BatchError) == ("one value per channel" in named)
     for part in ["'features.1'", "num_features=3", *named]:
         assert part in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_ghost_remainder():
-    with pytest.raises(ValueError, match="no multiple of ghost_batch_size=4") as caught:
+    with pytest.raises(BatchError, match="no multiple of ghost_batch_size=4") as caught:
         GhostBatchNorm(3, 4)(sample((6, 3)))
     for part in ["GhostBatchNorm", "(6, 3)", "drop the last", "remainder='smaller'"]:
         assert part in str(caught.value)
@@ -220,7 +222,7 @@ def test_ghost_remainder():
 
 def test_single_value_in_one_of_the_groups():
     layer = GhostBatchNorm(3, 4, remainder="smaller")
-    with pytest.raises(ValueError, match="one value per channel"):
+    with pytest.raises(BatchError, match="one value per channel"):
         layer(sample((5, 3)))
     layer(sample((5, 3, 2)))  # one sample of two values has a variance
     layer.sample_groups = SampleGroups(torch.tensor([0, 0, 1]), 2)
@@ -269,3 +271,11 @@ def test_unknown_arguments():
     # Sequential updates count a step for each group, and the ramps count steps.
     with pytest.raises(TypeError, match="running_update"):
         BatchRenorm(3, ghost_batch_size=2, running_update="sequential")
+
+
+@each_layer
+def test_rows_that_are_not_the_samples_of_the_groups(make):
+    layer = make()
+    layer.sample_groups = SampleGroups(index=torch.tensor([0, 0, 1, 1]), number=2)
+    with pytest.raises(RowsError, match="its groups are those of 4 samples: the rows of this layer are not samples"):
+        layer(sample((12, 3)))

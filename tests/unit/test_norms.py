@@ -164,3 +164,76 @@ def test_which_norms_have_batch_statistics():
         assert has == norm.uses_batch == (name in BATCH_NORMS)
         size = RunConfig(per_gpu_batch_size=4, norm=norm).normalization_batch_size
         assert (size is not None) == has
+
+
+ADAPTED = [name for name in EXPECTED if name not in ("evonorm", "frn", "nf")]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_efficientnet"])
+def test_timms_networks(name, model):
+    built, _ = build(name, model)
+    assert not {"BatchNorm2d", "BatchNormAct2d"} & set(kinds(built))
+    y = built(torch.randn(8, 3, 64, 64))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None for p in built.parameters())
+
+
+@pytest.mark.parametrize("name", ["none", "group", "layer", "rms", "mabn", "weight"])
+def test_a_norm_keeps_the_activation_of_the_layer_that_it_replaces(name):
+    """timm's layers also activate. Without that, the network would be another one, and an arm lose for it."""
+    built, _ = build(name, "timm:test_efficientnet")
+    plain, _ = build("batch", "timm:test_efficientnet")
+    layers = {key: m for key, m in plain.named_modules() if isinstance(m, syncbn.GhostBatchNorm)}
+    assert layers
+    for key, layer in layers.items():
+        follows = built.get_submodule(key)
+        x = torch.randn(4, layer.num_features, 3, 3) + 1
+        normalized, before = follows.eval().norm(x), x.clone()
+        activated = {None: lambda v: v, "relu": torch.relu, "silu": nn.functional.silu}[layer.activation]
+        assert torch.equal(follows(x), activated(normalized)), key
+        assert torch.equal(x, before), "the activation works in place, but not on the input"
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def doubled(layer, x):
+    return layer.factor * x
+
+
+def test_layers_of_an_unknown_class_are_a_mistake_for_every_norm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4))
+    for name in ("group", "batch"):
+        norm = NormConfig(name=name, groups=2)
+        with pytest.raises(ConfigError, match=r"norm\.name: got .*Doubled.*register_batchnorm"):
+            adapt_model(model, norm, Partition.of(RunConfig(norm=norm), Placement()))
+    assert isinstance(model[1], Doubled)
+    model[1].factor = 2.0
+    syncbn.register_batchnorm(Doubled, doubled)
+    norm = NormConfig(name="group", groups=2)
+    adapt_model(model, norm, Partition.of(RunConfig(norm=norm), Placement()))
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(model(x), 2 * nn.functional.group_norm(model[0](x), 2))
+
+
+def test_a_layer_in_several_places_stays_one_layer():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.BatchNorm2d(4)
+            self.second = self.first
+            self.inner = nn.Sequential(self.first)
+
+    model, norm = Model(), NormConfig(name="group", groups=2)
+    adapt_model(model, norm, Partition.of(RunConfig(norm=norm), Placement()))
+    assert isinstance(model.first, nn.GroupNorm)
+    assert model.first is model.second is model.inner[0]
+
+
+def test_a_convolution_that_pads_otherwise_is_not_replaced():
+    with pytest.raises(ConfigError, match=r"norm\.name: got 'ws_group', expected a norm for a Conv2dSame"):
+        build("ws_group", "timm:tf_efficientnet_lite0")

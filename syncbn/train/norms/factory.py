@@ -22,7 +22,6 @@ iterations by their gradients with respect to the weights of the convolution bef
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -31,11 +30,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.compat import import_torchvision
+from syncbn.compat import import_timm
 from syncbn.convert import convert
+from syncbn.convert_layer import is_convertible
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.train.config import ConfigError, NormConfig, require
 from syncbn.train.logical_gpus import Partition
+from syncbn.train.norms.followed import followed
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm, centre
 
 _Kind = type[SyncBatchNorm] | type[GhostBatchNorm] | type[BatchRenorm]
@@ -75,9 +76,11 @@ def norm_factory(config: NormConfig, partition: Partition) -> Callable[[int], nn
         "ws_group": lambda channels: nn.GroupNorm(_groups(config, channels), channels, eps, affine),
         "layer": lambda channels: nn.GroupNorm(1, channels, eps, affine),
         "instance": lambda channels: nn.InstanceNorm2d(channels, eps, affine=affine),
-        "rms": lambda channels: _timm("layers").RmsNorm2d(channels, eps, affine),
-        "frn": lambda channels: _timm("layers").FilterResponseNormTlu2d(channels, eps=eps),
-        "evonorm": lambda channels: _timm("layers").EvoNorm2dS0(channels, groups=_groups(config, channels), eps=eps),
+        "rms": lambda channels: import_timm("layers").RmsNorm2d(channels, eps, affine),
+        "frn": lambda channels: import_timm("layers").FilterResponseNormTlu2d(channels, eps=eps),
+        "evonorm": lambda channels: import_timm("layers").EvoNorm2dS0(
+            channels, groups=_groups(config, channels), eps=eps
+        ),
     }
     return makers.get(name, lambda channels: nn.Identity())
 
@@ -86,14 +89,6 @@ def _groups(config: NormConfig, channels: int) -> int:
     expected = f"a divisor of every layer's channels ({channels} in one)"
     require(channels % config.groups == 0, "norm.groups", config.groups, expected)
     return config.groups
-
-
-def _timm(module: str) -> Any:
-    import_torchvision()  # timm imports it, and a torchvision that does not fit torch needs preparation
-    try:
-        return importlib.import_module(f"timm.{module}")
-    except ImportError as error:
-        raise ImportError(f"{error}; this norm needs: pip install 'syncbn[train]'") from error
 
 
 # ---- a whole model
@@ -108,19 +103,34 @@ def adapt_model(model: nn.Module, config: NormConfig, partition: Partition) -> n
     if config.name in _KINDS:
         expected = "true with a torchvision model, whose layers have a weight and bias"
         require(config.affine, "norm.affine", False, expected)
-        return convert(model, _KINDS[config.name], momentum=config.momentum, **_layer_arguments(config, partition))
+        try:
+            return convert(model, _KINDS[config.name], momentum=config.momentum, **_layer_arguments(config, partition))
+        except ValueError as error:
+            raise ConfigError("norm.name", config.name, f"a model whose layers can be changed ({error})") from error
     resnet = "a ResNet, whose branches can start at zero, or another norm"
     require(config.name != "nf" or bool(_residual_ends(model)), "norm.name", "nf", resnet)
     make = norm_factory(config, partition)
-    for parent, name, child in _children(model):
-        if isinstance(child, _BatchNorm):
-            flat = isinstance(child, nn.BatchNorm2d) or config.name != "rms"
-            require(flat, "norm.name", "rms", f"a norm for inputs of a {type(child).__name__}; rms is for 2-D images")
-            made = _instance_norm(child, config) if config.name == "instance" else make(child.num_features)
-            # Some models start with zeros in places. A norm that has no weight or bias leaves them out.
-            made.load_state_dict(dict(child.named_parameters()), strict=False)
-            setattr(parent, name, made)
+    made: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of a child
+            if isinstance(child, _BatchNorm):
+                if child not in made:  # a layer that the model uses in several places stays one layer
+                    made[child] = _in_place_of(child, make, config)
+                setattr(parent, name, made[child])
     return adapt_convolutions(model, config)
+
+
+def _in_place_of(layer: _BatchNorm, make: Callable[[int], nn.Module], config: NormConfig) -> nn.Module:
+    """What a norm that is none of this package's layers puts in place of ``layer``."""
+    kind = type(layer).__name__
+    known = f"a model without {kind}, which may do more than normalize: see syncbn.register_batchnorm"
+    require(is_convertible(type(layer)), "norm.name", config.name, known)
+    flat = isinstance(layer, nn.BatchNorm2d) or config.name != "rms"
+    require(flat, "norm.name", "rms", f"a norm for inputs of a {kind}; rms is for 2-D images")
+    made = _instance_norm(layer, config) if config.name == "instance" else make(layer.num_features)
+    # Some models start with zeros in places. A norm that has no weight or bias leaves them out.
+    made.load_state_dict(dict(layer.named_parameters(recurse=False)), strict=False)
+    return followed(made, layer)
 
 
 def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
@@ -144,12 +154,12 @@ def adapt_convolutions(model: nn.Module, config: NormConfig) -> nn.Module:
         elif config.name == "mabn":
             centre(child)
         elif config.name == "ws_group":
-            setattr(parent, name, _standardized(_flat(child, config), _timm("layers").StdConv2d))
+            setattr(parent, name, _standardized(_flat(child, config), import_timm("layers").StdConv2d))
         elif config.name == "nf":
             # A branch that starts at zero keeps the scale of the signal in a residual network without normalization
             # (SkipInit; De and Smith 2020, arXiv 2002.10444).
             gain = {"gamma": _RELU_GAIN, "gain_init": float(child not in ends)}
-            setattr(parent, name, _standardized(_flat(child, config), _timm("layers").ScaledStdConv2d, **gain))
+            setattr(parent, name, _standardized(_flat(child, config), import_timm("layers").ScaledStdConv2d, **gain))
     return model
 
 
@@ -160,13 +170,13 @@ def clip_gradients(model: nn.Module, config: NormConfig) -> None:
     norm, and they start at zero.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-    _timm("utils.agc").adaptive_clip_grad(weights, clip_factor=config.clip_factor)
+    import_timm("utils.agc").adaptive_clip_grad(weights, clip_factor=config.clip_factor)
 
 
 def _flat(conv: nn.Module, config: NormConfig) -> nn.Conv2d:
-    """``conv``, if it is one of images."""
-    if not isinstance(conv, nn.Conv2d):
-        expected = f"a norm for a {type(conv).__name__}; {config.name} is for 2-D images"
+    """``conv``, if it is torch's convolution of images. A subclass may pad otherwise, as timm's ``Conv2dSame`` does."""
+    if type(conv) is not nn.Conv2d:
+        expected = f"a norm for a {type(conv).__name__}; {config.name} is for torch's Conv2d"
         raise ConfigError("norm.name", config.name, expected)
     return conv
 
@@ -183,10 +193,11 @@ def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 
 def _residual_ends(model: nn.Module) -> set[nn.Module]:
-    """The last convolution of each residual branch (this package's blocks and torchvision's ResNets)."""
+    """The last convolution of each residual branch (this package's blocks and torchvision's and timm's ResNets)."""
     blocks = [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
+    aside = ("downsample", "se.")  # the shortcut and the weighting of channels
     return {
-        [m for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in name][-1]
+        [m for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and not name.startswith(aside)][-1]
         for block in blocks
     }
 
