@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,14 +41,27 @@ def regression(setting):
 
 def distributed(setting):
     """As under a launcher: makes the process group, and checks that statistics are shared."""
+    model = setting.normalize(nn.Sequential(nn.BatchNorm1d(3)))  # as in a framework that connects the processes later
     dist.init_process_group("gloo")
     torch.manual_seed(setting.seed + dist.get_rank())
-    model = setting.normalize(nn.Sequential(nn.BatchNorm1d(3)))
     model(torch.randn(setting.batch_size, 3))
     means = [torch.zeros(3) for _ in range(dist.get_world_size())]
     dist.all_gather(means, model[0].running_mean)
     dist.destroy_process_group()
-    return {"error": float((means[0] - means[1]).abs().max()), "size": setting.batch_size}
+    return {"error": float((means[0] - means[1]).abs().max()), "size": setting.batch_size, "world": setting.processes}
+
+
+def draws(setting):
+    """A number from each of the generators that a user's code may draw from."""
+    drawn = {"torch": torch.rand(()).item(), "numpy": np.random.rand(), "python": random.random()}  # noqa: NPY002
+    return {"error": 0.5, **drawn}
+
+
+def budgeted(setting):
+    """An error that falls with the epochs, and with the learning rate towards 0.1."""
+    epochs, lr = setting.config.budget.epochs, setting.config.optimizer.lr
+    error = abs(math.log(lr / 0.1)) + 1 / epochs + 0.01 * setting.seed
+    return {"error": error, "validation_error": error, "epochs": epochs}
 
 
 def wrong_name(setting):

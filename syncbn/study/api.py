@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncbn.study.analysis.findings import Finding, findings_of
-from syncbn.study.analysis.summary import summary_of
+from syncbn.study.analysis.summary import Summary, summary_of
 from syncbn.study.plan import grid, study_file
 from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.records import read_records
@@ -150,19 +150,26 @@ class Study:
     def compare(self, out: str | Path | None = None) -> pd.DataFrame:
         """One row for each planned contrast: the fields of :func:`compare`'s findings. Needs pandas.
 
+        If the study tunes, ``chosen`` and ``chosen_against`` are what the two sides of the contrast chose, such as
+        "optimizer.lr 0.1", or None for a side that is not tuned or has not chosen yet.
+
         Raises:
             ConfigError: the study plans no contrast.
         """
         import pandas as pd
 
+        from syncbn.study.report.format import frame_choices
+
         planned = "at least one for a comparison; mark one of several arms with `reference: true`, or name them"
         require(bool(self.contrasts), "contrasts", list(self.contrasts), planned)
+        summary = summary_in(self.plan, self._folder(out))
         rows = []
-        for finding in findings(self.plan, self._folder(out)):
+        for finding in findings_of(summary):
             values = {
                 name: value for name, value in vars(finding).items() if name not in ("contrast", "metric", "pairs")
             }
-            rows.append({"contrast": finding.contrast.name, "metric": finding.metric.name, **values})
+            row = {"contrast": finding.contrast.name, "metric": finding.metric.name, **values}
+            rows.append(row | frame_choices(summary, finding.contrast))
         return pd.DataFrame(rows)
 
     def _folder(self, out: str | Path | None) -> Path:
@@ -221,9 +228,14 @@ def compare(study: Study, results: Results) -> list[Finding]:
 
 def findings(plan: grid.Study, results: Results) -> list[Finding]:
     """As :func:`compare`, of a study's plan."""
+    return list(findings_of(summary_in(plan, results)))
+
+
+def summary_in(plan: grid.Study, results: Results) -> Summary:
+    """The settings of a study's plan, from its folder or from results by the keys of its cells."""
     known = results_of(results)
     _, cells = stages(plan, known)
-    return list(findings_of(summary_of(plan, cells, known)))
+    return summary_of(plan, cells, known)
 
 
 def results_of(results: Results) -> Mapping[str, RunResult]:

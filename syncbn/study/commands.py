@@ -1,4 +1,4 @@
-"""The ``study`` commands: plan, run, status and report.
+"""The ``study`` commands: plan, run, status, report, export and compare.
 
 Each takes a study's YAML file, or the name of one that comes with the package, and the study's folder; it returns the
 exit code, and raises ConfigError for a mistake in the study or in the arguments.
@@ -16,11 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from syncbn.study.analysis.summary import Summary, summary_of
+from syncbn.study.plan.folder import save_study, study_in
 from syncbn.study.plan.grid import Cell, State, Study, unique_cells
 from syncbn.study.plan.study_file import load_study
-from syncbn.study.plan.tuning import trial_cells
 from syncbn.study.report.report import write_report
 from syncbn.study.report.tables import print_table
+from syncbn.study.report.tuning import rung_lines
+from syncbn.study.report.two_studies import FORMATS as COMPARISONS
+from syncbn.study.report.two_studies import print_comparison
 from syncbn.study.run import ranks
 from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.parity import check_parity
@@ -28,7 +32,7 @@ from syncbn.study.run.progress import duration
 from syncbn.study.run.records import Record, read_records
 from syncbn.study.run.runner import Executor, run_cells
 from syncbn.study.run.status import Outcome, left_over, seconds_left, study_outcomes
-from syncbn.study.stages import recorded_stages, run_stages
+from syncbn.study.stages import recorded_stages, run_stages, stages
 from syncbn.study.user_code import changed_note, user_code
 from syncbn.train.config import ConfigError
 from syncbn.train.launch import LaunchError
@@ -49,6 +53,8 @@ def plan_study(config: str, out: Path | None = None, workers: int | None = None)
     if trials:
         decides = "; what the arms choose decides which of the others are the same runs"
         print(f"\ntuning: {len(trials)} cells, {len(unique_cells(trials))} different runs{decides}")
+        for line in rung_lines(study):
+            print(line)
     print(f"\n{len(cells)} cells, {len(runs)} different runs: {len(runs) - missing} done, {missing} to do")
     if study.parity is not None:
         counts = ", ".join(map(str, study.parity.processes))
@@ -83,10 +89,11 @@ def run_study(
     if study.run is not None and ranks.launched():
         raise ConfigError("run", study.run, "a study that no launcher starts; `processes` launches each of its runs")
     records = read_records(out)
-    note_changes(study, [cell for part in recorded_stages(study, out) for cell in part], records)
+    trials, cells = recorded_stages(study, out)
+    note_changes(study, [*trials, *cells], records)
     train = train_function(study)
     if study.tune is not None:
-        print(f"tuning first: {len(unique_cells(trial_cells(study)))} runs, whose test scores have no part in it")
+        print(f"tuning first: {len(unique_cells(trials))} runs, whose test scores have no part in it")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     if ranks.launched():
@@ -112,7 +119,8 @@ def run_study(
     report = _write(study, cells, outcomes, config, out)
     ran = sum(outcome.ran for outcome in outcomes.values())
     print(f"{ran} runs in {seconds:.0f} s, {len(outcomes) - ran - failed} kept from before, {failed} failed")
-    if note := left_over([*trial_cells(study), *cells], read_records(out)):
+    trials, cells = recorded_stages(study, out)
+    if note := left_over([*trials, *cells], read_records(out)):
         print(note)
     print(f"report: {report}")
     return 0 if agrees and not failed else 1
@@ -149,8 +157,9 @@ def report_study(config: str, out: Path) -> int:
     study = load_study(config)
     trials, cells = recorded_stages(study, out)
     outcomes = study_outcomes([*trials, *cells], out)
-    if not any(cell.key in outcomes and outcomes[cell.key].result is not None for cell in cells):
+    if not any(outcome.result is not None or outcome.state == "failed" for outcome in outcomes.values()):
         raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
+    save_study(study, out)
     report = _write(study, cells, outcomes, config, out)
     print(f"report: {report}")
     return 0
@@ -171,6 +180,26 @@ def export_study(config: str, out: Path, format: str, to: Path | None = None) ->
     for path in export(study, cells, results, format, to or out / names.get(format, f"{study.name}.{format}")):
         print(path)
     return 0
+
+
+def compare_studies(
+    a: Path, b: Path, config_a: str | None = None, config_b: str | None = None, format: str = "table"
+) -> int:
+    """Print two studies side by side: what differs in their configurations, then the settings that both have."""
+    if format not in COMPARISONS:
+        raise ConfigError("format", format, f"one of {', '.join(COMPARISONS)}")
+    first, second = _summary(a, config_a, "--config-a"), _summary(b, config_b, "--config-b")
+    print_comparison(first, second, (str(a), str(b)), format)
+    return 0
+
+
+def _summary(folder: Path, config: str | None, option: str) -> Summary:
+    study = study_in(folder, config, option)
+    results = {key: record.result for key, record in read_records(folder).items()}
+    _, cells = stages(study, results)
+    if not any(cell.key in results for cell in cells):
+        raise ConfigError("folder", str(folder), f"a folder with at least one finished run of the study {study.name}")
+    return summary_of(study, cells, results)
 
 
 def note_changes(study: Study, cells: Sequence[Cell], records: Mapping[str, Record]) -> None:
@@ -231,7 +260,7 @@ def _write(study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], con
     failures = {key: outcome.message for key, outcome in outcomes.items() if outcome.state == "failed"}
     running = [key for key, outcome in outcomes.items() if outcome.state == "running"]
     report = write_report(study, cells, results, out, command=command, failures=failures, running=running)
-    print_table(study, cells, results)
+    print_table(study, cells, results, failures)
     return report
 
 

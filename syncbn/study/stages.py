@@ -1,4 +1,4 @@
-"""The two stages of a study: the runs from which its settings choose, if it tunes, and its own runs."""
+"""The stages of a study: the runs from which its settings choose, if it tunes, rung by rung, and then its own runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from syncbn.study.plan.folder import save_study
 from syncbn.study.plan.grid import Cell, Place, Study, study_cells
-from syncbn.study.plan.tuning import choices_of, trial_cells
+from syncbn.study.plan.tuning import UNDECIDED, tunings_of
 from syncbn.study.run.records import read_records
 from syncbn.study.run.status import Outcome
 from syncbn.train.result import RunResult
@@ -19,14 +20,15 @@ RunCells = Callable[[Sequence[Cell], Path], dict[str, Outcome]]
 def stages(study: Study, results: Mapping[str, RunResult]) -> tuple[list[Cell], list[Cell]]:
     """The tuning's cells, and the study's with what these chose.
 
-    A cell whose setting has not chosen has a key that no record has: what it will be is not known. ``results`` are by
-    the cells' keys.
+    What a cell of a later rung will be, or one whose setting has not chosen, is not known: it has a key that no record
+    has. ``results`` are by the cells' keys.
     """
-    choices = {place: choice.chosen.candidate for place, choice in choices_of(study, results).items()}
-    trials = trial_cells(study)
-    open_places = {Place(cell.arm, cell.point) for cell in trials} - choices.keys()
+    tunings = tunings_of(study, results)
+    trials = [cell for tuning in tunings.values() for cell in (*tuning.cells, *tuning.undecided)]
+    choices = {place: tuning.choice.chosen.candidate for place, tuning in tunings.items() if tuning.choice is not None}
+    open_places = tunings.keys() - choices.keys()
     cells = [
-        replace(cell, key=f"undecided-{cell.key}") if Place(cell.arm, cell.point) in open_places else cell
+        replace(cell, key=UNDECIDED + cell.key) if Place(cell.arm, cell.point) in open_places else cell
         for cell in study_cells(study, choices=choices)
     ]
     return trials, cells
@@ -39,9 +41,20 @@ def recorded_stages(study: Study, out: Path | None) -> tuple[list[Cell], list[Ce
 
 
 def run_stages(study: Study, out: Path, run: RunCells) -> tuple[list[Cell], dict[str, Outcome]]:
-    """Run the tuning, then the settings that have chosen; returns the study's cells, and the outcomes of all runs."""
-    trials = trial_cells(study)
-    outcomes = run(trials, out) if trials else {}
-    _, cells = recorded_stages(study, out)
-    ready = [cell for cell in cells if not cell.key.startswith("undecided-")]
+    """Run the tuning, then the settings that have chosen; returns the study's cells, and the outcomes of all runs.
+
+    The rungs of the tuning follow one another. A run that failed leaves its setting without a choice; the others go on.
+    """
+    save_study(study, out)
+    outcomes: dict[str, Outcome] = {}
+    trials, cells = recorded_stages(study, out)
+    while ready := _ready(trials, outcomes):
+        outcomes |= run(ready, out)
+        trials, cells = recorded_stages(study, out)
+    ready = _ready(cells, {})
     return cells, outcomes | (run(ready, out) if ready else {})
+
+
+def _ready(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
+    """The cells that are known and were not run yet."""
+    return [cell for cell in cells if not cell.key.startswith(UNDECIDED) and cell.key not in outcomes]

@@ -39,6 +39,8 @@ def test_a_study_runs_compares_and_gives_frames(tmp_path, capsys):
     contrasts = study.compare()
     assert contrasts["contrast"].tolist() == ["group against batch"]
     assert contrasts["verdict"][0] in ("better", "worse", "no difference shown")
+    learning_rates = {"optimizer.lr 0.01", "optimizer.lr 0.1"}
+    assert {contrasts["chosen"][0], contrasts["chosen_against"][0]} <= learning_rates
     assert contrasts["low"][0] < contrasts["difference"][0] < contrasts["high"][0]
     runs = study.frame()
     assert sorted(zip(runs["arm"], runs["seed"], strict=True)) == [(arm, seed) for arm in ARMS for seed in range(3)]
@@ -82,6 +84,8 @@ def test_what_is_asked_before_a_run():
     with pytest.raises(ValueError, match="out: got None, expected the folder of the study"):
         made().frame()
     assert made().compare("nowhere")["verdict"].tolist() == [None]
+    assert "chosen" not in made().compare("nowhere"), "it does not tune"
+    assert made(tune={"optimizer.lr": [0.01, 0.1]}).compare("nowhere")["chosen"].tolist() == [None]
 
 
 def test_a_packaged_study_has_the_same_methods():

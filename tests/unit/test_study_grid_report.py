@@ -16,7 +16,8 @@ from syncbn.study.analysis.evaluations import columns_of
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.plan.contrasts import default_contrasts
 from syncbn.study.plan.grid import Sweep
-from syncbn.study.report.figures import arm_marks, curves_figure, loss_curve, main_figure, mean_curve, score_curve
+from syncbn.study.report.curves import curves_figure, loss_curve, mean_curve, score_curve
+from syncbn.study.report.figures import arm_marks, main_figure
 from syncbn.study.report.format import compact
 from syncbn.study.report.report import write_report
 from syncbn.study.report.tables import (
@@ -24,6 +25,7 @@ from syncbn.study.report.tables import (
     effective_table,
     heat_level,
     heat_maps,
+    means_tables,
     print_table,
     runs_csv,
     settings_table,
@@ -117,6 +119,20 @@ def test_grid_page_opens_with_all_figures_and_tables(grid, tmp_path):
     means, contrasts, costs = 1 + len(study.arms), len(study.arms), 1 + len(study.arms)
     rows = means + contrasts + (1 + batch) + batch * (1 + len(LAYERS)) + (1 + len(LAYERS)) + costs + (1 + lines)
     assert dom.count("<tr>") == rows
+
+
+def test_an_arm_that_is_level_has_its_number_at_every_size(grid, capsys):
+    """A reader who looks for GroupNorm at one image per GPU finds it there."""
+    study, cells, results, *_ = grid
+    (means,) = means_tables(summary_of(study, cells, results))
+    rows = {arm: row[1:] for arm, row in zip(means.arms, means.rows, strict=True)}
+    level = [results[cell.key].score for cell in cells if cell.arm == "group" and cell.point == cells[-1].point]
+    assert rows["group"] == [f"={100 * sum(level) / len(level):.1f}"] * len(study.sweep.values)
+    assert not any("=" in cell for cell in rows["batch"])
+    print_table(study, cells, results)
+    printed = capsys.readouterr().out
+    assert re.search(rf"^ GroupNorm +({rows['group'][0]} *){{8}}$", printed, flags=re.MULTILINE)
+    assert "=: the same runs in the whole row" in printed
 
 
 def test_csv_has_one_line_a_run_with_axes_and_evaluations(grid):

@@ -18,15 +18,8 @@ from syncbn.study.analysis.findings import findings_of
 from syncbn.study.analysis.statistics import difference_p
 from syncbn.study.analysis.summary import by_badness, summary_of
 from syncbn.study.plan.grid import Contrast, Place, study_cells
-from syncbn.study.report.figures import (
-    Mark,
-    curves_figure,
-    forest_figure,
-    main_figure_name,
-    score_axis,
-    score_curve,
-    statistics_figure,
-)
+from syncbn.study.report.curves import curves_figure, score_curve
+from syncbn.study.report.figures import Mark, forest_figure, main_figure_name, score_axis, statistics_figure
 from syncbn.study.report.format import MINUS, SPACE
 from syncbn.study.report.report import write_report
 from syncbn.study.report.tables import print_table
@@ -316,8 +309,8 @@ def test_a_page_speaks_of_its_metric_and_of_samples(pages, metric):
 
 def test_tables_have_the_digits_of_the_metric(pages):
     rows = {m: re.findall(r"GroupNorm</th><td>(.*?)</td>", pages[m][1])[0] for m in PAGE}
-    assert re.fullmatch(r"9\d\.\d", rows[DICE])
-    assert re.fullmatch(r"0\.\d{4}", rows[LOSS])
+    assert re.fullmatch(r"=9\d\.\d", rows[DICE])
+    assert re.fullmatch(r"=0\.\d{4}", rows[LOSS])
 
 
 def test_csv_columns_are_named_after_the_metric(pages):

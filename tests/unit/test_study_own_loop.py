@@ -6,6 +6,7 @@ import doctest
 import json
 import math
 import os
+import re
 import sys
 
 import own_loops
@@ -23,6 +24,7 @@ from syncbn.study.run import own_loop
 from syncbn.study.run.own_loop import OwnLoop, Setting, train_function
 from syncbn.study.run.records import read_records
 from syncbn.train.config import ConfigError, config_from_dict
+from syncbn.train.data.generators import seed_generators
 from syncbn.train.result import Metric, RunResult
 from syncbn.train.tasks.named import TaskError
 
@@ -88,6 +90,19 @@ def test_seeds_are_the_runs_own_and_global_state_is_left(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_every_generator_is_seeded_for_the_run_and_left_as_it_was(tmp_path):
+    drawn = []
+    for runs in (0, 3):
+        seed_generators(5)
+        for name, seed in [("a", 0), ("b", 0), ("c", 1)][:runs]:
+            loop("own_loops:draws")(config(seed=seed), tmp_path / name)
+        drawn.append(own_loops.draws(None))
+    assert drawn[0] == drawn[1]
+    a, b, c = (RunResult.from_json(tmp_path / name / "result.json").test for name in "abc")
+    assert a == b
+    assert all(a[kind] != c[kind] for kind in ("torch", "numpy", "python"))
+
+
 def test_each_setting_tunes_its_own_learning_rate(tmp_path):
     made = study(tune={"optimizer.lr": [0.01, 0.1], "seeds": 1})
     for cell in trial_cells(made):
@@ -108,7 +123,7 @@ def test_several_processes(tmp_path, launched):
     sync = config(norm={"name": "sync"})
     loop("own_loops:distributed", processes=2)(sync, tmp_path / "sync")
     result = RunResult.from_json(tmp_path / "sync" / "result.json")
-    assert (result.processes, result.test["size"], result.score) == (2, 2, 0.0)
+    assert (result.processes, result.test["world"], result.test["size"], result.score) == (2, 2, 2, 0.0)
     loop("own_loops:distributed", processes=2)(config(norm={"name": "batch"}), tmp_path / "batch")
     assert RunResult.from_json(tmp_path / "batch" / "result.json").score > 0
 
@@ -217,6 +232,37 @@ def test_a_mistake_in_the_loop_is_one_line(name, tmp_path):
         loop(f"own_loops:{name}", tunes=name == "without_validation")(config(), tmp_path)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"error": 37.25}, "returned 37.25 for 'error', which is in percent"),
+        ({"error": -0.2}, "returned -0.2 for 'error'"),
+        ({"error": 0.2, "validation_error": 1.01}, "returned 1.01 for 'validation_error'"),
+    ],
+)
+def test_a_metric_in_percent_is_a_fraction(values, problem, tmp_path):
+    with pytest.raises(TaskError) as raised:
+        OwnLoop(run=lambda setting: values, metric=Metric("error"))(config(), tmp_path)
+    expected = f"{problem}.* expected a fraction from 0 to 1; for any other metric, the study says `percent: false`"
+    assert re.search(expected, str(raised.value))
+    assert not (tmp_path / "result.json").exists()
+    OwnLoop(run=lambda setting: values, metric=Metric(**METRIC))(config(), tmp_path)
+    assert RunResult.from_json(tmp_path / "result.json").score == values["error"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.0004, -1e-7, math.nan, math.inf])
+def test_rounding_and_divergence_are_no_mistakes_of_a_fraction(value, tmp_path):
+    OwnLoop(run=lambda setting: {"error": value, "other": 1e9}, metric=Metric("error"))(config(), tmp_path)
+    result = RunResult.from_json(tmp_path / "result.json")
+    assert result.status == ("ok" if math.isfinite(value) else "diverged")
+
+
+def test_only_what_was_returned_is_a_result(tmp_path):
+    OwnLoop(run=lambda setting: {"error": 0.5, "validation_error": 0.25}, metric=Metric("error"))(config(), tmp_path)
+    result = RunResult.from_json(tmp_path / "result.json")
+    assert (result.test, result.validation) == ({"error": 0.5}, {"error": 0.25})
 
 
 def test_a_mistake_in_one_of_several_processes(tmp_path, launched):

@@ -273,13 +273,13 @@ def test_mistakes_in_a_grid_are_one_line(changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: [", "expected a YAML file"),
-        ("- 1", "expected a mapping"),
+        ("name: [", r"expected a file in YAML \(line 1: expected the node content"),
+        ("- 1", "a file that holds keys with their values, not a list"),
         ("name: a\nname: b", "'name.*is given twice"),
         ("base: &b {gpus: 1, gpus: 2}\nname: {<<: *b}", "'gpus.*is given twice"),
-        ("name: 2024-13-45", "month must be in 1..12, expected a YAML file|got 'month.*expected a YAML file"),
-        ("[" * 100_000, "expected a YAML file"),
-        ("", "got None, expected a mapping"),
+        ("name: 2024-13-45", "the key 'title' too"),
+        ("[" * 100_000, "nested too deeply"),
+        ("", "the key 'name' too"),
         ("name: a", "the key 'title' too"),
     ],
 )
@@ -288,7 +288,7 @@ def test_malformed_files_are_one_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
         load_study(path)
-    assert str(caught.value).startswith(str(path))
+    assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "workers: got 0, expected a positive integer" in said("--workers", "0")
     assert "executor: got 'cloud', expected one of pool, slurm, local" in said("--executor", "cloud")
     assert "slurm-options" in said("--slurm-options", "{partition: x}")
-    assert "slurm_options: Expected a <class 'dict'>. Got value: nonsense" in said("--slurm-options", "nonsense")
+    assert "slurm-options: got 'nonsense', expected a mapping" in said("--slurm-options", "nonsense")
     assert "workers: got 2, expected 1, as the 4 processes" in said("--workers", "2", WORLD_SIZE="4")
     assert "executor: got 'local', expected none, as the 4 processes" in said("--executor", "local")
     assert not (tmp_path / "out").exists()
@@ -227,10 +227,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         ("study foo", "command: got 'study foo', expected one of train, parity, diagnose, study plan, study run"),
         ("study", "command: got 'study', expected one of train, parity, diagnose, study plan, study run"),
         ("", "command: got None, expected one of train"),
-        ("study run --out x", "study run: the following arguments are required: config (see syncbn study run --help)"),
-        ("study status", "study status: the following arguments are required: config, out (see"),
-        ("study run --config a --out b --wurkers 2", "study run: unrecognized arguments: --wurkers 2 (see"),
-        ("study run --config a --out b --workers two", "workers: Expected a <class 'int'>. Got value: two"),
+        ("study run --out x", "config: got None, expected text, which syncbn study run needs"),
+        ("study status", "config: got None, expected text, which syncbn study status needs"),
+        ("study status --config a", "out: got None, expected a path, which syncbn study status needs"),
+        ("study run --config a --out b --wurkers 2", "wurkers: got '2', expected an option of syncbn study run"),
+        ("study run --config a --out b --workers two", "workers: got 'two', expected an integer"),
+        ("study run --config a --out", "out: got None, expected a path"),
+        ("study run nbs_sweep --out b", "study run: got 'nbs_sweep', expected options alone"),
         ("study run --config nothing --out b", "study: got 'nothing', expected an existing YAML file or the name"),
     ],
 )

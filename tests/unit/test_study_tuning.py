@@ -6,6 +6,7 @@ import collections
 import csv
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ from syncbn.study.analysis.findings import findings_of
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.plan.grid import Place, study_cells, unique_cells
 from syncbn.study.plan.tuning import choices_of, trial_cells
+from syncbn.study.report.export import export
+from syncbn.study.report.format import chosen_words
+from syncbn.study.report.report import write_report
+from syncbn.study.report.tables import contrasts_table, print_table
+from syncbn.study.report.tuning import choices_table
 from syncbn.study.run.records import read_records
 from syncbn.study.stages import stages
 from syncbn.train.config import ConfigError, config_from_dict
@@ -281,3 +287,72 @@ def test_tuning_on_noise_makes_no_false_claims():
     # Of 100 studies, 5 are 5 %; a rate of 5 % gives more than 10 with probability 0.01.
     assert claims <= 10
     assert len({tuple(choice.chosen.candidate) for choice in choices_of(study, results).values()}) >= 1
+
+
+def finished(study, score=fake):
+    """All results of a study, whose settings choose by ``score``."""
+    results = {cell.key: score(cell.config) for cell in trial_cells(study)}
+    _, cells = stages(study, results)
+    return cells, results | {cell.key: score(cell.config) for cell in cells}
+
+
+def test_what_each_side_of_a_contrast_chose_stands_beside_it(tmp_path, capsys):
+    study = tuned(seeds=[0, 1, 2], tune={**GRID, "seeds": 2, "untuned": True})
+    cells, results = finished(study)
+    summary = summary_of(study, cells, results)
+    table = contrasts_table(summary, findings_of(summary))
+    assert table.head[-2:] == ["chosen", "chosen against"]
+    assert [row[-2:] for row in table.rows] == [
+        ["optimizer.lr 0.03", "optimizer.lr 0.1"],
+        ["optimizer.lr 0.3", "optimizer.lr 0.1"],
+    ]
+    print_table(study, cells, results)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "(optimizer.lr 0.03 against optimizer.lr 0.1)" in " ".join(re.sub(r"[^\w.()]", " ", printed).split())
+    page = write_report(study, cells, results, tmp_path, command="").read_text()
+    assert '<th class="words">chosen</th><th class="words">chosen against</th>' in page
+    side = '<td class="words" data-head="{}">{}</td>'
+    assert side.format("chosen", "optimizer.lr 0.03") + side.format("chosen against", "optimizer.lr 0.1") in page
+    export(study, cells, results, "csv", tmp_path / "table.csv")
+    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert (rows["batch"]["chosen"], rows["batch"]["chosen_against"]) == ("optimizer.lr 0.03", "optimizer.lr 0.1")
+    assert (rows["iid"]["chosen"], rows["iid"]["chosen_against"]) == ("optimizer.lr 0.1", "")
+    assert rows["iid untuned"]["chosen"] == ""
+
+
+def test_a_side_may_be_untuned_or_undecided_and_a_difference_of_differences_has_four():
+    content = [
+        {"arm": "batch", "against": {"arm": "batch untuned"}},
+        {"arm": "batch", "against": {"arm": "sync"}, "minus": {"at": {"per_gpu_batch_size": 8}}},
+    ]
+    base = {"data": BASE["data"]}
+    sweep = {"values": [2, 8], "global_batch_size": 16}
+    study = tuned(base=base, sweep=sweep, tune={**GRID, "untuned": True}, contrasts=content)
+    cells, results = finished(study)
+    summary = summary_of(study, cells, results)
+    assert [chosen_words(summary, contrast) for contrast in study.contrasts] == [
+        ("optimizer.lr 0.03", "untuned"),
+        ("optimizer.lr 0.03 − optimizer.lr 0.3", "optimizer.lr 0.03 − optimizer.lr 0.3"),
+    ]
+    _, cells = stages(study, {})
+    assert chosen_words(summary_of(study, cells, {}), study.contrasts[0]) == ("not yet", "untuned")
+    plain = small_study()
+    summary = summary_of(plain, study_cells(plain), {})
+    assert "chosen" not in contrasts_table(summary, findings_of(summary)).head
+
+
+def test_candidates_as_good_as_the_chosen_one_are_named():
+    def ties(config):
+        error = {0.03: 0.3, 0.1: 0.2, 0.3: 0.2}[config.optimizer.lr] + (0.1 if config.seed == 1000 else 0.0)
+        if config.optimizer.lr == 0.3:  # the same scores with the seeds exchanged
+            error += -0.1 if config.seed == 1000 else 0.1
+        return dataclasses.replace(fake(config), validation={"score": error, "loss": 1.0})
+
+    study = tuned()
+    _, results = finished(study, ties)
+    for choice in choices_of(study, results).values():
+        assert (dict(choice.chosen.candidate), choice.tied) == ({"optimizer.lr": 0.1}, [(("optimizer.lr", 0.3),)])
+    assert choices_table(study, results).rows[0][2] == "optimizer.lr 0.1, tied with optimizer.lr 0.3"
+    _, results = finished(study)
+    assert choices_table(study, results).rows[0][2] == "optimizer.lr 0.03"

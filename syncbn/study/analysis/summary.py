@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 
 from syncbn.study.analysis.statistics import Centre, centre_of
-from syncbn.study.plan.grid import HOLD, Cell, Point, Study, Value
+from syncbn.study.plan.grid import HOLD, Candidate, Cell, Place, Point, Study, Value
+from syncbn.study.plan.tuning import failed_trials
 from syncbn.train.config import ConfigError
 from syncbn.train.result import Metric, RunResult
 from syncbn.train.tasks.classification import Classification
@@ -45,6 +46,12 @@ class Setting:
     finished: int
     diverged: int
     missing: int
+    failed: tuple[str, ...] = ()
+    """The keys of its runs that failed."""
+    failed_trials: int = 0
+    """Runs of its tuning that failed. It cannot choose before they have ended."""
+    chosen: Candidate | None = None
+    """What it chose in the study's tuning; None if it does not tune, or has not chosen yet."""
 
     @property
     def runs(self) -> list[RunResult]:
@@ -78,7 +85,8 @@ class Summary:
     panels: tuple[Point, ...]
     """The places on the other axes; one empty place where there are none."""
     metric: Metric
-    """What its settings are compared by: the metric of its results, classification's error while there is none."""
+    """What its settings are compared by: the metric of its results, or of its tuning while there is none, or the error
+    of classification."""
 
     def panel_of(self, point: Point) -> Point:
         """The panel in which a place lies."""
@@ -95,11 +103,14 @@ class Summary:
         return dict(sorted(zip(places, found, strict=True), key=lambda pair: pair[0]))
 
 
-def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> Summary:
-    """The settings of a study; ``results`` by the cells' keys.
+def summary_of(
+    study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult], failed: Collection[str] = ()
+) -> Summary:
+    """The settings of a study; ``results`` by the cells' keys, and ``failed`` the keys of the runs that failed.
 
     Raises ConfigError if two of the runs have different metrics.
     """
+    stuck = failed_trials(study, results, failed) if failed else {}
     by_place = {(cell.arm, cell.point, cell.seed): cell for cell in cells}
     settings = {}
     for arm, point in [(each, point) for each in study.arms for point in study.points(each)]:
@@ -121,6 +132,9 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
             finished=finished,
             diverged=ended - finished,
             missing=len(runs) - ended,
+            failed=tuple(cell.key for cell in column if cell.key in failed and cell.key not in results),
+            failed_trials=stuck.get(Place(arm.name, point), 0),
+            chosen=column[0].candidate or None,
         )
     across, values = _axis_across(study)
     others = [[(name, value) for value in of] for name, of in study.axes.items() if name != across]
@@ -130,7 +144,7 @@ def summary_of(study: Study, cells: Sequence[Cell], results: Mapping[str, RunRes
         across=across,
         values=values,
         panels=tuple(product(*others)),
-        metric=_metric_of(study, [run for setting in settings.values() for run in setting.runs]),
+        metric=_metric_of(study, [run for s in settings.values() for run in s.runs] or _first(study, results)),
     )
 
 
@@ -180,6 +194,11 @@ def _metric_of(study: Study, runs: Sequence[RunResult]) -> Metric:
         one, other = (repr(metric) if found[0].name == found[1].name else metric.name for metric in found[:2])
         raise ConfigError(f"{study.name}: metric", other, f"{one}, as other runs of the study have it")
     return found[0]
+
+
+def _first(study: Study, results: Mapping[str, RunResult]) -> list[RunResult]:
+    """A run whose metric is the study's, such as one of its tuning, unless its file names the metric."""
+    return [] if study.metric is not None else [*results.values()][:1]
 
 
 def _axis_across(study: Study) -> tuple[str | None, tuple[Value, ...]]:

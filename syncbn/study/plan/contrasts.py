@@ -65,16 +65,21 @@ def default_contrasts(study: Study) -> tuple[Contrast, ...]:
     return tuple(_contrast((Place(arm.name, first), second), None, None) for arm in arms if arm is not reference)
 
 
-def check_runs_differ(contrasts: Sequence[Contrast], cells: Sequence[Cell], where: str) -> None:
+def check_runs_differ(study: Study, cells: Sequence[Cell], where: str) -> None:
     """Check that no contrast compares runs with themselves, as along an axis that does not change its arm.
+
+    An arm that tunes differs from its copy without tuning, and from an arm with other candidates.
 
     Raises ConfigError if one does.
     """
     keys: dict[Place, list[str]] = {}
     for cell in cells:
         keys.setdefault(Place(cell.arm, cell.point), []).append(cell.key)
-    for contrast in contrasts:
-        same = keys[contrast.first] == keys[contrast.second]
+    tune = study.tune
+    tried = {arm.name: tune.candidates(arm) if tune is not None and arm.tuned else None for arm in study.arms}
+    for contrast in study.contrasts:
+        one, other = contrast.first, contrast.second
+        same = keys[one] == keys[other] and tried[one.arm] == tried[other.arm]
         require(not same, where, contrast.name, "two settings whose configurations differ")
 
 

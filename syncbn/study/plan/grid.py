@@ -83,6 +83,8 @@ class Tune:
     """Dotted keys of the run configuration, and the values to try."""
     seeds: tuple[int, ...]
     """None of them is a seed of the study."""
+    halving: int | None = None
+    """The factor of successive halving; None trains every candidate with the whole budget."""
 
     def candidates(self, arm: Arm) -> list[Candidate]:
         """All combinations of the values of an arm's grid."""
@@ -164,6 +166,8 @@ class Study:
     """Processes that the user's training loop is launched in, under torchrun."""
     notes: str | None = None
     """A remark for the reader of the main figure, such as why it differs from a published one."""
+    content: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What its file says, for its folder."""
 
     @property
     def reference(self) -> Arm | None:
@@ -183,6 +187,8 @@ class Study:
     @property
     def samples_word(self) -> str:
         """What its samples are called: ``images`` for classification, else ``samples``."""
+        if self.run is not None:
+            return "samples"
         task = self.base.get("task")
         name = task.get("name", "classification") if isinstance(task, Mapping) else "classification"
         return "images" if name == "classification" else "samples"
@@ -214,6 +220,8 @@ class Cell:
     """What tuning tries or has chosen."""
     tuning: bool = False
     """Whether this is a run from which a setting chooses."""
+    rung: str = ""
+    """The part of the budget that it has in successive halving, such as "2 epochs"."""
     config: RunConfig
     key: str
     """Hash of ``config``. A cell whose configuration changes has another key and is run again."""
@@ -221,9 +229,8 @@ class Cell:
     @property
     def label(self) -> str:
         """Name of the cell in messages."""
-        return ", ".join(
-            [self.arm, *(f"{name} {value}" for name, value in self.point + self.candidate), f"seed {self.seed}"]
-        )
+        named = (f"{name} {value}" for name, value in self.point + self.candidate)
+        return ", ".join([self.arm, *named, *([self.rung] if self.rung else []), f"seed {self.seed}"])
 
 
 def study_cells(

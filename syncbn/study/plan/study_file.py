@@ -8,32 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from syncbn.study.plan.content import axis_values, mapping, place, positive, text
 from syncbn.study.plan.contrasts import check_runs_differ, contrasts_from
 from syncbn.study.plan.grid import Arm, Cell, Parity, Study, Sweep, Value, Vary, parity_cell, study_cells
-from syncbn.study.plan.tune_file import check_tune, grid_from, tune_from
-from syncbn.study.plan.tuning import trial_cells
+from syncbn.study.plan.tune_file import check_trials, check_tune, grid_from, tune_from
 from syncbn.train.config import ConfigError, require
 from syncbn.train.result import Metric
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader that rejects a key given twice; YAML keeps the last one, which would drop an arm silently."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Checked before `<<` is resolved: a key may be given beside a merged one of the same name.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for child, _ in node.value:
-            if not isinstance(child, yaml.ScalarNode) or child.tag == "tag:yaml.org,2002:merge":
-                continue
-            if (child.tag, child.value) in seen:
-                problem = f"key {child.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, child.start_mark)
-            seen.add((child.tag, child.value))
-        return node
+from syncbn.train.yaml_file import read_yaml
 
 
 def load_study(path_or_name: str | Path) -> Study:
@@ -42,12 +23,7 @@ def load_study(path_or_name: str | Path) -> Study:
     Raises ConfigError if there is none, or if it has a mistake.
     """
     path = _find_study(str(path_or_name))
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        raise ConfigError(str(path), " ".join(str(error).split()), "a YAML file") from None
-    return study_from_dict(content, str(path))
+    return study_from_dict(read_yaml(path, "config"), str(path))
 
 
 def available_studies() -> list[str]:
@@ -76,6 +52,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
         sweep=sweep,
         grid=_grid(data.get("axes"), sweep, f"{source}: axes"),
         notes=None if data.get("notes") is None else text(data["notes"], f"{source}: notes"),
+        content=data,
     )
     made = tuple(_arm(name, arm, study, source) for name, arm in arms.items())
     tune, made = tune_from(data.get("tune"), made, study, f"{source}: tune")
@@ -92,9 +69,9 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     check_tune(study, _sweep_keys(study.sweep), source)
     study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
     cells = study_cells(study, source)
-    trial_cells(study, source)  # all candidates are possible
+    check_trials(study, source)
     if data.get("contrasts") is not None:
-        check_runs_differ(study.contrasts, cells, f"{source}: contrasts")
+        check_runs_differ(study, cells, f"{source}: contrasts")
     if study.parity is not None:
         _check_parity(study, study.parity, cells, f"{source}: parity")
     return study

@@ -4,19 +4,22 @@ Each setting chooses its own values of these keys by its validation metric, with
 
     tune: {optimizer.lr: [0.03, 0.1, 0.3], optimizer.weight_decay: [0, 1.0e-4], seeds: 2, untuned: true}
 
-``seeds`` is a number or a list. With ``untuned``, the report also has each arm as it is without tuning. An arm may have
-a ``tune:`` of its own in place of the study's; it has as many candidates, so that no arm has a larger budget.
+``seeds`` is a number or a list. With ``untuned``, the report also has each arm as it is without tuning. With
+``halving: true``, or a factor, a few of the candidates have the whole budget. An arm may have a ``tune:`` of its own in
+place of the study's; it has as many candidates, so that no arm has a larger budget.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from syncbn.study.plan.content import axis_values, mapping
 from syncbn.study.plan.grid import Arm, Study, Tune, Value
+from syncbn.study.plan.halving import FACTOR
+from syncbn.study.plan.tuning import tunings_of
 from syncbn.train.config import ConfigError, known_keys, require
 
 FIRST_SEED = 1000
@@ -45,12 +48,14 @@ def tune_from(content: object, arms: tuple[Arm, ...], study: Study, where: str) 
         return None, arms
     data = dict(mapping(content, where))
     seeds, untuned = data.pop("seeds", 1), data.pop("untuned", False)
+    halving = _halving(data.pop("halving", False), f"{where}.halving")
     require(isinstance(untuned, bool), f"{where}.untuned", untuned, "true or false")
     grid = grid_from(data, where)
     require(bool(grid), where, content, "at least one key with the values to try, such as optimizer.lr: [0.03, 0.1]")
     copies = [replace(arm, name=f"{arm.name} untuned", label=f"{arm.label}, untuned", tuned=False) for arm in arms]
     copies = [replace(arm, reference=False) for arm in copies] if untuned else []
-    return Tune(grid=grid, seeds=_seeds(seeds, study.seeds, f"{where}.seeds")), (*arms, *copies)
+    tune = Tune(grid=grid, seeds=_seeds(seeds, study.seeds, f"{where}.seeds"), halving=halving)
+    return tune, (*arms, *copies)
 
 
 def check_tune(study: Study, swept: Sequence[str], source: str) -> None:
@@ -72,6 +77,47 @@ def check_tune(study: Study, swept: Sequence[str], source: str) -> None:
     held_out = task.get("name", "classification") != "classification" or data.get("validation_fraction", 0)
     expected = "a fraction above 0 in `base`, as tuning chooses by validation data"
     require(bool(held_out), f"{source}: base: data.validation_fraction", data.get("validation_fraction", 0), expected)
+    if study.tune.halving is not None:
+        _check_halving(study, study.tune.halving, numbers, f"{source}: tune")
+
+
+def check_trials(study: Study, source: str) -> None:
+    """Check that every candidate is possible, and that successive halving has a budget to divide.
+
+    Raises ConfigError if not.
+    """
+    for tuning in tunings_of(study, source=source).values():
+        if study.tune is not None and study.tune.halving is not None:
+            where = f"{source}: arm {tuning.place.arm}: budget.{tuning.length.unit}"
+            expected = f"at least 2 {tuning.length.unit}, as tune.halving divides them"
+            require(len(tuning.rungs) > 1, where, tuning.length.number, expected)
+            cost = sum(rung.candidates * rung.budget for rung in tuning.rungs)
+            whole = tuning.rungs[0].candidates * tuning.rungs[-1].budget
+            cheaper = f"no halving here: its rungs take {cost} {tuning.length.unit}, all candidates together {whole}"
+            require(cost <= whole, f"{source}: tune.halving", study.tune.halving, cheaper)
+
+
+def _check_halving(study: Study, factor: int, candidates: Mapping[str, int], where: str) -> None:
+    grids = [study.tune.grid if study.tune is not None else {}, *(arm.tune or {} for arm in study.arms)]
+    budgets = [key for grid in grids for key in grid if key in ("budget.epochs", "budget.steps")]
+    require(not budgets, where, budgets, "no budget with halving, which divides it")
+    number = max(candidates.values())
+    expected = f"a factor below the number of candidates ({number}), as the last rung compares that many"
+    require(number > factor, f"{where}.halving", factor, expected)
+    budget, swept = study.base.get("budget") or {}, study.sweep is not None and study.sweep.steps is not None
+    given = isinstance(budget, Mapping) and any(budget.get(unit) is not None for unit in ("epochs", "steps"))
+    if study.run is not None and not given and not swept and not any(key.startswith("budget.") for key in study.grid):
+        trains = "`run` has to train for setting.config.budget.epochs (or steps)"
+        expected = f"epochs or steps in `base`, which tune.halving divides; {trains}"
+        raise ConfigError(f"{where.removesuffix('tune')}base: budget", budget or None, expected)
+
+
+def _halving(content: object, where: str) -> int | None:
+    if content is True or content is False:
+        return FACTOR if content else None
+    if type(content) is not int or content < 2:
+        raise ConfigError(where, content, "true, false, or a factor of at least 2")
+    return content
 
 
 def _seeds(content: Any, taken: Sequence[int], where: str) -> tuple[int, ...]:

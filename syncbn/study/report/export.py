@@ -10,7 +10,18 @@ from syncbn.study.analysis.findings import Finding, findings_of
 from syncbn.study.analysis.summary import Summary, summary_of
 from syncbn.study.plan.grid import Cell, Study
 from syncbn.study.report import figures
-from syncbn.study.report.format import DASH, MINUS, SPACE, axis_word, capital, plural, value_word
+from syncbn.study.report.format import (
+    DASH,
+    MINUS,
+    SPACE,
+    axis_word,
+    candidate_words,
+    capital,
+    frame_choices,
+    plural,
+    side,
+    value_word,
+)
 from syncbn.study.report.report import drawings
 from syncbn.study.report.units import Units
 from syncbn.train.config import ConfigError
@@ -79,6 +90,10 @@ def main_frame(summary: Summary, findings: Sequence[Finding]) -> pd.DataFrame:
             "sd": setting.score.sd,
         }
         row |= {"finished": setting.finished, "diverged": setting.diverged, "missing": setting.missing}
+        if summary.study.tune is not None:
+            chosen = candidate_words(setting.chosen) if setting.chosen else None
+            against = None if finding is None else frame_choices(summary, finding.contrast)["chosen_against"]
+            row |= {"chosen": chosen, "chosen_against": against}
         if finding is not None:
             row |= {"against": finding.contrast.second.arm, "verdict": finding.verdict, "p": finding.p}
             row |= {"difference": finding.difference, "low_difference": finding.low, "high_difference": finding.high}
@@ -89,26 +104,39 @@ def main_frame(summary: Summary, findings: Sequence[Finding]) -> pd.DataFrame:
 def latex(summary: Summary, findings: Sequence[Finding]) -> str:
     """The main table in LaTeX, for the package booktabs: mean, 95 % interval and verdict of each setting."""
     study, units = summary.study, Units(summary.metric)
-    heads = ["arm", *(axis_word(study, name) for name in study.axes), units.heading, "95 % interval", "verdict"]
-    lines = []
-    for setting in summary.settings.values():
-        finding = _finding_of(setting.arm, setting.point, findings)
+    found = [_finding_of(setting.arm, setting.point, findings) for setting in summary.settings.values()]
+    others = [DASH if f is None else side(study, f.contrast.second, f.contrast.first) for f in found]
+    planned = list(dict.fromkeys(other for other in others if other != DASH))
+    heads = ["arm", *(axis_word(study, name) for name in study.axes), units.heading, "95 % interval"]
+    heads += ["verdict"] * bool(planned) + ["against"] * (len(planned) > 1)
+    lines = [heads]
+    for setting, finding, other in zip(summary.settings.values(), found, others, strict=True):
+        name = f"{setting.label} (reference)" if setting.reference else setting.label
         lost = f" ({plural(setting.diverged, 'run')} diverged)" if setting.diverged else ""
-        verdict = "reference" if setting.reference else DASH if finding is None else finding.verdict or "not finished"
         interval = units.interval(setting.score.low, setting.score.high)
-        cells = [setting.label, *(value_word(value) for _, value in setting.point)]
-        lines.append([*cells, units.value(setting.score.mean) + lost, interval, verdict])
-    seeds = plural(len(study.seeds), "seed")
-    caption = (
-        f"{study.title}. {capital(units.heading)}: mean over {seeds} and 95 % interval. Verdicts are those of the "
-    )
-    caption += "planned contrasts, by a paired t test with Holm's correction."
-    columns = "l" * (1 + len(study.axes)) + "rrl"
-    body = [" & ".join(map(_escaped, cells)) + r" \\" for cells in [heads, *lines]]
-    table = [r"\begin{table}", r"\centering", rf"\caption{{{_escaped(caption)}}}", rf"\begin{{tabular}}{{{columns}}}"]
+        cells = [name, *(value_word(value) for _, value in setting.point)]
+        cells += [units.value(setting.score.mean) + lost, interval]
+        verdict = DASH if finding is None else finding.verdict or "not finished"
+        lines.append([*cells, verdict, other][: len(heads)])
+    columns = "l" * (1 + len(study.axes)) + "rr" + "l" * (len(heads) - 3 - len(study.axes))
+    head, *body = [" & ".join(map(_escaped, cells)) + r" \\" for cells in lines]
+    caption = _escaped(_caption(summary, planned, dashes=DASH in others))
+    table = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}"]
     return "\n".join(
-        [*table, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+        [*table, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     )
+
+
+def _caption(summary: Summary, planned: Sequence[str], *, dashes: bool) -> str:
+    """What the table holds; ``planned`` are the settings that others are compared with."""
+    study, units = summary.study, Units(summary.metric)
+    seeds = plural(len(study.seeds), "seed")
+    words = [f"{study.title}.", f"{capital(units.heading)}: mean over {seeds} and 95 % interval."]
+    if planned:
+        against = f" against {planned[0]}" if len(planned) == 1 else ""
+        words.append(f"Verdicts are of the planned contrasts{against}, by a paired t test with Holm's correction.")
+        words += [f"{DASH} in place of a verdict: no contrast is planned for the setting."] * dashes
+    return " ".join(words)
 
 
 def _finding_of(arm: str, point: object, findings: Sequence[Finding]) -> Finding | None:
@@ -131,5 +159,6 @@ def _escaped(text: str) -> str:
         SPACE: "~",
         "<": "$<$",
         ">": "$>$",
+        "|": "$|$",
     }
     return "".join(special.get(character, character) for character in text)

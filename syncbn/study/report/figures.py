@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -31,14 +30,10 @@ from syncbn.study.analysis.summary import Setting, Summary, by_badness
 from syncbn.study.plan.grid import Point, Study
 from syncbn.study.report.format import MINUS, axis_word, panel_title, same_runs, value_word
 from syncbn.study.report.units import Units
-from syncbn.train.result import Metric, RunResult
+from syncbn.train.result import Metric
 
 WIDTH = 440
 """Width of a figure in units of 1/72 inch."""
-CURVE_POINTS, MAX_MARKS = 60, 12
-"""Points of one curve at most, and points up to which they have marks."""
-MAX_SEED_CURVES = 30
-"""With more runs than this, curves are drawn as means over the seeds alone."""
 SEED_SHIFT = 0.09
 """Distance of the seeds' points from the mean's mark, in the distance of two values of the axis."""
 MAX_PANELS = 12
@@ -116,7 +111,7 @@ def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
     settings = [setting for setting in summary.settings.values() if setting.runs]
     panels = [panel for panel in summary.panels if any(summary.panel_of(s.point) == panel for s in settings)]
     rows = 0.55 * max(len(summary.study.arms), 3) + 0.4
-    figure, every = _axes(len(panels), 1, 3.9 if summary.across is not None else rows)
+    figure, every = new_figure(len(panels), 1, 3.9 if summary.across is not None else rows)
     for axes, panel in zip(every, panels, strict=True):
         if summary.across is None:
             _arm_rows(axes, by_badness([s for s in summary.at(panel) if s.runs], summary.metric), marks)
@@ -126,7 +121,7 @@ def main_figure(summary: Summary, marks: Mapping[str, Mark]) -> Figure:
         score_axis(axes, scores, "x" if summary.across is None else "y", summary.metric)
         axes.set_title(panel_title(summary, panel))
     if summary.across is not None:
-        _legend(figure, {s.arm: s.label for s in settings}, marks)
+        add_legend(figure, {s.arm: s.label for s in settings}, marks)
     return figure
 
 
@@ -142,7 +137,7 @@ def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
     """The planned contrasts: each difference with its interval, and one small point for each seed."""
     names = [textwrap.fill(label, 34) for label in labels]
     height = sum(0.2 * name.count("\n") + 0.42 for name in names) + 0.6
-    figure, (axes,) = _axes(1, 1, height)
+    figure, (axes,) = new_figure(1, 1, height)
     axes.axvline(0, color=MUTED, linewidth=1)
     metric = findings[0].metric
     unit = 100 if metric.percent else 1
@@ -173,69 +168,20 @@ def statistics_figure(summary: Summary, items: Sequence[Evaluated]) -> Figure:
     """Test scores of the same weights with each kind of statistics: a panel an arm along the sweep, or a row an arm."""
     scores = [item.scores[kind].mean for item in items for f in FAMILIES if (kind := item.largest(f)) is not None]
     if summary.across is None:
-        figure, (axes,) = _axes(1, 1, 0.5 * len(items) + 0.6)
+        figure, (axes,) = new_figure(1, 1, 0.5 * len(items) + 0.6)
         _statistics_rows(axes, items)
         score_axis(axes, scores, "x", summary.metric)
     else:
         shown = [list(series) for _, series in groupby(items, key=lambda item: item.setting.arm)][:MAX_PANELS]
-        figure, every = _axes(len(shown), 2, 1.9)
+        figure, every = new_figure(len(shown), 2, 1.9)
         for axes, series in zip(every, shown, strict=True):
             _statistics_panel(axes, summary, series)
             score_axis(axes, scores, "y", summary.metric)
             axes.set_title(textwrap.shorten(series[0].setting.label, 27, placeholder="…"), fontsize=10)
             axes.set_ylabel("")
     used = [family for family in FAMILIES if any(item.largest(family) for item in items)]
-    _legend(figure, {family: FAMILIES[family] for family in used}, FAMILY_MARKS)
+    add_legend(figure, {family: FAMILIES[family] for family in used}, FAMILY_MARKS)
     return figure
-
-
-def curves_figure(settings: Sequence[Setting], marks: Mapping[str, Mark], metric: Metric) -> Figure:
-    """Training loss and test score against the optimizer step: means over the seeds, and thin lines for single runs."""
-    figure, (top, bottom) = _axes(2, 1, 2.3)
-    thin = sum(len(setting.runs) for setting in settings) <= MAX_SEED_CURVES
-    for setting in settings:
-        for axes, curve_of in ((top, loss_curve), (bottom, score_curve)):
-            colour, marker = marks[setting.arm]
-            for run in setting.runs if thin else ():
-                axes.plot(*zip(*curve_of(run), strict=True), color=colour, linewidth=0.7, alpha=0.4)
-            mean = mean_curve([curve_of(run) for run in setting.runs if run.status != "diverged"])
-            # A run that was tested only once is one point, which a line without a marker does not show.
-            marker = marker if axes is bottom and len(mean) <= MAX_MARKS else ""
-            axes.plot(*zip(*mean, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=4.5)
-    losses, scores = ([y for line in axes.lines for y in np.ravel(line.get_ydata())] for axes in (top, bottom))
-    losses = [loss for loss in losses if math.isfinite(loss)]
-    if losses and 0 < 20 * min(losses) < max(losses):
-        top.set_yscale("log")
-        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    top.set_ylabel("training loss")
-    top.grid(axis="y")
-    score_axis(bottom, scores, "y", metric)
-    bottom.set_xlabel("optimizer step")
-    bottom.sharex(top)
-    _legend(figure, {setting.arm: setting.label for setting in settings}, marks)
-    return figure
-
-
-def loss_curve(run: RunResult) -> list[tuple[float, float]]:
-    """(step, training loss), each point the mean over as many steps as leave at most ``CURVE_POINTS`` points."""
-    size = math.ceil(len(run.losses) / CURVE_POINTS) or 1
-    parts = [run.losses[start : start + size] for start in range(0, len(run.losses), size)]
-    return [(min((i + 1) * size, len(run.losses)), sum(part) / len(part)) for i, part in enumerate(parts)]
-
-
-def score_curve(run: RunResult) -> list[tuple[float, float]]:
-    """(step, test score) of the evaluations during training, thinned out to ``CURVE_POINTS``; the last one stays."""
-    # A training loop of the user's may have reported other things than the metric.
-    found = [(entry["step"], entry["test"].get(run.metric.name)) for entry in run.history]
-    kept = [(float(step), float(score)) for step, score in found if step is not None and score is not None]
-    return kept[::-1][:: math.ceil(len(kept) / CURVE_POINTS) or 1][::-1]
-
-
-def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean at the steps that all curves have."""
-    tables = [dict(curve) for curve in curves]
-    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-    return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
 def score_axis(axes: Axes, scores: Sequence[float], which: Literal["x", "y"], metric: Metric) -> None:
@@ -273,14 +219,15 @@ def _log_locator(low: float, high: float, start: float, end: float) -> Locator:
     return FixedLocator([tick for power in powers for base in bases if start <= (tick := base * 10.0**power) <= end])
 
 
-def _axes(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes in columns, each ``height`` inches high."""
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH / 72, rows * height), facecolor="white", layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
-def _legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]) -> None:
+def add_legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]) -> None:
+    """A legend of the arms below all panels, for which the figure grows."""
     lines = [Line2D([], [], color=marks[name].colour, marker=marks[name].marker, linewidth=1.5) for name in labels]
     names = [textwrap.fill(label, 30) for label in labels.values()]
     figure.legend(lines, names, loc="outside lower left", ncols=2)

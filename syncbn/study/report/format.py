@@ -133,6 +133,29 @@ def candidate_words(candidate: Candidate) -> str:
     return ", ".join(f"{key} {value_word(value)}" for key, value in candidate)
 
 
+def chosen_words(
+    summary: Summary, contrast: Contrast, untuned: str = "untuned", undecided: str = "not yet"
+) -> tuple[str, str]:
+    """What the two sides of a contrast chose in tuning. Of a difference of differences, each side has two choices."""
+    words = []
+    for place in contrast.places:
+        chosen = summary.settings[place.arm, place.point].chosen
+        tuned = any(arm.tuned for arm in summary.study.arms if arm.name == place.arm)
+        words.append(candidate_words(chosen) if chosen is not None else undecided if tuned else untuned)
+    if contrast.minus is None:
+        return words[0], words[1]
+    first, second = (f" {MINUS} ".join(filter(None, two)) for two in (words[:2], words[2:]))
+    return first, second
+
+
+def frame_choices(summary: Summary, contrast: Contrast) -> dict[str, str | None]:
+    """The same as columns of a frame, None where nothing is chosen; no columns if the study does not tune."""
+    if summary.study.tune is None:
+        return {}
+    chosen, against = chosen_words(summary, contrast, "", "")
+    return {"chosen": chosen or None, "chosen_against": against or None}
+
+
 def axis_word(study: Study, name: str) -> str:
     """What an axis counts, or its name without punctuation."""
     return _AXES[name].format(samples=study.samples_word) if name in _AXES else name.replace(".", " ").replace("_", " ")

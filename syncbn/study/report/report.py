@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 
@@ -17,13 +16,15 @@ from syncbn.study.analysis.evaluations import evaluated_settings
 from syncbn.study.analysis.findings import Finding, findings_of
 from syncbn.study.analysis.statistics import SPREAD_FLOOR, TEST
 from syncbn.study.analysis.summary import Summary, summary_of
-from syncbn.study.plan.grid import Arm, Cell, Study
-from syncbn.study.report import figures, tables
+from syncbn.study.plan.grid import Arm, Cell, Study, unique_cells
+from syncbn.study.plan.tuning import trial_cells
+from syncbn.study.report import curves, figures, tables
 from syncbn.study.report.format import axis_word, capital, joined, place_words, value_word
 from syncbn.study.report.tuning import choices_table
 from syncbn.study.report.units import Units
 from syncbn.study.report.verdict import verdict
 from syncbn.train.result import RunResult, write_atomically
+from syncbn.train.yaml_file import yaml_text
 
 
 def write_report(
@@ -40,7 +41,7 @@ def write_report(
 
     The main figure is ``error_by_arm`` or, along a sweep, ``error_by_nbs`` (``.svg`` and ``.png``), with the metric's
     name in place of ``error``. ``contrasts.svg``, ``statistics.svg`` and ``curves.svg`` are written if there is
-    something to draw.
+    something to draw. The curves of a training loop of the user's are what it reported.
 
     Args:
         results: by the cells' keys. A cell without one is shown as missing.
@@ -53,7 +54,7 @@ def write_report(
     """
     failures = failures or {}
     parity = out / "parity.json"
-    summary = summary_of(study, cells, results)
+    summary = summary_of(study, cells, results, failures)
     findings = findings_of(summary)
     runs = tables.runs_csv(study, cells, results, failed=failures, running=running)
     write_atomically(out / "results.csv", runs)
@@ -67,14 +68,15 @@ def write_report(
         test=TEST,
         spread_floor=SPREAD_FLOOR,
         figures=_figures(summary, findings, out),
+        spread=curves.spread_words(summary.at(study.comparison_point())),
         **_tables(summary, findings),
-        choices=choices_table(study, results),
+        choices=choices_table(study, results, failures),
         levels=[f"{level:g}" for level in tables.LEVELS],
         shown=place_words(study, study.comparison_point()),
         across=axis_word(study, summary.across) if summary.across else "",
         sizes=_sizes(study, results),
         parity=json.loads(parity.read_text()) if parity.exists() else None,
-        failures=[(cell.label, failures[cell.key]) for cell in cells if cell.key in failures],
+        failures=_failed(study, cells, results, failures),
         plan=_plan(study),
         versions=_versions(results),
         base=_yaml(study.base, block=True),
@@ -85,6 +87,14 @@ def write_report(
     return out / "report.html"
 
 
+def _failed(
+    study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult], failures: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """The runs that failed, of the tuning and of the study, each with the reason."""
+    every = unique_cells([*trial_cells(study, results), *cells]) if failures else []
+    return [(cell.label, failures[cell.key]) for cell in every if cell.key in failures]
+
+
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -93,7 +103,7 @@ def _template() -> Template:
 
 def _figures(summary: Summary, findings: Sequence[Finding], out: Path) -> dict[str, str]:
     """The figures as SVG elements, by name; empty text for a figure without anything in it."""
-    found = dict.fromkeys(("main", "contrasts", "statistics", "curves"), "")
+    found = dict.fromkeys(("main", "contrasts", "statistics", "curves", "reported"), "")
     for name, (file, draw, what) in drawings(summary, findings).items():
         found[name] = figures.save(out / f"{file}.svg", draw, *what)
         if name == "main":
@@ -117,8 +127,11 @@ def drawings(
     every = evaluated_settings(summary).values()
     if items := [item for item in every if summary.panel_of(item.setting.point) == panel]:
         found["statistics"] = "statistics", figures.statistics_figure, (summary, items)
-    if here := [s for s in summary.at(study.comparison_point()) if any(run.losses for run in s.runs)]:
-        found["curves"] = "curves", figures.curves_figure, (here, marks, summary.metric)
+    here = [setting for setting in summary.at(study.comparison_point()) if setting.runs]
+    if trained := [setting for setting in here if any(run.losses for run in setting.runs)]:
+        found["curves"] = "curves", curves.curves_figure, (trained, marks, summary.metric)
+    elif names := curves.reported_names(here):
+        found["reported"] = "curves", curves.reported_figure, (here, marks, names)
     return found
 
 
@@ -147,7 +160,8 @@ def _plan(study: Study) -> list[tuple[str, str]]:
         lines.append(("coupled sweep", f"global batch and learning rate vary with the batch on each GPU; {held}"))
     if study.tune is not None:
         tried = "; ".join(f"{key} {', '.join(map(value_word, values))}" for key, values in study.tune.grid.items())
-        lines.append(("chosen by validation", f"{tried}; seeds {', '.join(map(str, study.tune.seeds))}"))
+        halving = f"; successive halving by {study.tune.halving}" if study.tune.halving else ""
+        lines.append(("chosen by validation", f"{tried}; seeds {', '.join(map(str, study.tune.seeds))}{halving}"))
     return [*lines, ("seeds", ", ".join(map(str, study.seeds)))]
 
 
@@ -158,8 +172,7 @@ def _only(study: Study, arm: Arm) -> str:
 
 
 def _yaml(values: Mapping[str, Any], block: bool = False) -> str:
-    text: str = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=not block, width=1000)
-    return text.strip() if values else "nothing"
+    return yaml_text(dict(values), default_flow_style=not block, width=1000).strip() if values else "nothing"
 
 
 def _sizes(study: Study, results: Mapping[str, RunResult]) -> list[tuple[str, str]]:

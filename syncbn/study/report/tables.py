@@ -24,6 +24,7 @@ from syncbn.study.report.format import (
     axis_word,
     candidate_words,
     capital,
+    chosen_words,
     compact,
     contrast_place,
     contrast_words,
@@ -39,7 +40,7 @@ from syncbn.train.result import RunResult
 
 TERMINAL_WIDTH = 80
 SAME = "="
-"""Stands where the runs are those of the arm's first place."""
+"""Stands before a mean of the same runs as all others in its row: the arm does not depend on what goes across."""
 MAX_LAYERS = 24
 """Layers that a heat map shows; of more, evenly spaced ones with the first and the last."""
 LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -56,7 +57,7 @@ class Table:
     """A table of texts. The first column holds names."""
 
     title: str = ""
-    head: Sequence[str]
+    head: list[str]
     rows: list[list[str]] = field(default_factory=list)
     arms: list[str] = field(default_factory=list)
     """The arm of each row, whose mark stands before its name; empty without marks."""
@@ -79,24 +80,29 @@ class HeatMap:
 
 
 def contrasts_table(summary: Summary, findings: Sequence[Finding]) -> Table:
-    """The planned contrasts, with differences in points or in the metric's own unit; effects come before p values."""
+    """The planned contrasts, with differences in points or in the metric's own unit; effects come before p values.
+
+    If the study tunes, the last two columns are what either side chose: its options are part of the difference.
+    """
     study, units = summary.study, Units(summary.metric)
     places = [contrast_place(study, f.contrast) for f in findings]
     head = ["contrast", "verdict", "difference", "95 % interval", "p", "sign-flip p", "smallest effect"]
     head += ["test set error"] * summary.metric.of_samples
+    head += ["chosen", "chosen against"] if study.tune is not None else []
     table = Table(title=places[0] if len(set(places)) == 1 else "", head=head)
     for place, f in zip(places, findings, strict=True):
         words = contrast_words(study, f.contrast)
         table.rows.append(
             [
                 words if table.title or not place else f"{words}, {place}",
-                f.verdict or f"{plural(f.missing, 'run')} missing",
+                f.verdict or _why_not(summary, f),
                 units.difference(f.difference, signed=True),
                 units.difference_interval(f.low, f.high, f.difference),
                 p_value(f.p_no_worse if f.verdict == "no worse" else f.p),
                 p_value(f.p_sign_flip),
                 units.difference(f.smallest_effect),
                 *[units.difference(f.test_set_error)] * summary.metric.of_samples,
+                *(chosen_words(summary, f.contrast) if study.tune is not None else ()),
             ]
         )
     return table
@@ -112,10 +118,10 @@ def means_tables(summary: Summary) -> list[Table]:
         table = Table(title=panel_title(summary, panel), head=head)
         for arm in summary.study.arms:
             along = summary.along(arm.name, panel)
-            if any(setting.runs for setting in along.values()):
+            if any(setting.runs or setting.failed for setting in along.values()):
                 cells = [_mean_cell(along.get(i), summary) for i in range(len(summary.values))]
                 if same_runs(along):
-                    cells = [SAME if i in along and i != min(along) else cell for i, cell in enumerate(cells)]
+                    cells = [SAME + cell if i in along else cell for i, cell in enumerate(cells)]
                 table.rows.append([arm.label, *cells])
                 table.arms.append(arm.name)
         found += [table] if table.rows else []
@@ -161,19 +167,26 @@ def statistics_table(summary: Summary) -> Table | None:
 
 
 def cost_table(summary: Summary) -> Table:
-    """What a run of each arm was and took: medians over the seeds, at one place."""
-    study = summary.study
-    seen = study.samples_word
-    table = Table(head=["arm", "parameters", f"{seen} seen", "steps", "seconds", f"{seen}/s", "memory, MiB"])
-    figures = ("parameters", "samples", "steps", "seconds", "samples_per_second", "peak_memory_bytes")
-    for setting in summary.at(study.comparison_point()):
-        if setting.runs:
-            every = [[value for run in setting.runs if (value := getattr(run, name)) is not None] for name in figures]
-            medians = [median(values) if values else math.nan for values in every]
-            medians[-1] /= 2**20
-            cells = [DASH if math.isnan(m) else f"{m:,.{int(m < 10)}f}" for m in medians]
-            table.rows.append([setting.label, *cells])
-            table.arms.append(setting.arm)
+    """What a run of each arm was and took: medians over the seeds, at one place; without columns that no run has."""
+    seen = summary.study.samples_word
+    figures = {
+        "parameters": "parameters",
+        "samples": f"{seen} seen",
+        "steps": "steps",
+        "seconds": "seconds",
+        "samples_per_second": f"{seen}/s",
+        "peak_memory_bytes": "memory, MiB",
+    }
+    settings = [setting for setting in summary.at(summary.study.comparison_point()) if setting.runs]
+    table = Table(head=["arm"], rows=[[s.label] for s in settings], arms=[s.arm for s in settings])
+    for name, heading in figures.items():
+        # A user's training loop has few of them, and 0 steps if it reports none.
+        known = [[value for run in s.runs if (value := getattr(run, name))] for s in settings]
+        if any(known):
+            table.head.append(heading)
+            unit = 2**20 if name == "peak_memory_bytes" else 1
+            for row, values in zip(table.rows, known, strict=True):
+                row.append(_amount(median(values) / unit) if values else DASH)
     return table
 
 
@@ -209,30 +222,30 @@ def heat_level(value: float) -> int | None:
     return None if math.isnan(value) else sum(value >= level for level in LEVELS)
 
 
-def print_table(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]) -> None:
+def print_table(
+    study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult], failed: Collection[str] = ()
+) -> None:
     """Print the verdict, the planned contrasts and the mean scores, 80 columns wide unless the terminal is wider."""
-    summary = summary_of(study, cells, results)
+    summary = summary_of(study, cells, results, failed)
     units, findings = Units(summary.metric), findings_of(summary)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TERMINAL_WIDTH)
-    console.print(Text(study.title, style="bold"))
-    console.print(Text(verdict(summary, findings)))
+    out = console()
+    out.print(Text(study.title, style="bold"))
+    out.print(Text(verdict(summary, findings)))
     contrasts = contrasts_table(summary, findings)
     if contrasts.rows:
-        rows = [row[:5] for row in contrasts.rows]
+        rows = [_with_choices(row, study)[:5] for row in contrasts.rows]
         title = f"Planned contrasts, {units.differences}" + (f", at {contrasts.title}" if contrasts.title else "")
-        _print(console, Table(title=title, head=contrasts.head[:5], rows=rows))
+        print_rich(out, Table(title=title, head=contrasts.head[:5], rows=rows))
     for means in means_tables(summary):
         title = f"Mean {units.heading}" + (f", {means.title}" if means.title else "")
         rows = [[row[0], *(cell.replace(" ", "\n") for cell in row[1:])] for row in means.rows]
-        _print(console, Table(title=title, head=means.head, rows=rows))
+        print_rich(out, Table(title=title, head=means.head, rows=rows))
     if summary.across is None:
         settings = settings_table(summary)
         last = settings.head.index("SD")
         rows = [row[:last] for row in settings.rows]
-        _print(console, Table(title=capital(units.heading), head=settings.head[:last], rows=rows))
-    console.print(Text(f"k×: k runs diverged, {SAME}: the same runs as at the left, {DASH}: not run"))
+        print_rich(out, Table(title=capital(units.heading), head=settings.head[:last], rows=rows))
+    out.print(Text(f"k×: k runs diverged, {SAME}: the same runs in the whole row, {DASH}: not run"))
 
 
 def runs_csv(
@@ -252,7 +265,7 @@ def runs_csv(
     """
     summary = summary_of(study, cells, results)
     metric, columns = summary.metric.name, columns_of(list(results.values()))
-    scores, figures = _score_columns(metric, list(results.values())), _figure_columns(study)
+    scores, figures = _score_columns(study, metric, list(results.values())), _figure_columns(study)
     labels = {arm.name: arm.label for arm in study.arms}
     places: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
@@ -279,9 +292,10 @@ def runs_csv(
     return text.getvalue()
 
 
-def _score_columns(metric: str, results: Sequence[RunResult]) -> dict[str, tuple[str, str]]:
+def _score_columns(study: Study, metric: str, results: Sequence[RunResult]) -> dict[str, tuple[str, str]]:
     """The columns of scores: for each the part of the data and the name, the task's metric and the loss first."""
-    names = dict.fromkeys([metric, "loss", *(name for result in results for name in result.test or ())])
+    known = [name for result in results for name, value in (result.test or {}).items() if value is not None]
+    names = dict.fromkeys([metric, *(["loss"] if "loss" in known or study.run is None else []), *known])
     validated = any(result.validation for result in results)
     pairs = [*(("test", name) for name in names), *[("validation", metric)] * validated]
     return {f"{part}_{name}": (part, name) for part, name in pairs}
@@ -293,21 +307,48 @@ def _figure_columns(study: Study) -> dict[str, str]:
     return {name if name == "samples" else name.replace("samples", words): name for name in _FIGURES}
 
 
-def _print(console: Console, table: Table) -> None:
+def console() -> Console:
+    """Where tables are printed: 80 columns wide unless the terminal is wider."""
+    found = Console()
+    return found if found.is_terminal else Console(width=TERMINAL_WIDTH)
+
+
+def print_rich(out: Console, table: Table) -> None:
+    """Print a table."""
     shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(table.head):
         side: Literal["left", "right"] = "left" if number == 0 or heading == "verdict" else "right"
         shown.add_column(Text(heading), justify=side, overflow="fold", min_width=4 if number else 18)
     for row in table.rows:
         shown.add_row(*map(Text, row))  # Text, not markup: a label may hold brackets
-    console.print(shown)
+    out.print(shown)
+
+
+def _with_choices(row: list[str], study: Study) -> list[str]:
+    """A contrast with what its sides chose below its name: a terminal has no room for more columns."""
+    return row if study.tune is None else [f"{row[0]}\n({row[-2]} against {row[-1]})", *row[1:]]
+
+
+def _why_not(summary: Summary, finding: Finding) -> str:
+    """Why a contrast has no verdict."""
+    settings = [summary.settings[place.arm, place.point] for place in finding.contrast.places]
+    failed = len({key for setting in settings for key in setting.failed})
+    if any(setting.failed_trials for setting in settings):
+        return "tuning failed"
+    return f"{plural(failed, 'run')} failed" if failed else f"{plural(finding.missing, 'run')} missing"
 
 
 def _mean_cell(setting: Setting | None, summary: Summary) -> str:
+    if setting is not None and not setting.runs and setting.failed:
+        return f"{len(setting.failed)} failed"
     if setting is None or not setting.runs:
         return DASH
     words = [Units(summary.metric).value(setting.score.mean)] if setting.finished else []
     return " ".join([*words, *[f"{setting.diverged}×"] * (setting.diverged > 0)])
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.{int(value < 10)}f}"
 
 
 def _seed_cell(run: RunResult | None, units: Units) -> str:

@@ -13,6 +13,7 @@ from syncbn.study.report.format import (
     difference_sides,
     joined,
     label_of,
+    place_words,
     plural,
     setting_words,
     side,
@@ -28,8 +29,11 @@ def verdict(summary: Summary, findings: Sequence[Finding]) -> str:
     study = summary.study
     planned = {key: run for s in summary.settings.values() for key, run in zip(s.keys, s.results, strict=True)}
     ended = sum(run is not None for run in planned.values())
+    failed = len({key for setting in summary.settings.values() for key in setting.failed})
     if not ended:
-        return "No run has a result yet."
+        why = _failures(summary)
+        known = f": {failed} of {plural(len(planned), 'run')} failed." if failed else "." if why else " yet."
+        return " ".join([f"No run has a result{known}", *why])
     found = {word: [f for f in findings if f.verdict == word] for word in (*VERDICTS, None)}
     shown = found["better"] + found["worse"]
     said = _costs(summary, [f for f in shown if f.contrast.minus is None])
@@ -54,7 +58,9 @@ def verdict(summary: Summary, findings: Sequence[Finding]) -> str:
         said.append(f"{plural(len(study.seeds), 'seed')} cannot show a difference; {MIN_SEEDS} are needed.")
     if found[None]:
         waiting = f"{len(found[None])} of {plural(len(findings), 'contrast')}"
-        said.append(f"Nothing is claimed for {waiting}: {ended} of {len(planned)} runs have a result.")
+        gone = f", and {failed} failed" if failed else ""
+        said.append(f"Nothing is claimed for {waiting}: {ended} of {len(planned)} runs have a result{gone}.")
+    said += _failures(summary)
     if not findings:
         said.append("The study plans no contrast, so nothing is compared.")
     return " ".join([*said, tuning_words(study)])
@@ -67,9 +73,28 @@ def tuning_words(study: Study) -> str:
     own = [arm.label for arm in study.arms if arm.tuned and arm.tune is not None]
     number, seeds = len(study.tune.candidates(study.arms[0])), plural(len(study.tune.seeds), "other seed")
     what = joined(list(study.tune.grid)) + (f" ({joined(own)}: options of its own)" if own else "")
-    words = f"Each arm at each place chose {what} among {number} candidates by validation data and {seeds}."
+    how = ", by successive halving" if study.tune.halving is not None else ""
+    words = f"Each arm at each place chose {what} among {number} candidates by validation data and {seeds}{how}."
     untuned = any(not arm.tuned for arm in study.arms)
     return words + (" An arm named untuned is as it was before." if untuned else "")
+
+
+def _failures(summary: Summary) -> list[str]:
+    """Which settings have no result because their runs failed, or those of their tuning."""
+    study = summary.study
+    whole: dict[tuple[str, tuple[str, ...]], str] = {}
+    tuning: dict[tuple[str, tuple[str, ...]], str] = {}
+    for s in summary.settings.values():  # settings that are the same runs are named once
+        place = place_words(study, s.point)
+        name = f"{s.label} at {place}" if place else s.label
+        if s.failed and len(set(s.failed)) == len(set(s.keys)):
+            whole.setdefault((s.arm, s.keys), f"{name} ({plural(len(s.failed), 'run')})")
+        if s.failed_trials:
+            tuning.setdefault((s.arm, s.keys), f"{name} ({plural(s.failed_trials, 'run')})")
+    said = [f"Every run failed of {joined(_first([*whole.values()]))}."] if whole else []
+    if tuning:
+        said.append(f"Without a choice, as runs of the tuning failed: {joined(_first([*tuning.values()]))}.")
+    return said
 
 
 def _costs(summary: Summary, shown: Sequence[Finding]) -> list[str]:

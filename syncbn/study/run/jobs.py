@@ -6,6 +6,7 @@ A study's folder holds::
     runs/KEY/            what training writes for a cell: config.yaml, metrics.jsonl, result.json, checkpoint/
     locks/KEY.lock       held while a process works on that cell
     logs/KEY.log         what the run printed, and its traceback if it failed
+    study.yaml           the study itself, as it was last run
     parity.json          the study's parity check
     submitted/           files of submitit, if it handed out the jobs
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,7 +25,9 @@ from syncbn.study.plan.grid import Study
 from syncbn.study.run.jobs import TrainFunction
 from syncbn.train import loop
 from syncbn.train.config import RunConfig, config_to_dict, load_config, require, save_config
+from syncbn.train.data.generators import generators_kept, seed_generators
 from syncbn.train.launch import launch, placement
+from syncbn.train.lifeline import end_with_parent
 from syncbn.train.logical_gpus import Partition
 from syncbn.train.norms.factory import adapt_model
 from syncbn.train.result import Metric, RunResult, environment, jsonable
@@ -33,6 +36,8 @@ from syncbn.train.tasks.source import digest_of
 
 _NEEDS_TRAINER = ("nf", "frozen", "mabn")
 """Norms that also change the training loop."""
+VALIDATION = "validation_"
+"""Begins the name of a metric of the validation set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +77,14 @@ class Setting:
         return self.config.per_gpu_batch_size
 
     @property
+    def processes(self) -> int:
+        """Processes that train this run together: the study's ``processes``."""
+        return placement().processes
+
+    @property
     def batch_size(self) -> int:
         """Samples that this process trains in one forward pass."""
-        return self.config.global_batch_size // placement().processes
+        return self.config.global_batch_size // self.processes
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +95,7 @@ class Setting:
     def normalize(self, model: nn.Module) -> nn.Module:
         """``model`` with the arm's normalization in place of its BatchNorm layers; the weights are kept.
 
-        With several processes, make the process group first.
+        With several processes, a layer looks for the process group in its first forward pass.
 
         Raises:
             ConfigError: the norm needs the package's own trainer, or one process for each logical GPU.
@@ -159,32 +169,46 @@ class OwnLoop:
         function = find(self.run, "run") if isinstance(self.run, str) else self.run
         first = placement().rank == 0
         started = time.monotonic()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), generators_kept():  # the first keeps those of CUDA too
+            seed_generators(config.seed)
             torch.manual_seed(config.seed)
             with blamed(name, "the function"):
                 values = function(Setting(config=config, out=out, resume=resume))
         seconds = time.monotonic() - started
         if first:
-            result = _result(self, name, values, config, out, seconds)
+            result = _result(self, name, _numbers(self, name, values), config, out, seconds)
             result.environment.update(digest_of(function))
             result.to_json(out / "result.json")
 
 
-def _result(loop: OwnLoop, name: str, values: Any, config: RunConfig, out: Path, seconds: float) -> RunResult:
-    metric, prefix = loop.metric, "validation_"
+def _numbers(loop: OwnLoop, name: str, values: Any) -> dict[str, float]:
+    """What the function returned, if it is what the study needs."""
+    metric, validation = loop.metric, VALIDATION + loop.metric.name
     got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)[:80]
     if not isinstance(values, Mapping) or metric.name not in values:
         raise TaskError(f"run {name}: returned {got}, expected a dict of metrics with {metric.name!r}")
-    validated = any(str(key).startswith(prefix) for key in values)
-    if (loop.tunes or validated) and prefix + metric.name not in values:
+    validated = any(str(key).startswith(VALIDATION) for key in values)
+    if (loop.tunes or validated) and validation not in values:
         why = "which the study's tuning chooses by" if loop.tunes else "as there are other validation metrics"
-        raise TaskError(f"run {name}: returned {got}, expected {prefix + metric.name!r} too, {why}")
+        raise TaskError(f"run {name}: returned {got}, expected {validation!r} too, {why}")
     try:
         numbers = {str(key): _number(value) for key, value in values.items()}
     except (TypeError, ValueError) as error:
         raise TaskError(f"run {name}: returned {values!r}, expected numbers ({error})") from error
-    test = {key: value for key, value in numbers.items() if not key.startswith(prefix)}
-    validation = {key.removeprefix(prefix): value for key, value in numbers.items() if key.startswith(prefix)}
+    for key in (metric.name, validation):
+        if problem := metric.problem(numbers.get(key, math.nan), key):
+            raise TaskError(f"run {name}: returned {problem}; for any other metric, the study says `percent: false`")
+    return numbers
+
+
+def _result(
+    loop: OwnLoop, name: str, numbers: dict[str, float], config: RunConfig, out: Path, took: float
+) -> RunResult:
+    metric = loop.metric
+    test: dict[str, float | None] = {}
+    validation: dict[str, float | None] = {}
+    for key, value in numbers.items():
+        (validation if key.startswith(VALIDATION) else test)[key.removeprefix(VALIDATION)] = value
     diverged = not math.isfinite(numbers[metric.name])
     history = [{"epoch": None, "train_loss": None, "validation": None, **entry} for entry in _reported(out)]
     steps = max((entry["step"] for entry in history), default=0)
@@ -192,11 +216,11 @@ def _result(loop: OwnLoop, name: str, values: Any, config: RunConfig, out: Path,
         status="diverged" if diverged else "ok",
         task=name,
         metric=metric,
-        test=None if diverged else {"loss": math.nan, **test},
-        validation=None if not validation else {"loss": math.nan, **validation},
+        test=None if diverged else test,
+        validation=validation or None,
         steps=steps,
         samples=None,
-        seconds=seconds,
+        seconds=took,
         samples_per_second=None,
         parameters=None,
         losses=[],
@@ -236,6 +260,7 @@ def train_function(study: Study) -> TrainFunction:
 
 def main(config: str, out: str, loop: str, resume: str) -> int:
     """What each process does that :class:`OwnLoop` launches."""
+    end_with_parent(signal.SIGKILL)
     try:
         values = json.loads(loop)
         made = OwnLoop(**{**values, "metric": Metric(**values["metric"])})

@@ -22,6 +22,7 @@ from syncbn.study.run.logs import error_line, failure, note_failure, output_to
 from syncbn.study.run.records import Records
 from syncbn.train import loop
 from syncbn.train.config import RunConfig
+from syncbn.train.launch import make_process_group
 
 FIRST_WORD_SECONDS = 5.0
 """How long the other processes wait before they report a failure, as the first one may have the same to report."""
@@ -35,7 +36,7 @@ def launched() -> bool:
 @contextmanager
 def process_group() -> Iterator[int]:
     """Join the launcher's other processes; yields the rank of this one."""
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    make_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield dist.get_rank()
     dist.destroy_process_group()  # not after an error, when it may wait for the others forever
 

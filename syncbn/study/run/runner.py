@@ -94,7 +94,6 @@ def _collect(events: Events, jobs: Mapping[str, Job], records: Records, display:
     with closing(events):
         for event in events:
             if event is None:
-                display.tick()
                 continue
             job = jobs[event.job.key]
             if event.state == "running":

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
+from syncbn.study.plan.halving import Length, length_of
 from syncbn.study.run.jobs import Job, load_result, study_jobs
 from syncbn.study.run.logs import failure
 from syncbn.study.run.records import Record, read_records
@@ -51,16 +52,30 @@ def _outcome(job: Job, record: Record | None) -> Outcome:
 def seconds_left(cells: Sequence[Cell], records: Mapping[str, Record]) -> float | None:
     """Estimated seconds of the runs without a record, one after another; None before the first run has finished.
 
-    Each is expected to take the median time of its arm's finished runs, or of all finished runs if its arm has none.
+    Each is expected to take the median time of the finished runs that are most like it: of its arm and its length, of
+    its arm, or any. A run of another length counts in proportion to it.
     """
-    by_arm: dict[str, list[float]] = defaultdict(list)
+    finished: dict[tuple[object, ...], list[tuple[int, float]]] = defaultdict(list)
     for cell in unique_cells(cells):
         if cell.key in records:
-            by_arm[cell.arm].append(records[cell.key].seconds)
-    every = [seconds for arm in by_arm.values() for seconds in arm]
-    if not every:
+            length = length_of(cell.config)
+            for kind in _kinds(cell, length):
+                finished[kind].append((length.number, records[cell.key].seconds))
+    if not finished:
         return None
-    return sum(median(by_arm.get(c.arm) or every) for c in unique_cells(cells) if c.key not in records)
+    return sum(_expected(cell, finished) for cell in unique_cells(cells) if cell.key not in records)
+
+
+def _kinds(cell: Cell, length: Length) -> list[tuple[object, ...]]:
+    """What runs like this one have in common, the closest first."""
+    return [(cell.arm, length), (cell.arm, length.unit), (length.unit,), ()]
+
+
+def _expected(cell: Cell, finished: Mapping[tuple[object, ...], list[tuple[int, float]]]) -> float:
+    length = length_of(cell.config)
+    kind = next(kind for kind in _kinds(cell, length) if kind in finished)
+    # Epochs and steps have no proportion.
+    return median(seconds * (length.number / number if kind else 1) for number, seconds in finished[kind])
 
 
 def left_over(cells: Sequence[Cell], keys: Iterable[str]) -> str | None:
