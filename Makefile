@@ -3,6 +3,7 @@
 #   make lint     ruff and mypy                          make test-unit  the tests of one process
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
+#   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
 OUT ?= runs/quickstart
 # Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
@@ -11,13 +12,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ECOSYSTEM := $(VENV)/.installed-ecosystem
 # Compiled by the installation.
 KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast docs lint format clean
+.PHONY: help setup study test test-unit test-fast test-ecosystem docs lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -33,6 +35,11 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 	$(BIN)/python -m syncbn.kernels.cpu.build > /dev/null || true  # without a compiler torch's own operations serve
 	touch $@
 
+$(ECOSYSTEM): $(STAMP)
+	echo "adding the frameworks of tests/ecosystem (once)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
+	touch $@
+
 study: setup
 	$(BIN)/syncbn study run --config quickstart --out $(OUT)
 
@@ -44,6 +51,10 @@ test-unit: setup
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
+
+test-ecosystem: setup
+	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem $(ARGS)
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 project = "syncbn"
 author = "syncbn contributors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["conf.py"]
 
 html_theme = "furo"  # its fonts are the reader's, and its scripts are in the site
@@ -25,6 +25,7 @@ html_static_path = ["style.css"]
 html_css_files = ["style.css"]
 html_extra_path = [f"../{RESULTS}"]  # the kept reports, as they are
 
+nb_execution_mode = "off"  # the notebook has its outputs; tests/ecosystem executes it
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # the changelog's standard form repeats headings
 autodoc_typehints = "description"

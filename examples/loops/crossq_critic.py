@@ -5,35 +5,28 @@ Run: python examples/loops/crossq_critic.py
 
 import tempfile
 
+import gymnasium
 import torch
 from torch import nn
 
 from syncbn.study import Study
 
 
-def state(angle, speed):
-    return torch.stack((angle.cos(), angle.sin(), speed / 8), 1)
-
-
-def pendulum(states, actions):
-    angle, speed = torch.atan2(states[:, 1], states[:, 0]), 8 * states[:, 2]
-    rewards = -(angle**2) - 0.1 * speed**2  # upright is an angle of 0
-    speed = (speed + 0.75 * angle.sin() + 1.5 * actions[:, 0]).clamp(-8, 8)
-    return state(angle + 0.05 * speed, speed), rewards
-
-
 def run(setting):
     layers = [nn.Linear(4, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()]
     critic = setting.normalize(nn.Sequential(*layers, nn.Linear(64, 1)))
     actor = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 1), nn.Tanh())
-    lr, steps = setting.config.optimizer.lr, setting.options.get("steps", 800)
+    lr, steps = setting.config.optimizer.lr, setting.options.get("steps", 1500)
     of_critic, of_actor = (torch.optim.Adam(model.parameters(), lr, (0.5, 0.999)) for model in (critic, actor))
-    memory = torch.empty(steps, 16, 8)  # states, actions, rewards and next states of 16 pendulums
+    pendulums = gymnasium.make_vec("Pendulum-v1", num_envs=16)
+    memory = torch.empty(steps, 16, 8)  # states, actions, rewards and next states
     for step in range(steps):
-        now = memory[step - 1, :, 5:] if step % 100 else state(*torch.empty(2, 16).uniform_(-torch.pi, torch.pi))
+        if step % 200 == 0:  # the end of an episode
+            now = torch.from_numpy(pendulums.reset(seed=None if step else 16 * setting.seed)[0])
         actions = (actor(now).detach() + 0.3 * torch.randn(16, 1)).clamp(-1, 1)
-        later, rewards = pendulum(now, actions)
-        memory[step] = torch.cat((now, actions, rewards[:, None], later), 1)
+        later, rewards = map(torch.from_numpy, pendulums.step(2 * actions.numpy())[:2])
+        memory[step] = torch.cat((now, actions, rewards[:, None].float(), later), 1)
+        now = later
         # Present and next pairs pass the critic together and share statistics: `batch_size` is the number of both.
         drawn = memory[: step + 1].flatten(0, 1)[torch.randint(16 * (step + 1), (setting.batch_size // 2,))]
         old, action, reward, new = drawn.split((3, 1, 1, 3), 1)
@@ -46,7 +39,9 @@ def run(setting):
             of_actor.zero_grad()
             (-critic.eval()(torch.cat((old, actor(old)), 1)).mean()).backward()
             of_actor.step()
-    return {"reward": memory[-100:, :, 4].mean()}
+        if step % 200 == 199:
+            setting.report(step, reward=memory[step - 199 : step + 1, :, 4].mean())
+    return {"reward": memory[-200:, :, 4].mean()}
 
 
 if __name__ == "__main__":

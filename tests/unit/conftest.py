@@ -23,6 +23,7 @@ SLOW = {
     "test_data.py::test_mnist5k": "the data set takes seconds to read",
     "test_diagnose.py": "it trains networks",
     "test_digit_canvas.py::test_inputs_are_normalized": "the data set takes seconds to read",
+    "test_example_loops.py::test_script": "it draws whole reports",
     "test_layer_epilogue.py::test_compiled_in_one_graph": "torch.compile takes seconds",
     "test_layer_gradients.py": "second derivatives are compared number by number",
     "test_layer_shortcuts.py": "it has large inputs, for every layer and memory format",

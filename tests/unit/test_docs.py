@@ -21,7 +21,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 @pytest.mark.slow  # Sphinx imports the package and renders every page
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    for name in ("sphinx", "furo", "myst_parser"):
+    for name in ("sphinx", "furo", "myst_nb"):
         pytest.importorskip(name, reason="the extra `docs` builds the site")
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-b", "html"]
     done = subprocess.run(
@@ -33,7 +33,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").glob("*.html"))
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= {page.stem for page in pages}
+    sources = [path for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".ipynb")]
+    assert {path.stem for path in sources} <= {page.stem for page in pages}
     fetched = re.compile(r'<(?:script|img)[^>]*\bsrc="(?:https?:)?//|<link[^>]*\bhref="(?:https?:)?//')
     assert not [page.name for page in pages if fetched.search(page.read_text())], "the site has to work offline"
 

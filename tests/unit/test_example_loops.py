@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from example_loops import LOOPS, SCRIPTS, cases, check_loop, check_script, example
 
-from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn import GhostBatchNorm
 from syncbn.study import Setting
 from syncbn.train.config import config_from_dict
 
-SCRIPTS = sorted((Path(__file__).resolve().parents[2] / "examples" / "loops").glob("*.py"))
-NORMS = {
-    "batch": ({"name": "batch"}, GhostBatchNorm),
-    "sync": ({"name": "sync"}, SyncBatchNorm),
-    "renorm": ({"name": "renorm", "sync": True}, BatchRenorm),
-    "group": ({"name": "group"}, nn.GroupNorm),
-    "layer": ({"name": "layer"}, nn.GroupNorm),
-}
-LOOPS = {
-    "crossq_critic": ("reward", 2, ("batch", "renorm")),
-    "detector": ("iou", 4 + 7, ("batch", "sync")),
-    "simclr": ("accuracy", 3, ("batch", "sync", "group")),
-    "wgan_gp": ("sliced_wasserstein", 2, ("batch", "layer")),
-}
-"""By the script's name: its metric, the normalized layers of its network, and its arms."""
 
-
-class Watched(Setting):
-    """A setting that keeps what it normalized."""
-
-    def normalize(self, model: nn.Module) -> nn.Module:
-        before = [p.detach().clone() for p in model.parameters()]
-        self.options["seen"] = normalized = super().normalize(model)
-        self.options["weights"] = before
-        return normalized
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", SCRIPTS[0].parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_loop_is_run_here() -> None:
+def test_every_loop_is_run() -> None:
+    """Here, or in tests/ecosystem."""
     assert {path.stem for path in SCRIPTS} == set(LOOPS)
 
 
@@ -62,23 +25,14 @@ def test_lengths(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
 
 
-@pytest.mark.parametrize(("name", "arm"), [(name, arm) for name, (*_, arms) in LOOPS.items() for arm in arms])
+@pytest.mark.parametrize(("name", "arm"), cases(ecosystem=False))
 def test_loop(name: str, arm: str) -> None:
-    metric, layers, _ = LOOPS[name]
-    norm, kind = NORMS[arm]
-    base = {"gpus": 4, "per_gpu_batch_size": 2} if name in ("detector", "simclr") else {"per_gpu_batch_size": 16}
-    task = {"name": f"{name}:run", "options": {"steps": 3}}
-    config = config_from_dict({**base, "device": "cpu", "norm": norm, "optimizer": {"lr": 0.001}, "task": task})
-    torch.manual_seed(0)
-    setting = Watched(config=config, out=None, resume=False)
-    values = example(name).run(setting)
-    assert math.isfinite(float(values[metric]))
-    model = setting.options["seen"]
-    found = [module for module in model.modules() if isinstance(module, kind)]
-    assert len(found) == layers
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in set(model.modules()) - set(found))
-    trained = zip(setting.options["weights"], model.parameters(), strict=True)
-    assert any(not torch.equal(old, new) for old, new in trained), "the loop trains what was normalized"
+    check_loop(name, arm)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in cases(ecosystem=False)}))
+def test_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    check_script(name, tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

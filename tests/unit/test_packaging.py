@@ -96,7 +96,8 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
     pins = constraints()
     wrong = [
         f"{requirement}: pinned {pins.get(canonicalize_name(requirement.name))}"
-        for requirement in requirements("dev")
+        for extra in ("dev", "ecosystem")
+        for requirement in requirements(extra)
         if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
     ]
     assert not wrong
@@ -126,12 +127,20 @@ def test_the_workflow_covers_the_supported_pythons() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     supported = [text.split()[-1] for text in project()["classifiers"] if re.search(r"Python :: 3\.\d+$", text)]
     assert jobs["test"]["strategy"]["matrix"]["python-version"] == supported
-    assert {step["run"] for job in ("lint", "test", "docs") for step in jobs[job]["steps"] if "run" in step} == {
+    steps = [step for job in ("lint", "test", "ecosystem", "docs") for step in jobs[job]["steps"]]
+    assert {step["run"] for step in steps if "run" in step} == {
         "make lint",
         "make test",
+        "make test-ecosystem",
         "make docs",
     }
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == project()["license"]
+
+
+def test_make_test_runs_every_folder_but_the_ecosystems() -> None:
+    paths = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    folders = {relative(path.parent) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders == {*paths, "tests/ecosystem"}
 
 
 # -- the wheel ---------------------------------------------------------------------------------------------------------
