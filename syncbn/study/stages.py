@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from syncbn.study.plan.folder import save_study
 from syncbn.study.plan.grid import Cell, Place, Study, study_cells
 from syncbn.study.plan.tuning import UNDECIDED, tunings_of
+from syncbn.study.run.jobs import study_jobs
+from syncbn.study.run.logs import failure
 from syncbn.study.run.records import read_records
 from syncbn.study.run.status import Outcome
 from syncbn.train.result import RunResult
@@ -44,17 +46,25 @@ def run_stages(study: Study, out: Path, run: RunCells) -> tuple[list[Cell], dict
     """Run the tuning, then the settings that have chosen; returns the study's cells, and the outcomes of all runs.
 
     The rungs of the tuning follow one another. A run that failed leaves its setting without a choice; the others go on.
+    What failed before is tried again when nothing else is left: under a launcher, a failure ends all processes.
     """
     save_study(study, out)
-    outcomes: dict[str, Outcome] = {}
     trials, cells = recorded_stages(study, out)
-    while ready := _ready(trials, outcomes):
-        outcomes |= run(ready, out)
-        trials, cells = recorded_stages(study, out)
-    ready = _ready(cells, {})
-    return cells, outcomes | (run(ready, out) if ready else {})
+    failed = {job.key for job in study_jobs(_known([*trials, *cells]), out) if failure(job.log) is not None}
+    outcomes: dict[str, Outcome] = {}
+    for later in (failed, set[str]()) if failed else (set[str](),):
+        while ready := _left(trials, outcomes, later):
+            outcomes |= run(ready, out)
+            trials, cells = recorded_stages(study, out)
+        if ready := _left(cells, outcomes, later):
+            outcomes |= run(ready, out)
+    return cells, outcomes
 
 
-def _ready(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    """The cells that are known and were not run yet."""
-    return [cell for cell in cells if not cell.key.startswith(UNDECIDED) and cell.key not in outcomes]
+def _known(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of which it is known what they are."""
+    return [cell for cell in cells if not cell.key.startswith(UNDECIDED)]
+
+
+def _left(cells: Sequence[Cell], outcomes: Mapping[str, Outcome], later: Collection[str]) -> list[Cell]:
+    return [cell for cell in _known(cells) if cell.key not in outcomes and cell.key not in later]

@@ -21,6 +21,8 @@ from syncbn.study.plan.halving import Rung, rungs_of
 from syncbn.study.plan.tuning import UNDECIDED, choices_of, trial_cells, tunings_of
 from syncbn.study.report import report
 from syncbn.study.report.tuning import choices_table, rung_lines
+from syncbn.study.run.jobs import Job
+from syncbn.study.run.logs import note_failure
 from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.records import read_records
 from syncbn.study.run.runner import run_cells
@@ -305,6 +307,31 @@ def test_a_failed_run_of_a_rung_stops_its_setting_alone(tmp_path, monkeypatch, c
     assert "sync, optimizer.lr 0.02, 6 epochs, seed 1000: RuntimeError: no luck" in page
     configs = [config_from_dict(record.result.config) for record in read_records(tmp_path).values()]
     assert {config.norm.name for config in configs if config.seed < 1000} == {"batch"}
+
+
+def test_what_failed_is_tried_again_when_nothing_else_is_left(tmp_path):
+    """Under a launcher a failure ends all processes: a tuning run that always fails must not keep others waiting."""
+    study, tried = halved(rates=RATES[:4]), []
+
+    def trained(config, out, *, resume):
+        out.mkdir(parents=True)
+        result(config, 0.5).to_json(out / "result.json")
+
+    def launched(cells, out):
+        for cell in cells:
+            tried.append(cell)
+            job = Job(cell=cell, out=out)
+            if cell.arm == "sync" and cell.config.optimizer.lr == 0.02:
+                note_failure(job.log, "no luck")
+                raise SystemExit(1)
+        return run_cells(cells, out, train=trained, executor="here")
+
+    for attempt in range(2):
+        with pytest.raises(SystemExit):
+            run_stages(study, tmp_path, launched)
+        own = {cell.arm for cell in tried if not cell.tuning}
+        assert own == (set(), {"batch"})[attempt]
+    assert tried[-1].config.optimizer.lr == 0.02, "last"
 
 
 def test_a_training_loop_of_the_user_finds_its_budget(tmp_path, monkeypatch):
