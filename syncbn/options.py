@@ -31,12 +31,17 @@ def read_options(
         ImportError: jsonargparse is not installed.
     """
     try:
-        from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+        from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed; pip install 'syncbn[study]'") from error
 
+    from syncbn.train.yaml_file import plain_value
+
+    set_loader("yaml12", plain_value, exceptions=(ValueError,))  # a value means the same here and in a file
     # Abbreviations would take a misspelt key for another, and torchrun's options for ours.
-    parser = ArgumentParser(prog=f"syncbn {command}", description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"syncbn {command}", description=description, exit_on_error=False, allow_abbrev=False, parser_mode="yaml12"
+    )
     options = {**options, **(_RUN_OPTIONS if takes_run else {})}
     for option, details in options.items():
         parser.add_argument(option, **details)

@@ -108,6 +108,14 @@ def read_yaml(path: Path, key: str) -> dict[str, Any]:
     return values
 
 
+def plain_value(text: str) -> Any:
+    """The value that a text stands for in a file. Raises ValueError if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(getattr(error, "problem", None) or "nested too deeply") from error
+
+
 def yaml_text(values: Any, **options: Any) -> str:
     """``values`` as YAML, with keys in their order; `read_yaml` reads the same values from it."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options)

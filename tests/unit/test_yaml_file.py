@@ -10,7 +10,7 @@ import pytest
 
 from syncbn.cli import main
 from syncbn.train.config import ConfigError, RunConfig, config_from_dict, config_to_dict, known_keys, load_config
-from syncbn.train.yaml_file import read_yaml, yaml_text
+from syncbn.train.yaml_file import plain_value, read_yaml, yaml_text
 
 
 def read(tmp_path: Path, content: str | bytes) -> dict[str, Any]:
@@ -143,6 +143,25 @@ def test_odd_values_are_a_configuration_or_one_line(key: str) -> None:
             assert "\n" not in message, value
         else:
             assert isinstance(config, RunConfig)
+
+
+# A configuration has no infinities, and the quotes of a word are part of it, as in a shell.
+@pytest.mark.parametrize("text", [text for text in PLAIN if text not in ("", "-.inf", "'12'")])
+def test_a_value_means_the_same_on_the_command_line(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--task.name", "a:b", "--task.options.key", text, "--print-config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    found = plain_value(printed)["task"]["options"]["key"]
+    assert (type(found), found) == (type(PLAIN[text]), PLAIN[text])
+
+
+@pytest.mark.parametrize("text", ["{a: 1, a: 2}", "{a: [", "[" * 5000, "&a [*a]", "{a: !x y}"])
+def test_a_mistake_in_a_value_is_one_line(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert main(["train", "--task.name", "a:b", "--task.options", text]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("syncbn: error: task.options: got ")
+    assert error.count("\n") == 1
 
 
 def test_the_command_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
