@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import doctest
 import itertools
+import re
 
 import numpy as np
 import own_loops
@@ -270,7 +271,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path, monkeypatch, capsys, stop):
     assert "no longer in the study" not in shown
     page = (tmp_path / "report.html").read_text()
     assert "among 7 candidates by validation data and 1 other seed, by successive halving." in page
-    assert "7 at 2 epochs, 3 at 6 epochs" in page
+    assert re.search("7 at 2 epochs, of which optimizer.lr .* went on; 3 at 6 epochs", page)
     own = [record.result.config for record in read_records(tmp_path).values() if record.result.config["seed"] < 1000]
     assert {(config["optimizer"]["lr"], config["budget"]["epochs"]) for config in own} == {(0.03, 6)}
 
@@ -307,6 +308,15 @@ def test_a_failed_run_of_a_rung_stops_its_setting_alone(tmp_path, monkeypatch, c
     assert "sync, optimizer.lr 0.02, 6 epochs, seed 1000: RuntimeError: no luck" in page
     configs = [config_from_dict(record.result.config) for record in read_records(tmp_path).values()]
     assert {config.norm.name for config in configs if config.seed < 1000} == {"batch"}
+
+
+def test_a_rung_that_ends_in_a_tie_says_so():
+    """Which of equally good candidates goes on is the order of the grid, and no finding."""
+    study = halved()
+    results = tune(study, lambda config: 0.9 if config.optimizer.lr <= 0.05 else 1.0)
+    table = choices_table(study, results)
+    rungs = table.rows[0][table.head.index("candidates by rung")]
+    assert "optimizer.lr 0.03 (90.0) went on, as good as 2 others that did not; 3 at 6 epochs" in rungs
 
 
 def test_what_failed_is_tried_again_when_nothing_else_is_left(tmp_path):
@@ -371,7 +381,8 @@ def test_the_table_has_rungs_and_cost():
     assert (row["chosen"], row["at the edge"], row["validation"]) == ("optimizer.lr 0.01", "optimizer.lr", "1.0")
     assert row["other candidates"] == "2.0 to 3.0", "of the last rung"
     assert (row["runs"], row["seconds"]) == ("20", "128")
-    assert row["candidates by rung"] == "7 at 2 epochs, 3 at 6 epochs"
+    went = "optimizer.lr 0.01 (1.0), optimizer.lr 0.02 (2.0) and optimizer.lr 0.03 (3.0)"
+    assert row["candidates by rung"] == f"7 at 2 epochs, of which {went} went on; 3 at 6 epochs"
     assert (row["trained"], row["full grid"]) == ("64 of 84 epochs", "about 168 s")
     half = choices_table(study, {cell.key: results[cell.key] for cell in trial_cells(study)})
     assert half.rows[0][2] == "not yet: 1 of 2 rungs"

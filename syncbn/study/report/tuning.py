@@ -63,7 +63,26 @@ def _halved(study: Study, tuning: Tuning, choice: Choice, results: Mapping[str, 
     whole = Length(seeds * candidates * tuning.length.number, tuning.length.unit)
     last = [results[cell.key].seconds for tried in choice.rungs[-1] for cell in tried.cells]
     seconds = sum(last) / len(last) * candidates * seeds
-    return [", ".join(_rungs(tuning)), f"{trained:,} of {whole.number:,} {whole.unit}", f"about {seconds:,.0f} s"]
+    units = Units(study.metric or next(iter(results.values())).metric)
+    return [
+        _compared(tuning, choice, units),
+        f"{trained:,} of {whole.number:,} {whole.unit}",
+        f"about {seconds:,.0f} s",
+    ]
+
+
+def _compared(tuning: Tuning, choice: Choice, units: Units) -> str:
+    """The rungs, and who went on from each but the last, with the validation metric there."""
+    words = _rungs(tuning)
+    for number, (tried, following) in enumerate(zip(choice.rungs, choice.rungs[1:], strict=False)):
+        kept = {each.candidate for each in following}
+        went = [each for each in tried if each.candidate in kept]
+        shown = joined([f"{candidate_words(each.candidate)} ({units.value(each.mean)})" for each in went])
+        worst = max(each.cost for each in went)
+        as_good = sum(each.cost == worst for each in tried if each.candidate not in kept)
+        tied = f", as good as {plural(as_good, 'other')} that did not" if as_good else ""
+        words[number] += f", of which {shown} went on{tied}"
+    return "; ".join(words)
 
 
 def _rungs(tuning: Tuning) -> list[str]:
