@@ -52,7 +52,7 @@ def run_stages(study: Study, out: Path, run: RunCells) -> tuple[list[Cell], dict
     trials, cells = recorded_stages(study, out)
     failed = {job.key for job in study_jobs(_known([*trials, *cells]), out) if failure(job.log) is not None}
     outcomes: dict[str, Outcome] = {}
-    for later in (failed, set[str]()) if failed else (set[str](),):
+    for later in (failed, set[str]()):
         while ready := _left(trials, outcomes, later):
             outcomes |= run(ready, out)
             trials, cells = recorded_stages(study, out)

@@ -19,7 +19,7 @@ def end_with_parent(how: signal.Signals, parent: int | None = None) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, int(how), 0, 0, 0)
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(how), 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), how)
 

@@ -17,10 +17,10 @@ _LONGEST = 2**20
 _MOST_VALUES = 100_000
 """Of a file in which anchors repeat values: a few lines can stand for billions."""
 _TAG = "tag:yaml.org,2002:"
-# YAML 1.2.2, section 10.3.2, and `<<` of YAML 1.1: tag, expression, first characters.
+# YAML 1.2.2, section 10.3.2, and `<<` of YAML 1.1: tag, expression, first characters ("" for an empty value).
 _PLAIN = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
         "float",
@@ -34,7 +34,7 @@ _PLAIN = (
 def _with_plain_values(cls: Any) -> Any:
     cls.yaml_implicit_resolvers = {}
     for tag, expression, first in _PLAIN:
-        cls.add_implicit_resolver(_TAG + tag, re.compile(f"^(?:{expression})$"), [*first, *([""] * (tag == "null"))])
+        cls.add_implicit_resolver(_TAG + tag, re.compile(f"^(?:{expression})$"), list(first))
     return cls
 
 
