@@ -4,6 +4,7 @@ from syncbn.convert import convert, revert
 from syncbn.convert_layer import register_batchnorm
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.population import reconcile, update_population_statistics
+from syncbn.watchdog import watchdog
 
 __version__ = "0.1.0"
 
@@ -17,4 +18,5 @@ __all__ = [
     "register_batchnorm",
     "revert",
     "update_population_statistics",
+    "watchdog",
 ]

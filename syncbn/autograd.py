@@ -15,6 +15,7 @@ from syncbn.functional.normalize import Affine, normalize, scale_and_shift
 from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
 from syncbn.kernels.dispatch import pick, whole
+from syncbn.lockstep import Reduction
 from syncbn.torch_internals import has_transforms, is_transformed
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -34,6 +35,8 @@ class Rule(NamedTuple):
     """Called with the reduced counts (G,) before anything is updated; it raises if a group has too few values."""
     observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
     """Called with the batch's count (G, 1), mean and biased variance (G, C)."""
+    layer: str | None = None
+    """The layer's name for :mod:`syncbn.lockstep`; None in a compiled graph."""
 
 
 def batch_norm(
@@ -63,7 +66,8 @@ def batch_norm(
 
 def _reduced_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
     """The statistics of each group over all processes, and the update of the running ones. One collective."""
-    sums = all_reduce_sum(pick(x, differentiable=False).group_sums(x, rule.groups), rule.group_name)
+    sums = pick(x, differentiable=False).group_sums(x, rule.groups)
+    sums = all_reduce_sum(sums, rule.group_name, None if rule.layer is None else Reduction(rule.layer, "forward"))
     if rule.check_count is not None:
         rule.check_count(sums[:, 0])
     statistics = pick(sums, differentiable=False).finish(sums, rule.eps, running)
@@ -196,7 +200,9 @@ def _gradients(
         dz, rest, sums = kernels.backward_sums(grad_output, x_or_y, affine, groups, epilogue)
     pending = grad_x = grad_weight = grad_bias = None
     if needs_x or rule.group_name is not None:
-        pending = start_all_reduce_sum(sums if scale is None else sums * scale.unsqueeze(1), rule.group_name)
+        scaled = sums if scale is None else sums * scale.unsqueeze(1)
+        reduction = None if rule.layer is None else Reduction(rule.layer, "backward")
+        pending = start_all_reduce_sum(scaled, rule.group_name, reduction)
     if needs_weight:
         assert weight is not None
         per_group = sums[:, 1] if r is None or d is None else r * sums[:, 1] + d * sums[:, 0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import syncbn
+from syncbn.error_report import report_error
 from syncbn.options import read_options
 from syncbn.train.config import (
     ConfigError,
@@ -49,8 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0 if done, 1 if a run or check failed, 2 for a user's mistake, 130 if interrupted."""
     warnings.formatwarning = _format_warning
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGKILL)  # torchrun, which cannot end its processes if it is killed
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return _run(words)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    end_with_parent(signal.SIGKILL)  # torchrun, which cannot end its processes if it is killed
+    return record(_run)(words) or 0  # its summary, which comes last, then shows an error that nobody has foreseen
+
+
+def _run(words: list[str]) -> int:
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     if not name and words[-1:] == ["--version"]:
         print(syncbn.__version__)
@@ -73,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or name}: {error.strerror or error}", everywhere=True)
     except LaunchError as error:
-        print(f"syncbn: error: {error}", file=sys.stderr)
+        report_error(str(error))
         return 2 if error.mistake else 1
     except KeyboardInterrupt:
         return 130
@@ -121,7 +129,7 @@ def _format_warning(
 def _fail(message: str, everywhere: bool = False) -> int:
     # All processes of a node meet the same mistake, and the first one reports it, except for what only one can meet.
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("syncbn: error: " + " ".join(message.split()), file=sys.stderr)
+        report_error(" ".join(message.split()))
     else:
         time.sleep(10)  # a launcher ends all processes as soon as one has ended
     return 2

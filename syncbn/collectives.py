@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn import lockstep
+from syncbn.lockstep import Position, Reduction
 from syncbn.torch_internals import constant_result, functional_collectives, group_size
 
 _AVAILABLE = dist.is_available()
@@ -159,43 +161,73 @@ class PendingSum(NamedTuple):
 
     tensor: Tensor
     """The collective's result; the sum itself if no collective was started."""
-    started: bool
+    started: bool = False
     gathered: int = 0
     """The number of ranks whose tensors were gathered one after the other; 0 if the collective adds them."""
+    tagged: bool = False
+    """Whether the ranks' tags of :mod:`syncbn.lockstep` follow their tensors."""
+    shape: torch.Size = torch.Size()
+    """Of the sum."""
+    position: Position | None = None
+    """None in a graph that is being compiled."""
 
     def wait(self) -> Tensor:
-        """The sum. On CUDA the stream waits, and the host goes on."""
+        """The sum. On CUDA the stream waits, and the host goes on.
+
+        Raises RuntimeError if the tags show that the ranks have reduced different layers.
+        """
         if not self.started:
             return self.tensor
         result: Tensor = functional_collectives.wait_tensor(self.tensor)
-        return result.unflatten(0, (self.gathered, -1)).sum(0) if self.gathered else result
+        if self.position is None:
+            return result
+        lockstep.end(result)
+        if not self.gathered and not self.tagged:
+            return result
+        ranks = self.gathered or 1
+        rows = result.view(ranks, result.numel() // ranks)
+        if self.tagged:
+            rows, tags = rows[:, : -lockstep.TAG_SIZE], rows[:, -lockstep.TAG_SIZE :]
+            check = lockstep.check_each if self.gathered else lockstep.check_sum
+            check(tags, self.position)
+        return rows.sum(0).view(self.shape)
 
 
-def start_all_reduce_sum(tensor: Tensor, group_name: str | None) -> PendingSum:
+def start_all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Reduction | None = None) -> PendingSum:
     """Start :func:`all_reduce_sum`. Work done before ``wait()`` overlaps with the collective."""
     if group_name is None:
-        return PendingSum(tensor, False)
+        return PendingSum(tensor)
     if tensor.requires_grad and torch.is_grad_enabled():
         summed: Tensor = _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-untyped-call]
-        return PendingSum(summed, False)
-    if tensor.device.type == "cpu" and torch.compiler.is_compiling():
-        return PendingSum(_sum_over_ranks(tensor, group_name), False)
-    return _start(tensor, group_name)
+        return PendingSum(summed)
+    if torch.compiler.is_compiling():
+        if tensor.device.type == "cpu":
+            return PendingSum(_sum_over_ranks(tensor, group_name))
+        return PendingSum(functional_collectives.all_reduce(tensor.contiguous(), "sum", group_name), started=True)
+    return _start(tensor, group_name, reduction)
 
 
-def _start(tensor: Tensor, group_name: str) -> PendingSum:
+def _start(tensor: Tensor, group_name: str, reduction: Reduction | None = None) -> PendingSum:
     source = tensor.contiguous()
+    tagged = lockstep.begin(source, group_name, reduction)
+    if tagged:
+        source = torch.cat((source.flatten(), lockstep.tag(reduction)))
+    gathered = 0
     if source.is_cpu and (size := group_size(group_name)) <= _GATHER_LIMIT:
-        return PendingSum(functional_collectives.all_gather_into_tensor(source, size, group_name), True, size)
-    return PendingSum(functional_collectives.all_reduce(source, "sum", group_name), True)
+        gathered = size
+        result = functional_collectives.all_gather_into_tensor(source, size, group_name)
+    else:
+        result = functional_collectives.all_reduce(source, "sum", group_name)
+    return PendingSum(result, True, gathered, tagged, tensor.shape, lockstep.now)
 
 
-def all_reduce_sum(tensor: Tensor, group_name: str | None) -> Tensor:
+def all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Reduction | None = None) -> Tensor:
     """The sum of ``tensor`` over the ranks of the group, or ``tensor`` itself without a group. One collective.
 
     Differentiable any number of times: the gradient of a sum over ranks is the sum of the ranks' gradients.
+    ``reduction`` names the layer, for the checks of :mod:`syncbn.lockstep`.
     """
-    return start_all_reduce_sum(tensor, group_name).wait()
+    return start_all_reduce_sum(tensor, group_name, reduction).wait()
 
 
 def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:

@@ -143,8 +143,11 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(input, f"expected a floating-point input, got {input.dtype}; convert it first")
 
     def _fail(self, x: Tensor, problem: str, error: type[ValueError] = ValueError) -> NoReturn:
-        name = type(self).__name__ if self.qualified_name is None else f"{type(self).__name__} '{self.qualified_name}'"
-        raise error(f"{name} (num_features={self.num_features}), input of shape {tuple(x.shape)}: {problem}")
+        raise error(f"{self._name()} (num_features={self.num_features}), input of shape {tuple(x.shape)}: {problem}")
+
+    def _name(self) -> str:
+        name = type(self).__name__
+        return name if self.qualified_name is None else f"{name} '{self.qualified_name}'"
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
@@ -223,6 +226,8 @@ class SmallBatchNorm(_BatchNorm):
             self.save == "output",
             None if has_variance else functools.partial(self._check_count, x),
             None if self.observer is None else functools.partial(self.observer, self),
+            # A compiled graph that knew the name could not serve the blocks of a model that are alike.
+            None if group_name is None or torch.compiler.is_compiling() else self._name(),
         )
         epilogue = NO_EPILOGUE
         if residual is not None or self.activation is not None:

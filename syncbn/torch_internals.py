@@ -6,11 +6,14 @@ What costs less than 3 % of that in its public form is used in that form.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 """Other subclasses (fake tensors, DTensor) have rules of their own for every operation."""
@@ -57,6 +60,19 @@ def group_size(group_name: str) -> int:
     its group. A compiled graph can only hold the name.
     """
     return dist.distributed_c10d._get_group_size_by_name(group_name)  # type: ignore[arg-type]
+
+
+def group_of(group_name: str) -> dist.ProcessGroup:
+    """The process group of a name. Private for the same reason."""
+    return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type, attr-defined]
+
+
+def store_of_world() -> Store:
+    """The store of the default process group, through which its processes have met.
+
+    Private: the public way is to keep the store that ``init_process_group`` was given, which users need not do.
+    """
+    return dist.distributed_c10d._get_default_store()
 
 
 functional_collectives: Any = torch.ops._c10d_functional

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from syncbn.train.config import RunConfig, require
 from syncbn.train.lifeline import PARENT
 from syncbn.train.logical_gpus import Placement
+from syncbn.watchdog import watchdog
 
 
 class LaunchError(RuntimeError):
@@ -121,7 +122,7 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
         )
         # The loop accumulates gradients itself. Accelerate would divide them, as an environment variable may ask for.
         accelerator.gradient_accumulation_steps = 1
-        with torch.random.fork_rng(devices=rng_devices):
+        with torch.random.fork_rng(devices=rng_devices), watchdog(_timeout()):
             yield accelerator
             for tracker in accelerator.trackers:  # end_training() would also destroy a process group that is not ours
                 tracker.finish()
@@ -129,6 +130,14 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
         AcceleratorState._reset_state(reset_partial_state=True)
         if not had_world and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _timeout() -> float:
+    """Seconds that a process may wait for the others in a layer."""
+    given = os.environ.get("SYNCBN_TIMEOUT") or "300"
+    number = re.fullmatch(r"\d+(\.\d+)?", given) is not None and float(given) > 0
+    require(number, "SYNCBN_TIMEOUT", given, "an environment variable with a positive number of seconds")
+    return float(given)
 
 
 _worlds = itertools.count()

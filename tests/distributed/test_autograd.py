@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
+from syncbn import lockstep
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 
 # As in test_sync: exact but for summation.
@@ -245,8 +248,14 @@ def test_gathering_is_a_sum(pools):
         assert sums[1].shape == sums[3].shape == (0, 3)
 
 
-def count_collectives(name, options, size):
+def count_collectives(name, options, size, check_every):
     layer = getattr(syncbn, name)(5, **options)
+    all_reduce_sum(torch.zeros(1).double(), world_name())  # of number 0, which is always checked
+    with mock.patch.object(lockstep, "CHECK_EVERY", check_every):
+        return count_in_each_mode(layer, size)
+
+
+def count_in_each_mode(layer, size):
     counts = {}
     for mode in ("agreement", "train", "no input gradient", "no_grad", "eval"):
         layer.train(mode != "eval")
@@ -276,12 +285,13 @@ def count_collectives(name, options, size):
     ],
     ids=str,
 )
-def test_one_collective_forward_and_one_backward(pools, name, options, groups):
+@pytest.mark.parametrize(("check_every", "tag"), [(1 << 40, 0), (1, 2)], ids=["", "tagged"])
+def test_one_collective_forward_and_one_backward(pools, name, options, groups, check_every, tag):
     c = 5
     # In small worlds on the CPU the sum is a gathering and an addition.
-    forward = [("all_gather_into_tensor", groups * (2 * c + 1), torch.float64)] if groups else []
-    backward = [("all_gather_into_tensor", groups * 2 * c, torch.float64)] if groups else []
-    for counts in pools(2).run(count_collectives, name, options, 6):
+    forward = [("all_gather_into_tensor", groups * (2 * c + 1) + tag, torch.float64)] if groups else []
+    backward = [("all_gather_into_tensor", groups * 2 * c + tag, torch.float64)] if groups else []
+    for counts in pools(2).run(count_collectives, name, options, 6, check_every):
         agreed = options.get("ghost_batch_size") and "max_ghost_groups" not in options and groups
         first = [("all_reduce", 1, torch.int64)] if agreed else []
         without = backward if options.get("affine", True) else []

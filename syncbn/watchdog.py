@@ -1,0 +1,213 @@
+"""A hang becomes a sentence: which ranks do not come to a layer's reduction, and where they are."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from types import FrameType
+from typing import Any, NamedTuple, Self
+
+import torch.distributed as dist
+
+from syncbn import lockstep
+from syncbn.error_report import report_error
+from syncbn.torch_internals import group_of, store_of_world
+
+EXIT_CODE = 86
+"""Of a process that a watchdog ends."""
+_END, _ENDS = "syncbn-watchdog/end", "syncbn-watchdog/ends"
+
+
+class Status(NamedTuple):
+    """What a rank tells the others."""
+
+    beat: int
+    """Counts up; -1 after its watchdog has been stopped."""
+    position: str | None
+    """The reduction that it waits in."""
+    last: str | None
+    """The reduction before."""
+    line: str
+    """The line of Python that it is at, outside torch and the layers."""
+    host: str
+
+    def __str__(self) -> str:
+        if self.beat < 0:
+            return f"has stopped its watchdog, on {self.host}"
+        doing = f"waits in {self.position}" if self.position else f"is in no layer (the last was {self.last})"
+        return f"{doing}, at {self.line} on {self.host}"
+
+
+class watchdog:  # a context manager, named like contextlib's
+    """End all processes if one waits too long for the others in a layer's reduction, and say for whom it waited.
+
+    A synchronized layer waits for all ranks of its process group. If one of them evaluates while the others train, has
+    a batch less or is gone, the others wait until torch gives up: with gloo after 30 minutes, and without a name. With
+    a watchdog, a process that has waited for ``timeout`` seconds in one reduction prints one line with the layer, the
+    number of its call and the ranks that are not there, each with the line of Python that it is at. All processes then
+    end with exit code 86. They also end if a process gives no sign of life for ``silence`` seconds, as when its node is
+    gone.
+
+    Call it after ``init_process_group`` on every rank, once or as a context manager. A thread of each process then
+    tells the others where it is, through the store of the process group. With one process it does nothing.
+
+    On CUDA a reduction lasts until its work on the device is done; capture CUDA graphs outside the context manager.
+    There, reductions in compiled graphs are not watched.
+
+    Args:
+        timeout: seconds that a process may wait in one reduction. Let it be longer than any rank is busy alone, for
+            instance with an evaluation on rank 0.
+        silence: seconds without a sign of life. A rank gives none while one call of compiled code keeps Python's lock,
+            for instance while it reads a very large JSON file.
+
+    Raises:
+        ValueError: ``timeout`` or ``silence`` is not a positive number.
+
+    Example:
+        >>> import syncbn
+        >>> layer = syncbn.SyncBatchNorm(3)
+        >>> with syncbn.watchdog(timeout=300):
+        ...     y = layer(torch.randn(4, 3))
+    """
+
+    def __init__(self, timeout: float = 300.0, silence: float = 50.0) -> None:
+        for name, seconds in (("timeout", timeout), ("silence", silence)):
+            if not (isinstance(seconds, int | float) and seconds > 0):
+                raise ValueError(f"{name} must be a positive number of seconds, got {seconds!r}")
+        self._timeout, self._silence = timeout, silence
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        self._rank, self._neighbour = dist.get_rank(), (dist.get_rank() + 1) % dist.get_world_size()
+        # A connection of its own: whoever waits in a call of a store keeps all others from it.
+        self._store = store_of_world().clone()  # type: ignore[attr-defined]  # its stub lacks it
+        self._main = threading.get_ident()
+        self._beat = 0
+        self._heard, self._heard_at = 0, time.monotonic()
+        lockstep.watching += 1
+        for function in (self._watch, self._guard):
+            self._threads.append(threading.Thread(target=function, name="syncbn.watchdog", daemon=True))
+            self._threads[-1].start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Stop watching. The other ranks are told, so that they do not take this one for dead."""
+        if not self._threads or self._stopped.is_set():
+            return
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(5)
+        lockstep.watching -= 1
+        atexit.unregister(self.stop)
+        self._tell(-1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop()
+
+    # -- the threads ---------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self._timeout / 5)):
+            self._tell(self._beat + 1)
+            position = lockstep.oldest()
+            if position is not None and time.monotonic() - position.since > self._timeout:
+                self._end(self._waited(position))
+            self._follow()
+            self._beat += 1
+
+    def _guard(self) -> None:
+        """End if the other thread does not come to its end: a call of the store waits for as long as the network does.
+
+        It counts its own rounds, as the time that a suspended process sleeps is not silence.
+        """
+        beat, rounds = -1, 0
+        while not self._stopped.wait(1.0):
+            beat, rounds = self._beat, rounds + 1 if self._beat == beat else 0
+            if rounds > self._silence:
+                where = "the process or node that serves the store of the process group is gone, or cannot be reached"
+                _exit(f"rank {self._rank} has heard nothing of the other ranks for {self._silence:g} s: {where}")
+
+    def _follow(self) -> None:
+        """End if another rank has said so, or if the next rank is silent."""
+        try:
+            if self._store.check([_END]):
+                os._exit(EXIT_CODE)
+        except RuntimeError:  # the store has been closed, as by a rank 0 that is done
+            return
+        status, now = self._status(self._neighbour), time.monotonic()
+        if status is None or status.beat < 0 or status.beat != self._heard:
+            self._heard, self._heard_at = 0 if status is None else status.beat, now
+        elif now - self._heard_at > self._silence:
+            gone = "its process or its node is gone, or cannot be reached"
+            self._end(f"rank {self._neighbour} gives no sign of life for {self._silence:g} s: {gone}; it {status}")
+
+    # -- the store -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, beat: int) -> None:
+        now, last = lockstep.oldest(), lockstep.last
+        words = [None if position is None else str(position) for position in (now, last)]
+        line = _line(sys._current_frames().get(self._main))
+        try:
+            self._store.set(_key(self._rank), json.dumps([beat, *words, line, socket.gethostname()]))
+        except RuntimeError:
+            return
+
+    def _status(self, rank: int) -> Status | None:
+        try:
+            known = self._store.check([_key(rank)])
+            return Status(*json.loads(self._store.get(_key(rank)))) if known else None
+        except RuntimeError:
+            return None
+
+    def _waited(self, position: lockstep.Position) -> str:
+        """The sentence about a reduction in which this process has waited."""
+        ranks = dist.get_process_group_ranks(group_of(position.group_name))
+        found = {rank: self._status(rank) for rank in ranks}
+        absent = {rank: status for rank, status in found.items() if status is None or status.position != str(position)}
+        said = [f"rank {rank} {status or 'has no watchdog'}" for rank, status in absent.items()]
+        return (
+            f"rank {self._rank} has waited for {self._timeout:g} s in {position}: "
+            f"{'; '.join(said) or 'all ranks are there, but the network does not carry their data'}"
+        )
+
+    def _end(self, sentence: str) -> None:
+        """End this process; the first of all ranks to do so says why."""
+        try:
+            first = self._store.add(_ENDS, 1) == 1
+            self._store.set(_END, sentence)
+        except RuntimeError:
+            first = True
+        _exit(sentence if first else None)
+
+
+def _key(rank: int) -> str:
+    return f"syncbn-watchdog/{rank}"
+
+
+def _exit(sentence: str | None) -> None:
+    """End the process from a thread: the main thread waits in a call that nothing interrupts."""
+    if sentence is not None:
+        report_error(sentence)
+    os._exit(EXIT_CODE)
+
+
+def _line(frame: FrameType | None) -> str:
+    """The innermost line of a thread outside torch, the layers and Python's library: where its user would look."""
+    library, found = sysconfig.get_path("stdlib"), "an unknown line"
+    while frame is not None:
+        module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        inner = module.split(".")[0] == "torch" or (module.startswith("syncbn.") and module.count(".") == 1)
+        if not inner and (not file.startswith(library) or "site-packages" in file) and not file.startswith("<"):
+            return f"{os.path.basename(file)}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return found
