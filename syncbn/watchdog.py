@@ -70,7 +70,7 @@ class watchdog:  # a context manager, named like contextlib's
         ValueError: ``timeout`` or ``silence`` is not a positive number.
 
     Example:
-        >>> import syncbn
+        >>> import syncbn, torch
         >>> layer = syncbn.SyncBatchNorm(3)
         >>> with syncbn.watchdog(timeout=300):
         ...     y = layer(torch.randn(4, 3))
