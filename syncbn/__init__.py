@@ -4,6 +4,7 @@ from syncbn.convert import convert, revert
 from syncbn.convert_layer import register_batchnorm
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.population import reconcile, update_population_statistics
+from syncbn.uneven import uneven
 from syncbn.watchdog import watchdog
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "reconcile",
     "register_batchnorm",
     "revert",
+    "uneven",
     "update_population_statistics",
     "watchdog",
 ]

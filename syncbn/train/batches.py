@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +14,10 @@ from syncbn.layers import BatchError, RowsError
 from syncbn.train.config import ConfigError, LocalError
 from syncbn.train.task import Sum
 from syncbn.train.tasks.named import blamed
+from syncbn.trees import leaves, tree_map
 
 if TYPE_CHECKING:
     from syncbn.train.state import Run
-
-
-def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """``tree`` (a tensor, or dicts, lists and tuples of trees) with ``function`` applied to its tensors."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: tree_map(function, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        mapped = [tree_map(function, value) for value in tree]
-        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
-    return tree
 
 
 def moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -155,13 +144,6 @@ def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise TypeError(f"it returned {described(value)}, expected a scalar tensor")
     return value.reshape(())
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree."""
-    found: list[Tensor] = []
-    tree_map(lambda x: found.append(x) or x, tree)  # type: ignore[func-returns-value]
-    return found
 
 
 def described(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.population import LayerDivergence, Population, batch_statistics
-from syncbn.train.batches import described, fetched, forward, leaves, loss_of, metrics_of, predictions_of
+from syncbn.train.batches import described, fetched, forward, loss_of, metrics_of, predictions_of
 from syncbn.train.config import LocalError
 from syncbn.train.data.order import order_of
 from syncbn.train.data.samples import Key, Keyed, batch_loader
@@ -23,6 +23,7 @@ from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run
 from syncbn.train.task import Sum
 from syncbn.train.tasks.named import TaskError, blamed
+from syncbn.trees import leaves
 
 Values = dict[str, float]
 """The loss (``loss``) and the metrics of a task, each divided over all samples; NaN where nothing was counted."""

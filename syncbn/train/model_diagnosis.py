@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from syncbn.layers import BatchError, BatchRenorm, SampleGroups, SmallBatchNorm
 from syncbn.population import Population, batch_statistics, restored
-from syncbn.train.batches import described, leaves, tree_map
+from syncbn.train.batches import described
 from syncbn.train.config import ConfigError, require
 from syncbn.train.diagnosis import Diagnosis
 from syncbn.train.result import Metric
+from syncbn.trees import leaves, tree_map
 
 Forward = Callable[[nn.Module, Any], Any]
 Evaluate = Callable[[nn.Module], "float | Tensor"]

@@ -1,0 +1,109 @@
+"""Training where the ranks have different numbers of batches: those that are done take part with empty ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.trees import leaves, tree_map
+
+Batch = TypeVar("Batch")
+
+
+def uneven(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = None) -> Iterator[tuple[Batch, float]]:
+    """Iterate over ``loader`` until it has ended on every rank; meanwhile the others get empty batches.
+
+    Without it, the rank with the fewest batches leaves the others waiting in their next synchronized layer. Each step
+    yields the batch and a factor for the loss. With the *sum* of the loss over the samples, times this factor,
+    :class:`~torch.nn.parallel.DistributedDataParallel` gives the gradients of the mean over the samples of all ranks,
+    which are those of one process that has the whole batch. (The mean over an empty batch is not a number, and the mean
+    of ranks' means gives the samples of small batches more weight.)
+
+    An empty batch has the tensors of a batch with no samples: shape (0, ...). The model has to take it; convolutions,
+    linear layers and the layers of this package do.
+
+    Args:
+        loader: yields batches: tensors whose first dimension is the sample, or tuples, lists and dicts of them. Other
+            objects in these are passed on as they are. A rank may have none at all.
+        process_group: the ranks that train together. None: all of them.
+
+    Yields:
+        The batch and the factor: the number of ranks divided by the number of samples on all of them in this step.
+        Without an initialized process group it is 1 / samples. A step without any sample is left out.
+
+    Raises:
+        ValueError: a batch holds no tensor with a first dimension.
+
+    Example:
+        >>> import syncbn, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> for x, factor in syncbn.uneven([torch.randn(4, 3), torch.randn(2, 3)]):
+        ...     (model(x).square().sum() * factor).backward()
+    """
+    ranks = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+    batches = iter(loader)
+    batch = next(batches, None)
+    empty = None if batch is None else tree_map(_no_samples, batch)
+    if ranks > 1:
+        empty = _agree(empty, process_group)
+    counts = _count(batch, empty, ranks, process_group)
+    while True:
+        samples, unfinished = counts()
+        if not unfinished:
+            return
+        # What comes next is counted before the step is computed, so that the host does not wait for the device.
+        following = next(batches, None)
+        counts = _count(following, empty, ranks, process_group)
+        if samples:
+            yield (empty if batch is None else batch), ranks / samples  # type: ignore[misc]
+        batch = following
+
+
+def _no_samples(tensor: Tensor) -> Tensor:
+    return tensor[:0] if tensor.dim() else tensor
+
+
+def _first(batch: Any) -> Tensor:
+    """The first tensor of a batch whose first dimension is the sample."""
+    found = next((tensor for tensor in leaves(batch) if tensor.dim()), None)
+    if found is None:
+        raise ValueError(f"a batch holds no tensor whose first dimension is the sample: {type(batch).__name__}")
+    return found
+
+
+def _agree(empty: Any, group: dist.ProcessGroup | None) -> Any:
+    """The empty batch of this rank, or another's if this one has no batch to make it from. One collective."""
+    kind = None if empty is None else _first(empty).device.type
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, (kind, None if empty is None else tree_map(Tensor.cpu, empty)), group)
+    others = [(kind, tree) for kind, tree in everywhere if tree is not None]
+    if empty is not None or not others:
+        return empty
+    kind, tree = others[0]
+    return tree_map(lambda tensor: tensor.to(kind), tree)
+
+
+def _count(batch: Any, empty: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[[], tuple[int, int]]:
+    """Start to add the ranks' samples, and the ranks that have a batch; the result is called for both."""
+    here = [0, 0] if batch is None else [len(_first(batch)), 1]
+    if ranks == 1:
+        return lambda: (here[0], here[1])
+    device = torch.device("cpu") if empty is None else _first(empty).device
+    counts = torch.tensor(here).to(device, non_blocking=True)
+    dist.all_reduce(counts, group=group)
+    if device.type != "cuda":
+        return lambda: tuple(counts.tolist())
+    host, arrived = torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+    host.copy_(counts, non_blocking=True)
+    arrived.record()
+
+    def read() -> tuple[int, int]:
+        arrived.synchronize()
+        samples, unfinished = host.tolist()
+        return samples, unfinished
+
+    return read
