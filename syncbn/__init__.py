@@ -4,6 +4,7 @@ from syncbn.convert import convert, revert
 from syncbn.convert_layer import register_batchnorm
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.population import reconcile, update_population_statistics
+from syncbn.recompute import checkpoint_contexts
 from syncbn.uneven import uneven
 from syncbn.watchdog import watchdog
 
@@ -14,6 +15,7 @@ __all__ = [
     "GhostBatchNorm",
     "SyncBatchNorm",
     "__version__",
+    "checkpoint_contexts",
     "convert",
     "reconcile",
     "register_batchnorm",

@@ -16,6 +16,7 @@ from syncbn.functional.running import Running
 from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
 from syncbn.kernels.dispatch import pick, whole
 from syncbn.lockstep import Reduction
+from syncbn.recompute import Kept, is_taped, keep, recall
 from syncbn.torch_internals import has_transforms, is_transformed
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -46,7 +47,8 @@ def batch_norm(
 
     ``weight`` and ``bias`` are (C,) or None. The output has the shape, dtype and memory format of ``x``.
     """
-    if rule.group_name is None and rule.check_count is None and rule.observer is None:
+    taped = is_taped()
+    if rule.group_name is None and rule.check_count is None and rule.observer is None and not taped:
         function = whole(x)
         if function is not None:
             done = function(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
@@ -54,27 +56,56 @@ def batch_norm(
                 return done
     if is_transformed():
         return _composed(x, weight, bias, running, epilogue, rule)
-    with torch.no_grad():
-        statistics = _reduced_statistics(x, running, rule)
+    kept = recall() if taped else None
+    if kept is None:
+        asks = _asks(weight, bias, rule)
+        with torch.no_grad():
+            kept = _learn(x, running, rule, asks)
+    if taped:
+        keep(kept)
+    if kept.joins_backward:
+        x = x.detach().requires_grad_()
     residual = epilogue.residual
     activation = epilogue if residual is None else epilogue._replace(residual=None)
     y: Tensor = SyncedNorm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, residual, statistics, activation, rule
+        x, weight, bias, residual, kept.statistics, activation, rule
     )
     return y
 
 
-def _reduced_statistics(x: Tensor, running: Running | None, rule: Rule) -> Statistics:
-    """The statistics of each group over all processes, and the update of the running ones. One collective."""
+def _asks(weight: Tensor | None, bias: Tensor | None, rule: Rule) -> bool:
+    """Whether the ranks have to tell each other whose input needs a gradient.
+
+    A parameter that needs one makes all ranks run the backward pass. Without it, a rank whose batch is empty and has no
+    history, as ``torch.empty(0, ...)``, would leave the others waiting there.
+    """
+    trained = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
+    return rule.group_name is not None and torch.is_grad_enabled() and not trained
+
+
+def _learn(x: Tensor, running: Running | None, rule: Rule, asks: bool = False) -> Kept:
+    """The statistics of each group over all processes, and the update of the running ones. One collective.
+
+    If the process ``asks``, also whether its empty batch has to take part in the backward pass of the others.
+    """
     sums = pick(x, differentiable=False).group_sums(x, rule.groups)
-    sums = all_reduce_sum(sums, rule.group_name, None if rule.layer is None else Reduction(rule.layer, "forward"))
+    shape = sums.shape
+    if asks:
+        sums = torch.cat((sums.flatten(), sums.new_full((1,), float(x.requires_grad))))
+    reduction = None if rule.layer is None else Reduction(rule.layer, "forward")
+    sums = all_reduce_sum(sums, rule.group_name, reduction)
+    joins = False
+    if asks:
+        if x.numel() == 0 and not x.requires_grad and not torch.compiler.is_compiling():
+            joins = bool(sums[-1] > 0)
+        sums = sums[:-1].view(shape)
     if rule.check_count is not None:
         rule.check_count(sums[:, 0])
     statistics = pick(sums, differentiable=False).finish(sums, rule.eps, running)
     if rule.observer is not None:
         assert statistics.var is not None
         rule.observer(statistics.count, statistics.mean, statistics.var)
-    return statistics
+    return Kept(statistics, joins)
 
 
 def _composed(
@@ -90,7 +121,7 @@ def _composed(
         )
     with torch.no_grad():
         # Detached: no_grad is neither recorded by a trace nor heeded by forward-mode derivatives.
-        statistics = _reduced_statistics(x.detach(), running, rule)
+        statistics, _ = _learn(x.detach(), running, rule)
     _, mean, var = moments(all_reduce_sum(group_sums(x, rule.groups), rule.group_name))
     scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
     affine = Affine(mean, torch.rsqrt(var + rule.eps), scale, shift)

@@ -18,6 +18,7 @@ from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName,
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
+from syncbn.recompute import is_repeated, is_taped
 from syncbn.torch_internals import assert_async, runs_at_once
 
 Remainder = Literal["error", "smaller"]
@@ -248,6 +249,13 @@ class SmallBatchNorm(_BatchNorm):
             raise ValueError(f"{type(self).__name__} {problem}")
         update = self.training and self.track_running_stats and self.observer is None
         limits = self._limits() if self.training else None
+        if update and is_repeated():
+            if limits is not None and not is_taped():
+                remedy = (
+                    "pass context_fn=syncbn.checkpoint_contexts to torch.utils.checkpoint, with use_reentrant=False"
+                )
+                raise RuntimeError(f"{self._name()} would be repeated with other corrections r and d: {remedy}")
+            update = False
         assert nonfinite is not None, "registered with the others"
         return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
 

@@ -53,6 +53,11 @@ def runs_at_once(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and is_plain(x)
 
 
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass. Private: torch has no public query."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def group_size(group_name: str) -> int:
     """The number of ranks of a process group.
 

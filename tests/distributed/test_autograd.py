@@ -295,10 +295,12 @@ def test_one_collective_forward_and_one_backward(pools, name, options, groups, c
         agreed = options.get("ghost_batch_size") and "max_ghost_groups" not in options and groups
         first = [("all_reduce", 1, torch.int64)] if agreed else []
         without = backward if options.get("affine", True) else []
+        # Without a parameter that needs a gradient, the ranks tell each other whose input does.
+        asking = [(what, size + (not options.get("affine", True)), dtype) for what, size, dtype in forward]
         assert counts == {
-            "agreement": (first + forward, backward),
-            "train": (forward, backward),
-            "no input gradient": (forward, without),
+            "agreement": (first + asking, backward),
+            "train": (asking, backward),
+            "no input gradient": (asking, without),
             "no_grad": (forward, []),
             "eval": ([], []),
         }

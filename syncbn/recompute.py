@@ -1,0 +1,113 @@
+"""Activation checkpointing: the repeated forward pass normalizes by the statistics of the first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from syncbn.functional.finish import Statistics
+from syncbn.torch_internals import in_backward
+
+
+class Kept(NamedTuple):
+    """What a layer's first forward pass has learnt from all processes."""
+
+    statistics: Statistics
+    joins_backward: bool
+    """Whether the input, which needs no gradient here, has to take part in the backward pass of other processes."""
+
+
+@dataclass
+class _Tape:
+    """The statistics of a forward pass, in the order of its layers."""
+
+    kept: list[Kept] = field(default_factory=list)
+
+
+class _Active(threading.local):
+    """The tapes that this thread writes or reads, the innermost last. Autograd's threads each have their own."""
+
+    def __init__(self) -> None:
+        self.written: list[_Tape] = []
+        self.read: list[Iterator[Kept]] = []
+
+
+_active = _Active()
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The ``context_fn`` of ``torch.utils.checkpoint.checkpoint`` for models with this package's layers.
+
+    Activation checkpointing runs a part of the model a second time, in the backward pass. With these contexts the
+    second time is exactly like the first: layers take the statistics that the first has found, and the r and d of batch
+    renormalization. Nothing is reduced again. The first time keeps 2C float64 numbers for each layer (4C for
+    :class:`BatchRenorm`).
+
+    Without them, a layer computes and reduces its statistics again, and :class:`BatchRenorm` raises an error, as its
+    corrections are others by then. Either way the running statistics are updated once.
+
+    Returns:
+        A context for the first forward pass and one for its repetition.
+
+    Example:
+        >>> import syncbn, torch
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> block = torch.nn.Sequential(torch.nn.Linear(3, 3), syncbn.BatchRenorm(3), torch.nn.ReLU())
+        >>> y = checkpoint(block, torch.randn(4, 3), use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+        >>> y.sum().backward()
+    """
+    tape = _Tape()
+    return _writing(tape), _reading(tape)
+
+
+@contextmanager
+def _writing(tape: _Tape) -> Iterator[None]:
+    _active.written.append(tape)
+    try:
+        yield
+    finally:
+        _active.written.pop()
+
+
+class _reading(AbstractContextManager[None]):
+    """Reads a tape from its beginning. It is entered once for each backward pass over the same part of the graph."""
+
+    def __init__(self, tape: _Tape) -> None:
+        self._tape = tape
+
+    def __enter__(self) -> None:
+        _active.read.append(iter(self._tape.kept))
+
+    def __exit__(self, *error: object) -> None:
+        _active.read.pop()
+
+
+def is_taped() -> bool:
+    """Whether statistics are to be kept, or are there from the first forward pass."""
+    return not torch.compiler.is_compiling() and bool(_active.written or _active.read)
+
+
+def is_repeated() -> bool:
+    """Whether this forward pass is a repetition: it runs inside of a backward pass."""
+    return not torch.compiler.is_compiling() and in_backward()
+
+
+def recall() -> Kept | None:
+    """What this layer's first forward pass has kept, if this is the second."""
+    if not _active.read:
+        return None
+    kept = next(_active.read[-1], None)
+    if kept is None:
+        raise RuntimeError("activation checkpointing repeats a layer that the first forward pass did not have")
+    return kept
+
+
+def keep(kept: Kept) -> None:
+    """Keep it for the repetition, also for that of a checkpoint around this one."""
+    for tape in _active.written:
+        tape.kept.append(kept)
