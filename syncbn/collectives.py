@@ -178,10 +178,15 @@ class PendingSum(NamedTuple):
         """
         if not self.started:
             return self.tensor
-        result: Tensor = functional_collectives.wait_tensor(self.tensor)
         if self.position is None:
-            return result
-        lockstep.end(result)
+            waited: Tensor = functional_collectives.wait_tensor(self.tensor)
+            return waited
+        result: Tensor | None = None
+        try:
+            result = functional_collectives.wait_tensor(self.tensor)
+        finally:
+            lockstep.end(self.position, result)
+        assert result is not None, "waited for"
         if not self.gathered and not self.tagged:
             return result
         ranks = self.gathered or 1
@@ -190,7 +195,8 @@ class PendingSum(NamedTuple):
             rows, tags = rows[:, : -lockstep.TAG_SIZE], rows[:, -lockstep.TAG_SIZE :]
             check = lockstep.check_each if self.gathered else lockstep.check_sum
             check(tags, self.position)
-        return rows.sum(0).view(self.shape)
+        summed: Tensor = rows.sum(0).view(self.shape)
+        return summed
 
 
 def start_all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Reduction | None = None) -> PendingSum:
@@ -209,16 +215,20 @@ def start_all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Redu
 
 def _start(tensor: Tensor, group_name: str, reduction: Reduction | None = None) -> PendingSum:
     source = tensor.contiguous()
-    tagged = lockstep.begin(source, group_name, reduction)
-    if tagged:
-        source = torch.cat((source.flatten(), lockstep.tag(reduction)))
-    gathered = 0
-    if source.is_cpu and (size := group_size(group_name)) <= _GATHER_LIMIT:
-        gathered = size
-        result = functional_collectives.all_gather_into_tensor(source, size, group_name)
-    else:
-        result = functional_collectives.all_reduce(source, "sum", group_name)
-    return PendingSum(result, True, gathered, tagged, tensor.shape, lockstep.now)
+    position, tagged = lockstep.begin(source, group_name, reduction)
+    try:
+        if tagged:
+            source = torch.cat((source.flatten(), source.new_tensor(lockstep.tag(reduction))))
+        gathered = 0
+        if source.is_cpu and (size := group_size(group_name)) <= _GATHER_LIMIT:
+            gathered = size
+            result = functional_collectives.all_gather_into_tensor(source, size, group_name)
+        else:
+            result = functional_collectives.all_reduce(source, "sum", group_name)
+    except BaseException:
+        lockstep.end(position)
+        raise
+    return PendingSum(result, True, gathered, tagged, tensor.shape, position)
 
 
 def all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Reduction | None = None) -> Tensor:

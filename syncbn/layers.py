@@ -474,8 +474,8 @@ class BatchRenorm(SmallBatchNorm):
     constants for the gradient, and use the running statistics from before this step's update.
 
     The limits rise with ``num_batches_tracked``, the number of training steps. Parameters, checkpoints and evaluation
-    are those of BatchNorm, with sigma = sqrt(running_var + eps). Do not use the layer inside activation checkpointing:
-    the repeated forward pass would use other corrections.
+    are those of BatchNorm, with sigma = sqrt(running_var + eps). Activation checkpointing needs
+    :func:`syncbn.checkpoint_contexts`.
 
     Args:
         num_features, eps, affine, device, dtype, bias: see :class:`SyncBatchNorm`.

@@ -7,7 +7,7 @@ another one of the same size, their sums mix, and the training goes on with wron
 from __future__ import annotations
 
 import os
-import time
+import threading
 import weakref
 import zlib
 from collections import Counter, deque
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.torch_internals import group_of
+from syncbn.torch_internals import PLAIN_TYPES, group_of
 
 CHECK_EVERY = 17
 """One of so many reductions of a group on the CPU carries a tag of its layer. It takes about a tenth longer. A prime
@@ -46,34 +46,36 @@ class Position(NamedTuple):
     number: int
     """1 for the layer's first reduction in this direction."""
     group_name: str
-    since: float
-    """By ``time.monotonic()``."""
 
     def __str__(self) -> str:
         return f"{self.reduction or 'a layer of a compiled graph'}, call {self.number}"
 
 
-now: Position | None = None
 last: Position | None = None
-"""The position before ``now``; the last one if the process is in none."""
+"""The reduction that has come to its end last."""
 watching = 0
 """The number of watchdogs. Only with one are reductions on CUDA followed to their end."""
+_waiting: dict[int, Position] = {}
+"""By thread."""
 _on_device: deque[tuple[Position, torch.cuda.Event]] = deque()
-_calls: Counter[Reduction | None] = Counter()
+_lock = threading.Lock()
+_calls: Counter[tuple[str, Reduction | None]] = Counter()
+"""By process group and layer."""
 _counts: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
 """By world, the number of reductions of each of its groups. They are the same on all ranks of the group."""
 
 
-def begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> bool:
-    """Note that this process reduces ``tensor`` from now on; whether the reduction is to carry a tag.
+def begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> tuple[Position, bool]:
+    """Note that this thread reduces ``tensor`` from now on; where it is, and whether the reduction carries a tag.
 
     With ``SYNCBN_DEBUG=1`` all ranks raise RuntimeError if they do not reduce the same.
     """
-    global now
-    _calls[reduction] += 1
-    now = Position(reduction, _calls[reduction], group_name, time.monotonic())
+    if tensor.device.type == "meta" or type(tensor) not in PLAIN_TYPES:  # nothing travels, perhaps on this rank alone
+        return Position(reduction, 0, group_name), False
+    _calls[group_name, reduction] += 1
+    position = Position(reduction, _calls[group_name, reduction], group_name)
     if DEBUG:
-        _compare(tensor, now)
+        _compare(tensor, position)
     world = dist.group.WORLD
     assert world is not None, "a group has a name only in an initialized world"
     counts = _counts.get(world)
@@ -81,34 +83,37 @@ def begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> bool:
         counts = _counts[world] = Counter()
     number = counts[group_name]
     counts[group_name] = number + 1
+    _waiting[threading.get_ident()] = position
     # On CUDA the tag would take as long as the reduction: four more kernels to launch.
-    return tensor.is_cpu and tensor.dtype == torch.float64 and number % CHECK_EVERY == 0
+    return position, tensor.is_cpu and tensor.dtype == torch.float64 and number % CHECK_EVERY == 0
 
 
-def end(result: Tensor) -> None:
-    """Note that the host has come to the end of the reduction. On CUDA the device may not have."""
-    global now, last
-    if watching and result.is_cuda and not torch.cuda.is_current_stream_capturing():
-        event = torch.cuda.Event()
-        event.record()
-        assert now is not None, "begun before"
-        _on_device.append((now, event))
-    last, now = now, None
+def end(position: Position, result: Tensor | None = None) -> None:
+    """Note that the host has come to the end of the reduction, or that it failed. On CUDA the device may not have."""
+    global last
+    if watching and result is not None and result.is_cuda and not torch.cuda.is_current_stream_capturing():
+        with _lock:
+            _on_device.append((position, torch.cuda.current_stream(result.device).record_event()))
+    last = position
+    _waiting.pop(threading.get_ident(), None)
 
 
 def oldest() -> Position | None:
-    """The first reduction that has begun and not come to its end, on the device either."""
-    while _on_device and _on_device[0][1].query():
-        _on_device.popleft()
-    return _on_device[0][0] if _on_device else now
+    """A reduction that has begun and not come to its end, on the device either; the first of several."""
+    with _lock:
+        while _on_device and _on_device[0][1].query():
+            _on_device.popleft()
+        if _on_device:
+            return _on_device[0][0]
+    return next(iter(list(_waiting.values())), None)
 
 
-@lru_cache(maxsize=4096)
-def tag(reduction: Reduction | None) -> Tensor:
-    """What travels with the sums: (2,) float64, a hash of the layer, and 1; zeros if the layer is unknown."""
-    return torch.tensor([0.0, 0.0] if reduction is None else [float(_hash(reduction)), 1.0], dtype=torch.float64)
+def tag(reduction: Reduction | None) -> tuple[float, float]:
+    """What travels with the sums: a hash of the layer, and 1; zeros if the layer is unknown."""
+    return (0.0, 0.0) if reduction is None else (float(_hash(reduction)), 1.0)
 
 
+@lru_cache(maxsize=16384)
 def _hash(reduction: Reduction) -> int:
     return zlib.crc32(str(reduction).encode())
 
@@ -117,15 +122,17 @@ def check_each(tags: Tensor, position: Position) -> None:
     """Raise RuntimeError unless all ranks' tags (ranks, 2) are this process's."""
     if position.reduction is None:
         return
-    own, names = _hash(position.reduction), {_hash(known): known for known in _calls if known is not None}
+    own, found = _hash(position.reduction), tags.tolist()
+    if all(value == own or not known for value, known in found):
+        return
+    names = {_hash(reduction): reduction for _, reduction in list(_calls) if reduction is not None}
     ranks = dist.get_process_group_ranks(group_of(position.group_name))
     others = [
         f"rank {rank} at {names.get(int(value), 'a layer that this rank has not come to')}"
-        for rank, (value, known) in zip(ranks, tags.tolist(), strict=True)
+        for rank, (value, known) in zip(ranks, found, strict=True)
         if known and value != own
     ]
-    if others:
-        raise RuntimeError(f"{_mixed(position)}, {', '.join(others)}")
+    raise RuntimeError(f"{_mixed(position)}, {', '.join(others)}")
 
 
 def check_sum(summed: Tensor, position: Position) -> None:
@@ -136,7 +143,7 @@ def check_sum(summed: Tensor, position: Position) -> None:
 
 
 def _mixed(position: Position) -> str:
-    remedy = "every rank has to run the same layers in the same order"
+    remedy = "every rank has to run the same layers, of the same names, in the same order"
     return f"the statistics of different layers were added; {remedy}: rank {dist.get_rank()} is at {position}"
 
 

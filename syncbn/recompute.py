@@ -29,12 +29,19 @@ class _Tape:
     kept: list[Kept] = field(default_factory=list)
 
 
+@dataclass
+class _Reader:
+    """A place on a tape."""
+
+    tape: _Tape
+    place: int = 0
+
+
 class _Active(threading.local):
     """The tapes that this thread writes or reads, the innermost last. Autograd's threads each have their own."""
 
     def __init__(self) -> None:
-        self.written: list[_Tape] = []
-        self.read: list[Iterator[Kept]] = []
+        self.stack: list[_Tape | _Reader] = []
 
 
 _active = _Active()
@@ -49,7 +56,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     :class:`BatchRenorm`).
 
     Without them, a layer computes and reduces its statistics again, and :class:`BatchRenorm` raises an error, as its
-    corrections are others by then. Either way the running statistics are updated once.
+    corrections are others by then. Either way the running statistics are updated once. All of this holds in eager mode:
+    keep layers of a compiled graph out of activation checkpointing.
 
     Returns:
         A context for the first forward pass and one for its repetition.
@@ -67,11 +75,11 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 @contextmanager
 def _writing(tape: _Tape) -> Iterator[None]:
-    _active.written.append(tape)
+    _active.stack.append(tape)
     try:
         yield
     finally:
-        _active.written.pop()
+        _active.stack.pop()
 
 
 class _reading(AbstractContextManager[None]):
@@ -81,15 +89,15 @@ class _reading(AbstractContextManager[None]):
         self._tape = tape
 
     def __enter__(self) -> None:
-        _active.read.append(iter(self._tape.kept))
+        _active.stack.append(_Reader(self._tape))
 
     def __exit__(self, *error: object) -> None:
-        _active.read.pop()
+        _active.stack.pop()
 
 
 def is_taped() -> bool:
     """Whether statistics are to be kept, or are there from the first forward pass."""
-    return not torch.compiler.is_compiling() and bool(_active.written or _active.read)
+    return not torch.compiler.is_compiling() and bool(_active.stack)
 
 
 def is_repeated() -> bool:
@@ -97,17 +105,27 @@ def is_repeated() -> bool:
     return not torch.compiler.is_compiling() and in_backward()
 
 
-def recall() -> Kept | None:
+def recall(num_features: int) -> Kept | None:
     """What this layer's first forward pass has kept, if this is the second."""
-    if not _active.read:
+    reader = next((each for each in reversed(_active.stack) if isinstance(each, _Reader)), None)
+    if reader is None:
         return None
-    kept = next(_active.read[-1], None)
-    if kept is None:
+    tape, place = reader.tape, reader.place
+    if place == len(tape.kept) and any(each is tape for each in _active.stack):
+        return None  # the first pass still goes on, and has not come here
+    reader.place += 1
+    if place == len(tape.kept) or tape.kept[place].statistics.mean.shape[1] != num_features:
         raise RuntimeError("activation checkpointing repeats a layer that the first forward pass did not have")
-    return kept
+    return tape.kept[place]
 
 
 def keep(kept: Kept) -> None:
-    """Keep it for the repetition, also for that of a checkpoint around this one."""
-    for tape in _active.written:
-        tape.kept.append(kept)
+    """Keep it for the repetition, also for that of a checkpoint around this one.
+
+    A tape below one that is read is not written: it has the layer from the first pass, which may still be going on, as
+    with a derivative that is taken inside of it.
+    """
+    for each in reversed(_active.stack):
+        if isinstance(each, _Reader):
+            return
+        each.kept.append(kept)

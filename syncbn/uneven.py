@@ -28,7 +28,8 @@ def uneven(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = No
 
     Args:
         loader: yields batches: tensors whose first dimension is the sample, or tuples, lists and dicts of them. Other
-            objects in these are passed on as they are. A rank may have none at all.
+            objects in these are passed on as they are. A list of images is no batch: stack them. A rank may have no
+            batch at all. One batch is fetched ahead. All ranks have to leave the loop at the same step.
         process_group: the ranks that train together. None: all of them.
 
     Yields:
@@ -36,7 +37,7 @@ def uneven(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = No
         Without an initialized process group it is 1 / samples. A step without any sample is left out.
 
     Raises:
-        ValueError: a batch holds no tensor with a first dimension.
+        ValueError: the tensors of a batch differ in their first dimension, or there are none.
 
     Example:
         >>> import syncbn, torch
@@ -48,54 +49,51 @@ def uneven(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = No
     batches = iter(loader)
     batch = next(batches, None)
     empty = None if batch is None else tree_map(_no_samples, batch)
-    if ranks > 1:
+    counts = _count(batch, ranks, process_group)
+    samples, unfinished = counts()
+    if 0 < unfinished < ranks:  # all ranks know it
         empty = _agree(empty, process_group)
-    counts = _count(batch, empty, ranks, process_group)
-    while True:
-        samples, unfinished = counts()
-        if not unfinished:
-            return
+    while unfinished:
         # What comes next is counted before the step is computed, so that the host does not wait for the device.
         following = next(batches, None)
-        counts = _count(following, empty, ranks, process_group)
+        counts = _count(following, ranks, process_group)
         if samples:
             yield (empty if batch is None else batch), ranks / samples  # type: ignore[misc]
         batch = following
+        samples, unfinished = counts()
 
 
 def _no_samples(tensor: Tensor) -> Tensor:
-    return tensor[:0] if tensor.dim() else tensor
+    return tensor.new_empty((0, *tensor.shape[1:])) if tensor.dim() else tensor.clone()
 
 
-def _first(batch: Any) -> Tensor:
-    """The first tensor of a batch whose first dimension is the sample."""
-    found = next((tensor for tensor in leaves(batch) if tensor.dim()), None)
-    if found is None:
-        raise ValueError(f"a batch holds no tensor whose first dimension is the sample: {type(batch).__name__}")
-    return found
+def _samples(batch: Any) -> int:
+    sizes = {len(tensor) for tensor in leaves(batch) if tensor.dim()}
+    if len(sizes) != 1:
+        found = f"those of this one have {sorted(sizes)}" if sizes else f"this {type(batch).__name__} has none"
+        raise ValueError(f"a batch needs tensors whose first dimension is the sample; {found}")
+    return sizes.pop()
 
 
 def _agree(empty: Any, group: dist.ProcessGroup | None) -> Any:
     """The empty batch of this rank, or another's if this one has no batch to make it from. One collective."""
-    kind = None if empty is None else _first(empty).device.type
+    kind = None if empty is None else next(tensor for tensor in leaves(empty) if tensor.dim()).device.type
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, (kind, None if empty is None else tree_map(Tensor.cpu, empty)), group)
-    others = [(kind, tree) for kind, tree in everywhere if tree is not None]
-    if empty is not None or not others:
-        return empty
-    kind, tree = others[0]
-    return tree_map(lambda tensor: tensor.to(kind), tree)
+    kind, tree = next(pair for pair in everywhere if pair[1] is not None)
+    return tree_map(lambda tensor: tensor.to(kind), tree) if empty is None else empty
 
 
-def _count(batch: Any, empty: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[[], tuple[int, int]]:
+def _count(batch: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[[], tuple[int, int]]:
     """Start to add the ranks' samples, and the ranks that have a batch; the result is called for both."""
-    here = [0, 0] if batch is None else [len(_first(batch)), 1]
+    here = (0, 0) if batch is None else (_samples(batch), 1)
     if ranks == 1:
-        return lambda: (here[0], here[1])
-    device = torch.device("cpu") if empty is None else _first(empty).device
-    counts = torch.tensor(here).to(device, non_blocking=True)
+        return lambda: here
+    # Batches may be on the CPU where the ranks can only exchange what is on their GPUs.
+    host_only = "cpu" in dist.get_backend_config(group)
+    counts = torch.tensor(here, device="cpu" if host_only else "cuda")
     dist.all_reduce(counts, group=group)
-    if device.type != "cuda":
+    if not counts.is_cuda:
         return lambda: tuple(counts.tolist())
     host, arrived = torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
     host.copy_(counts, non_blocking=True)

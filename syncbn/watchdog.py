@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
@@ -54,7 +56,8 @@ class watchdog:  # a context manager, named like contextlib's
     end with exit code 86. They also end if a process gives no sign of life for ``silence`` seconds, as when its node is
     gone.
 
-    Call it after ``init_process_group`` on every rank, once or as a context manager. A thread of each process then
+    Only layers are watched, and not torch's own collectives. ``syncbn train`` and studies have a watchdog already. Call
+    it after ``init_process_group`` on every rank, once or as a context manager. A thread of each process then
     tells the others where it is, through the store of the process group. With one process it does nothing.
 
     On CUDA a reduction lasts until its work on the device is done; capture CUDA graphs outside the context manager.
@@ -83,14 +86,24 @@ class watchdog:  # a context manager, named like contextlib's
         self._timeout, self._silence = timeout, silence
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (dist.is_available() and dist.is_initialized()):
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                warnings.warn("call syncbn.watchdog after init_process_group: it watches nothing", stacklevel=2)
             return
-        self._rank, self._neighbour = dist.get_rank(), (dist.get_rank() + 1) % dist.get_world_size()
+        self._rank, world_size = dist.get_rank(), dist.get_world_size()
+        if world_size == 1:
+            return
+        self._neighbour = (self._rank + 1) % world_size
+        # Each round makes four calls of the one store.
+        self._interval = max(min(1.0, timeout / 5), world_size / 200)
         # A connection of its own: whoever waits in a call of a store keeps all others from it.
-        self._store = store_of_world().clone()  # type: ignore[attr-defined]  # its stub lacks it
-        self._main = threading.get_ident()
+        self._store: Any = store_of_world().clone()  # type: ignore[attr-defined]  # its stub lacks it
+        self._main, self._process = threading.get_ident(), os.getpid()
         self._beat = 0
-        self._heard, self._heard_at = 0, time.monotonic()
+        self._clock = 0.0  # seconds of watching: a suspended process has waited for nobody
+        self._seen: lockstep.Position | None = None
+        self._seen_at = self._heard_at = 0.0
+        self._heard = 0
         lockstep.watching += 1
         for function in (self._watch, self._guard):
             self._threads.append(threading.Thread(target=function, name="syncbn.watchdog", daemon=True))
@@ -99,14 +112,13 @@ class watchdog:  # a context manager, named like contextlib's
 
     def stop(self) -> None:
         """Stop watching. The other ranks are told, so that they do not take this one for dead."""
-        if not self._threads or self._stopped.is_set():
+        if not self._threads or self._stopped.is_set() or os.getpid() != self._process:
             return
         self._stopped.set()
         for thread in self._threads:
             thread.join(5)
         lockstep.watching -= 1
         atexit.unregister(self.stop)
-        self._tell(-1)
 
     def __enter__(self) -> Self:
         return self
@@ -117,13 +129,24 @@ class watchdog:  # a context manager, named like contextlib's
     # -- the threads ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self._timeout / 5)):
-            self._tell(self._beat + 1)
-            position = lockstep.oldest()
-            if position is not None and time.monotonic() - position.since > self._timeout:
-                self._end(self._waited(position))
-            self._follow()
-            self._beat += 1
+        before = time.monotonic()
+        try:
+            while not self._stopped.wait(self._interval):
+                now = time.monotonic()
+                self._clock += min(now - before, 2 * self._interval)
+                before = now
+                self._tell(self._beat + 1)
+                position = lockstep.oldest()
+                if position is not self._seen:
+                    self._seen, self._seen_at = position, self._clock
+                elif position is not None and self._clock - self._seen_at > self._timeout:
+                    self._end(self._waited(position))
+                self._follow()
+                self._beat += 1
+            self._tell(-1)
+        except Exception as error:
+            warnings.warn(f"syncbn.watchdog has failed and watches no longer: {error!r}", stacklevel=1)
+            self._stopped.set()
 
     def _guard(self) -> None:
         """End if the other thread does not come to its end: a call of the store waits for as long as the network does.
@@ -131,23 +154,21 @@ class watchdog:  # a context manager, named like contextlib's
         It counts its own rounds, as the time that a suspended process sleeps is not silence.
         """
         beat, rounds = -1, 0
-        while not self._stopped.wait(1.0):
+        while not self._stopped.wait(self._interval):
             beat, rounds = self._beat, rounds + 1 if self._beat == beat else 0
-            if rounds > self._silence:
+            if rounds * self._interval > self._silence:
                 where = "the process or node that serves the store of the process group is gone, or cannot be reached"
                 _exit(f"rank {self._rank} has heard nothing of the other ranks for {self._silence:g} s: {where}")
 
     def _follow(self) -> None:
         """End if another rank has said so, or if the next rank is silent."""
-        try:
-            if self._store.check([_END]):
-                os._exit(EXIT_CODE)
-        except RuntimeError:  # the store has been closed, as by a rank 0 that is done
-            return
-        status, now = self._status(self._neighbour), time.monotonic()
+        said = self._ask(_END)
+        if said is not None:
+            _exit(said.decode(), speaks=False)
+        status = self._status(self._neighbour)
         if status is None or status.beat < 0 or status.beat != self._heard:
-            self._heard, self._heard_at = 0 if status is None else status.beat, now
-        elif now - self._heard_at > self._silence:
+            self._heard, self._heard_at = 0 if status is None else status.beat, self._clock
+        elif self._clock - self._heard_at > self._silence:
             gone = "its process or its node is gone, or cannot be reached"
             self._end(f"rank {self._neighbour} gives no sign of life for {self._silence:g} s: {gone}; it {status}")
 
@@ -157,17 +178,28 @@ class watchdog:  # a context manager, named like contextlib's
         now, last = lockstep.oldest(), lockstep.last
         words = [None if position is None else str(position) for position in (now, last)]
         line = _line(sys._current_frames().get(self._main))
-        try:
-            self._store.set(_key(self._rank), json.dumps([beat, *words, line, socket.gethostname()]))
-        except RuntimeError:
-            return
+        self._put(_key(self._rank), json.dumps([beat, *words, line, socket.gethostname()]))
+
+    def _put(self, key: str, value: str) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(key, value)
+            except RuntimeError:
+                # It is served by a process that has ended. This may be a rank 0 that is done, so it is no alarm.
+                self._store = None
+
+    def _ask(self, key: str) -> bytes | None:
+        """The value of a key; None if it has none or the store is gone."""
+        if self._store is not None:
+            try:
+                return self._store.get(key) if self._store.check([key]) else None
+            except RuntimeError:
+                self._store = None
+        return None
 
     def _status(self, rank: int) -> Status | None:
-        try:
-            known = self._store.check([_key(rank)])
-            return Status(*json.loads(self._store.get(_key(rank)))) if known else None
-        except RuntimeError:
-            return None
+        told = self._ask(_key(rank))
+        return None if told is None else Status(*json.loads(told))
 
     def _waited(self, position: lockstep.Position) -> str:
         """The sentence about a reduction in which this process has waited."""
@@ -175,6 +207,10 @@ class watchdog:  # a context manager, named like contextlib's
         found = {rank: self._status(rank) for rank in ranks}
         absent = {rank: status for rank, status in found.items() if status is None or status.position != str(position)}
         said = [f"rank {rank} {status or 'has no watchdog'}" for rank, status in absent.items()]
+        if self._store is None:
+            said = [
+                "the process that served the store of the process group has ended, so nothing is known of the others"
+            ]
         return (
             f"rank {self._rank} has waited for {self._timeout:g} s in {position}: "
             f"{'; '.join(said) or 'all ranks are there, but the network does not carry their data'}"
@@ -182,23 +218,29 @@ class watchdog:  # a context manager, named like contextlib's
 
     def _end(self, sentence: str) -> None:
         """End this process; the first of all ranks to do so says why."""
-        try:
+        first = True
+        with contextlib.suppress(RuntimeError, AttributeError):
             first = self._store.add(_ENDS, 1) == 1
             self._store.set(_END, sentence)
-        except RuntimeError:
-            first = True
-        _exit(sentence if first else None)
+        # This process may serve the store, in which the others look once in each round.
+        _exit(sentence, speaks=first, after=2 * self._interval)
 
 
 def _key(rank: int) -> str:
     return f"syncbn-watchdog/{rank}"
 
 
-def _exit(sentence: str | None) -> None:
+def _exit(sentence: str, speaks: bool = True, after: float = 0.0) -> None:
     """End the process from a thread: the main thread waits in a call that nothing interrupts."""
-    if sentence is not None:
-        report_error(sentence)
-    os._exit(EXIT_CODE)
+    try:
+        report_error(sentence, speaks)
+        # In a thread, as the main one may hold the lock of a stream.
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flush.start()
+        flush.join(1.0)
+        time.sleep(after)
+    finally:
+        os._exit(EXIT_CODE)
 
 
 def _line(frame: FrameType | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -44,6 +45,9 @@ with syncbn.watchdog(timeout=5, silence=5):
     elif fault == "batch_fewer" and not first:
         dist.barrier()
     elif fault == "stopped" and not first:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "suspended":
+        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "other_layer" and not first:
         net[1] = net[4]

@@ -111,6 +111,27 @@ def test_one_process_and_two_backward_passes(kind: str) -> None:
         torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_derivative_inside_of_a_checkpoint(kept: bool) -> None:
+    """It repeats the first layers while the first pass still goes on. All layers are of one size."""
+    torch.manual_seed(0)
+    layers = [syncbn.SyncBatchNorm(3, dtype=torch.float64) for _ in range(2)]
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+
+    def forces(z: Tensor) -> Tensor:
+        energy = layers[0](z).pow(3).sum()
+        (force,) = torch.autograd.grad(energy, z, create_graph=True)
+        return layers[1](force * z)
+
+    found = []
+    for checkpointed in (False, True):
+        contexts = {"use_reentrant": False, "early_stop": False}
+        contexts |= {"context_fn": syncbn.checkpoint_contexts} if kept else {}
+        y = checkpoint(forces, x, **contexts) if checkpointed else forces(x)
+        found.append(torch.autograd.grad(y.pow(2).mul(torch.arange(3)).sum(), x)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
 def empty_without_history(name: str, options: dict[str, Any], frozen: bool, needed: bool) -> list[Any]:
     """Rank 0 has an empty batch that is a constant; whether the others' batches need a gradient is ``needed``."""
     layer = getattr(syncbn, name)(3, affine=frozen, **options)

@@ -114,5 +114,7 @@ def test_a_process_group(pools: Callable[[int], Pool]) -> None:
 def test_one_process() -> None:
     assert [(len(x), factor) for x, factor in syncbn.uneven([torch.zeros(4), torch.zeros(0)])] == [(4, 0.25)]
     assert list(syncbn.uneven([])) == []
-    with pytest.raises(ValueError, match="a batch holds no tensor whose first dimension is the sample: dict"):
+    with pytest.raises(ValueError, match="first dimension is the sample; this dict has none"):
         list(syncbn.uneven([{"scale": torch.tensor(1.0), "name": "a"}]))
+    with pytest.raises(ValueError, match=r"those of this one have \[2, 3\]"):
+        list(syncbn.uneven([[torch.zeros(3, 8, 8), torch.zeros(2, 4)]]))

@@ -123,6 +123,9 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
     with torch.no_grad():
         for actual, expected in zip(outputs(model.eval(), x), outputs(plain.eval(), x), strict=True):
             assert torch.equal(actual, expected)
+    for module in plain.modules():  # checkpointing would update the statistics of torch's layers twice
+        if hasattr(module, "memory_efficient"):
+            module.memory_efficient = False  # type: ignore[assignment]
     expected = train_step(plain.train(), x)
     for what, actual in train_step(model.train(), x).items():
         assert_near(actual, expected[what], what)
