@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_origin, get_type_hints
 
-from syncbn.train.config import ConfigError, RunConfig, described_type, require
+from syncbn.train.config import ConfigError, RunConfig, check_keys, described_type, meant, require
 
 Details = Mapping[str, Any]
 """The arguments of ``add_argument`` for an option."""
@@ -62,15 +61,29 @@ def read_options(
             needed = f"{described_type(details.get('type'))}, which syncbn {command} needs"
             key = option.removeprefix("--")
             require(not (details.get("required") or option in arguments) or key in given, key, None, needed)
+        for key, text in given.items():
+            section = hints.get(key)
+            if isinstance(section, type) and is_dataclass(section):
+                _check_section(key, text, section, plain_value)
     try:
         # Without defaults, a key that is not given leaves the file's value as it is.
         return vars(parser.parse_args(list(words), defaults=False).as_flat())
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:  # an integer may be too large for a float
         named = re.match(r'Parser key "([^"]+)"', str(error))
         wrong = next((key for key in given if named and _covers(named[1], key.replace("-", "_"))), None)
         if wrong is None:
             raise ConfigError(command, " ".join(words), f"options that can be read ({error})") from error
         raise ConfigError(wrong, given[wrong], described_type(_hint(wrong, hints))) from error
+
+
+def _check_section(key: str, text: str | None, kind: type, parse: Callable[[str], Any]) -> None:
+    """Check the keys of a section that is given as a whole: the parser would name no key."""
+    try:
+        values = parse(text or "")
+    except ValueError:  # the parser says so
+        return
+    if isinstance(values, dict):
+        check_keys(values, kind, f"{key}.")
 
 
 def _covers(named: str, key: str) -> bool:
@@ -105,9 +118,8 @@ def _split(
             more = "nothing more but options" if arguments else "options alone"
             raise ConfigError(command, word, f"{more}, which begin with -- (see syncbn {command} --help)")
         if not _known(key, hints):
-            close = difflib.get_close_matches(key, hints, n=3, cutoff=0.5)
-            such = f", such as {', '.join(f'--{name}' for name in close)}" * bool(close)
-            raise ConfigError(key, value if joined else follows, f"an option of syncbn {command}{such}")
+            close = meant(f"--{key}", [f"--{name}" for name in hints])
+            raise ConfigError(key, value if joined else follows, f"an option of syncbn {command}{close}")
         hint = _hint(key, hints)
         if hint is None:
             require(not joined, key, value, "no value: the option is given or not")

@@ -15,7 +15,7 @@ from syncbn.study.plan import grid, study_file
 from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.records import read_records
 from syncbn.study.run.runner import Executor, run_cells
-from syncbn.study.stages import run_stages, stages
+from syncbn.study.stages import left_words, run_stages, stages
 from syncbn.train.config import require
 from syncbn.train.result import RunResult
 
@@ -114,7 +114,8 @@ class Study:
             The path of the report.
 
         Raises:
-            RuntimeError: runs failed, after all others were done; the message has the first one's reason.
+            RuntimeError: runs failed, after all others were done; the message has the first one's reason. If the first
+                runs all fail by the same mistake of yours, the others are left.
         """
         from syncbn.study.report.report import write_report  # matplotlib is slow to import
 
@@ -134,7 +135,9 @@ class Study:
         if failures:
             first = next(outcome for outcome in outcomes.values() if outcome.state == "failed")
             more = f"{len(failures)} of {len(outcomes)} runs failed; the first, {first.job.label}: {first.message}"
-            raise RuntimeError(f"{more} (log: {first.job.log})")
+            stopped = any(outcome.state == "missing" for outcome in outcomes.values())
+            left = f"; {left_words(self.plan, outcomes, self._out)}" if stopped else ""
+            raise RuntimeError(f"{more} (log: {first.job.log}){left}")
         return report
 
     def frame(self, out: str | Path | None = None) -> pd.DataFrame:

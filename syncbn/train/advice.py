@@ -6,9 +6,11 @@ matter. See :mod:`syncbn.train.paired` for the intervals.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from statistics import median_high
 
-from syncbn.population import LayerDivergence
+from syncbn.population import LayerDivergence, gaussian_divergence
 from syncbn.train.diagnosis import Diagnosis
 from syncbn.train.paired import Difference
 from syncbn.train.result import Metric
@@ -21,9 +23,10 @@ MATTERS = 0.005
 
 def advice(found: Diagnosis) -> list[str]:
     """What the measurements mean, one sentence each, the most important first."""
-    words = _about_scores(found)
-    for sentence in (_about_order(found), _about_shared_layers(found), _about_noise(found)):
-        words += [sentence] if sentence else []
+    claims, worst = _about_scores(found), _about_worst_scores(found)
+    words = [worst] if worst else claims
+    further = (_about_running(found, claims), _about_order(found), _about_shared_layers(found), _about_noise(found))
+    words += [sentence for sentence in further if sentence]
     return words or ["Nothing here suggests that small batches harmed this model."]
 
 
@@ -56,6 +59,57 @@ def _about_scores(found: Diagnosis) -> list[str]:
             "inference does not have it. Train with larger normalization batches, BatchRenorm or GroupNorm."
         )
     return words
+
+
+def _about_worst_scores(found: Diagnosis) -> str | None:
+    """Whether all scores are the worst that there are, and so tell nothing of the statistics."""
+    metric, known = found.metric, [score for score in found.scores.values() if score is not None]
+    if metric is None or not known:
+        return None
+    worst = 0.0 if metric.higher_is_better else 1.0 if metric.percent else math.inf
+    if any(score != worst for score in known):
+        return None
+    return (
+        f"Scores: the {metric.name} is {metric.shown(worst)} with all kinds of statistics, the worst that it can be. "
+        "It tells nothing about them. Train longer, or look for a mistake in the data or the metric, before comparing."
+    )
+
+
+def _about_running(found: Diagnosis, claims: Sequence[str]) -> str | None:
+    """Whether the running statistics are far from those of the training data, and what that may come from."""
+    size = max(found.layers) if found.trained_at is None else found.trained_at
+    layers = [x for x in found.layers.get(size, []) if x.running_kl is not None and x.layer not in found.uses]
+    far = {
+        x.layer: x.running_kl for x in layers if x.running_kl is not None and x.running_kl > gaussian_divergence(FEW)
+    }
+    if not far:
+        return None
+    batch = {x.layer: x.kl for x in layers if x.kl is not None}
+    # An average of batches is not as far as the batches themselves, unless the weights have moved on.
+    behind = [name for name, kl in far.items() if found.trained_at and kl > 2 * batch.get(name, math.inf)]
+    named = ", ".join(list(far)[:3]) + (", ..." if len(far) > 3 else "")
+    facts = (
+        f"Running: in {len(far)} of {len(layers)} layers the running statistics are as far from those of the training "
+        f"data as {FEW:.0f} independent values would be, or farther ({named}; KL at most {_number(max(far.values()))})."
+    )
+    reason = (
+        "They average too few batches, which a smaller momentum mends, or batches that are small or whose samples are "
+        "alike."
+    )
+    if found.trained_at is None:
+        reason = "They average too few batches, or have not followed the weights."
+    elif behind:
+        reason = (
+            f"In layer {behind[0]}, a single batch of {size} is less than half as far: they have not followed the "
+            "weights, or are of other data. A larger momentum, or more steps at a small learning rate, "
+            "lets them follow."
+        )
+    scores = [
+        kind for kind, score in found.scores.items() if kind in ("running", "mean", "total") and score is not None
+    ]
+    shown = any(words.startswith("Estimation") for words in claims)
+    harmless = " The test scores do not show a loss by that." * (len(scores) > 1 and not shown)
+    return f"{facts} {reason} Population statistics replace them (syncbn.update_population_statistics).{harmless}"
 
 
 def _claim(found: Diagnosis, first: str, second: str) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from syncbn.layers import BatchError, SampleGroups
 from syncbn.population import LayerDivergence, Population
 from syncbn.train.batches import fetched, forward, loss_of, metrics_of, split
-from syncbn.train.checkpoint import load_weights, whole_checkpoint
+from syncbn.train.checkpoint import whole_checkpoint
 from syncbn.train.config import ConfigError, LocalError, RunConfig, load_config, require
 from syncbn.train.data.order import order_of
 from syncbn.train.data.samples import Key, batch_loader
@@ -26,6 +26,7 @@ from syncbn.train.paired import Difference, independent_difference, paired_diffe
 from syncbn.train.result import Metric, RunResult
 from syncbn.train.schedule import batches_of
 from syncbn.train.state import Run, prepare
+from syncbn.train.stored import load_model_tensors
 from syncbn.train.task import Sum, Task
 
 
@@ -140,17 +141,17 @@ def diagnose(
     config, weights = _find(folder)
     size = config.normalization_batch_size
     if size is None or config.norm.name == "mabn":  # its windows are not the statistics of a batch
-        raise ConfigError("checkpoint", str(folder), f"a run whose norm uses batch statistics, not {config.norm.name}")
+        raise ConfigError("checkpoint", folder, f"a run whose norm uses batch statistics, not {config.norm.name}")
     require(samples >= 2, "samples", samples, "an integer of at least 2")
     require(all(s >= 1 for s in sizes or ()), "sizes", sizes, "batch sizes of at least 1")
     config = replace(config, evaluation=replace(config.evaluation, batch=True, population_samples=[samples]))
     with open_session(config, None) as accelerator:
         run = prepare(config, Partition.of(config, Placement()), accelerator, given=task)
         try:
-            load_weights(run.model, weights)
+            load_model_tensors(run.model, weights)
         except RuntimeError as error:  # weights of another network
             expected = f"a run of the task {run.task_name}, whose model has other weights; give `task`"
-            raise ConfigError("checkpoint", str(folder), expected) from error
+            raise ConfigError("checkpoint", folder, expected) from error
         run.model.to(run.device, run.dtype)
         samples = min(samples, len(run.data.train))
         require(size <= samples, "samples", samples, f"at least {size}, the normalization batch of the run")
@@ -223,11 +224,11 @@ def _find(folder: Path) -> tuple[RunConfig, Path]:
         weights = checkpoint / "model.safetensors"
     if not weights.is_file() or not (folder / "config.yaml").is_file():
         expected = "the folder of a run, with config.yaml and model.safetensors or a checkpoint"
-        raise ConfigError("checkpoint", str(folder), expected)
+        raise ConfigError("checkpoint", folder, expected)
     status = "ok"
-    with suppress(OSError, ValueError, TypeError, KeyError):  # unfinished, or damaged: the weights are what counts
+    with suppress(ConfigError):  # unfinished, or damaged: the weights are what counts
         status = RunResult.from_json(folder / "result.json").status
-    require(status == "ok", "checkpoint", str(folder), "a run that did not diverge")
+    require(status == "ok", "checkpoint", folder, "a run that did not diverge")
     return load_config(folder / "config.yaml"), weights
 
 

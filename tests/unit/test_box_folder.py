@@ -81,7 +81,7 @@ def test_boxes_belong_to_the_upright_image(root: Path) -> None:
     for width, height in ((20, 10), (10, 20)):
         images = [{"id": 5, "file_name": "a.png", "width": width, "height": height}]
         (root / "train/annotations.json").write_text(
-            json.dumps({"images": images, "categories": CATEGORIES, "annotations": OBJECTS})
+            json.dumps({"images": images, "categories": CATEGORIES, "annotations": OBJECTS[:1]})
         )
         boxed, _ = read_boxes(*box_files("boxes", str(root), "train"))
         if (width, height) == (20, 10):
@@ -160,18 +160,64 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no list": ({"annotations": 3}, "(TypeError: 'int' object is not iterable)"),
     "a missing file": ({"images": [{"id": 5, "file_name": "c.png"}]}, "an image that is there"),
+    "a list for an annotation": ({"annotations": [[1, 2]]}, "in number 0: TypeError"),
+    "an id of two annotations": (
+        {"annotations": [{**OBJECTS[0], "id": 4}, {**OBJECTS[1], "id": 5}, {**OBJECTS[0], "id": 4}]},
+        "in number 2: ValueError: its id 4 is also that of number 0",
+    ),
+    "no annotations": ({"annotations": []}, "at least one annotation of an object"),
+    "a crowd alone": ({"annotations": OBJECTS[1:]}, "at least one annotation of an object"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_in_a_file(tmp_path: Path, name: str) -> None:
     changes, expected = MISTAKES[name]
-    changes = {"annotations": [], **changes} if name == "a missing file" else changes
+    changes = {"annotations": OBJECTS[:1], **changes} if name == "a missing file" else changes
     path = write(tmp_path, "train", **changes)
     with pytest.raises(ConfigError) as error:
         read_boxes(path, path.parent / "images")
     assert str(error.value).startswith("task.options.root: got ")
     assert expected in str(error.value)
+
+
+BEYOND = {
+    "at the right": [8, 1, 4, 3],
+    "at the bottom": [2, 18, 3, 4],
+    "at the left": [-2, 1, 4, 3],
+    "at the top": [2, -1.5, 4, 3],
+    "beside": [10, 1, 0.5, 3],
+    "above": [2, -1, 3, 1],
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_box_beyond_its_image(root: Path, name: str) -> None:
+    """Named by the annotations if they have the image's size, else by the image itself."""
+    x, y, width, height = BEYOND[name]
+    told = f"its bbox [{float(x)}, {float(y)}, {float(width)}, {float(height)}] reaches beyond an image of 10x20 pixels"
+    objects = [OBJECTS[0], {**OBJECTS[0], "bbox": BEYOND[name]}]
+    sized = [{"id": 5, "file_name": "a.png", "width": 10, "height": 20}]
+    with pytest.raises(ConfigError) as error:
+        read_boxes(
+            *box_files("boxes", str(write(root, "train", images=sized, annotations=objects).parents[1]), "train")
+        )
+    assert "train/annotations.json', expected" in str(error.value)
+    assert f"in number 1: ValueError: {told}" in str(error.value)
+    write(root, "train", annotations=objects)
+    with pytest.raises(ConfigError) as error:
+        Detection(data="boxes", root=str(root), image_size=32).data(0)
+    assert "images/a.png', expected an image around its boxes" in str(error.value)
+    assert told in str(error.value)
+
+
+def test_a_rounded_box_ends_at_the_border(root: Path) -> None:
+    objects = [{**OBJECTS[0], "bbox": [-0.5, 3, 11, 17.75]}]
+    sized = [{"id": 5, "file_name": "a.png", "width": 10, "height": 20}, {"id": 2, "file_name": "b.png"}]
+    for changes in ({}, {"images": sized}):
+        write(root, "train", annotations=objects, **changes)
+        images, _ = read_boxes(*box_files("boxes", str(root), "train"))
+        assert BoxedImages(images, (40, 60))[0][1]["boxes"].tolist() == [[0, 6, 20, 40]]
 
 
 def test_files_that_cannot_be_read(root: Path) -> None:
@@ -181,7 +227,7 @@ def test_files_that_cannot_be_read(root: Path) -> None:
     (root / "test/annotations.json").unlink()
     with pytest.raises(ConfigError, match=r"expected a file that can be read .No such file"):
         Detection(data="boxes", root=str(root)).data(0)
-    write(root, "test", categories=CATEGORIES[:1], annotations=[])
+    write(root, "test", categories=CATEGORIES[:1], annotations=OBJECTS[:1])
     with pytest.raises(ConfigError, match=r"expected the categories of the training data, \['dog', 'cat'\]"):
         Detection(data="boxes", root=str(root)).data(0)
     write(root, "test")

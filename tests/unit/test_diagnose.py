@@ -61,8 +61,8 @@ def test_sizes_are_the_users_and_the_runs_own(run):
     assert list(diagnose(run[0], samples=64, sizes=[2, 128]).layers) == [2, 4]
 
 
-def layer(effective, name="a"):
-    return LayerDivergence(layer=name, count=8, kl=0.1, effective=effective, running_kl=0.0, channels=4, dead=0)
+def layer(effective, name="a", kl=0.1, running_kl=0.0):
+    return LayerDivergence(layer=name, count=8, kl=kl, effective=effective, running_kl=running_kl, channels=4, dead=0)
 
 
 def diagnosis(layers, shuffled, running=0.1, batch=0.1, population=0.1, test_samples=1000):
@@ -96,6 +96,59 @@ def test_advice_follows_the_figures():
     assert "No size tried is enough" in words
     unknown = [layer(None)]  # no divergence to speak of
     assert advice(diagnosis({2: unknown}, unknown))[0].startswith("Nothing")
+
+
+NOTHING = ["Nothing here suggests that small batches harmed this model."]
+
+
+@pytest.mark.parametrize(
+    ("metric", "score", "shown"),
+    [
+        (Metric("map", higher_is_better=True), 0.0, "map is 0.0 %"),
+        (Metric("reward", higher_is_better=True, percent=False), 0.0, "reward is 0"),
+        (Metric("error"), 1.0, "error is 100.0 %"),
+        (Metric("error"), 0.0, None),
+        (Metric("loss", percent=False), 1.0, None),
+        (Metric("map", higher_is_better=True), 1.0, None),
+    ],
+)
+def test_scores_that_are_all_the_worst_tell_nothing(metric, score, shown):
+    fine = [layer(100.0)]
+    found = diagnosis({2: fine}, fine)
+    evaluations = [{**entry, "test": {metric.name: score}} for entry in found.evaluations]
+    words = advice(replace(found, metric=metric, evaluations=evaluations))
+    if shown is None:
+        assert words == NOTHING
+    else:
+        assert words[0].startswith(f"Scores: the {shown} with all kinds of statistics, the worst that it can be.")
+        assert len(words) == 1
+        evaluations[1] = {**evaluations[1], "test": {metric.name: 0.5}}
+        other = advice(replace(found, metric=metric, evaluations=evaluations))
+        assert not any(sentence.startswith("Scores") for sentence in other)
+
+
+def test_running_statistics_that_are_far_off():
+    """Nothing is said of what a batch of 16 independent values would be closer than."""
+    near = [layer(100.0, running_kl=0.06)]
+    assert advice(diagnosis({2: near}, near)) == NOTHING
+    behind = [layer(100.0, running_kl=0.3), layer(100.0, "b")]
+    (words,) = advice(diagnosis({2: behind}, behind))
+    assert words.startswith("Running: in 1 of 2 layers the running statistics are as far from those of the training")
+    assert "(a; KL at most 0.3). In layer a, a single batch of 2 is less than half as far" in words
+    assert "A larger momentum" in words
+    assert words.endswith("The test scores do not show a loss by that.")
+    short = [layer(100.0, running_kl=0.15)]
+    (words,) = advice(diagnosis({2: short}, short))
+    assert "They average too few batches, which a smaller momentum mends, or batches that are small or" in words
+    assert "less than half" not in words
+    (words,) = advice(replace(diagnosis({2: behind}, behind), trained_at=None))
+    assert "or have not followed the weights. Population" in words, "what a batch of the training is, is not known"
+    assert advice(replace(diagnosis({2: behind}, behind), uses={"a": 2}))[0].startswith("Shared")
+    lost, words = advice(diagnosis({2: behind}, behind, running=0.3))
+    assert lost.startswith("Estimation")
+    assert "do not show" not in words
+    (words,) = advice(replace(diagnosis({2: behind}, behind), evaluations=[], metric=None))
+    assert "The test scores" not in words, "there are none"
 
 
 def test_what_cannot_be_diagnosed(tmp_path):

@@ -114,7 +114,8 @@ def test_a_layer_that_is_applied_twice():
     assert [x.layer for x in found.layers[32]] == ["norm", "other"]
     assert found.uses == {"norm": 2}
     assert found.layers[32][0].effective < 16 < found.layers[32][1].effective
-    (words,) = found.advice
+    running, words = found.advice
+    assert running.startswith("Running: in 1 of 1 layers"), "which were never estimated; of the shared one, who knows"
     assert words.startswith("Shared: norm is applied 2 times in each forward pass")
 
 
@@ -174,7 +175,7 @@ def test_as_many_samples_as_are_asked_for():
         ([images(16)], {"samples": 1}, "samples: got 1"),
         ([[images(16), torch.zeros(16)]], {}, "batches: got 'list', expected tensors .*; or give `forward`"),
         ([(images(16), torch.zeros(3))], {}, r"batches: got \[3, 16\], expected tensors that all have the samples"),
-        ([images(16)], {"evaluate": lambda model: 0.5}, "metric: got None, expected a syncbn.train.Metric"),
+        ([images(16)], {"evaluate": lambda model: 0.5}, "metric: got nothing, expected a syncbn.train.Metric"),
         ([images(16)], {"metric": ACCURACY}, "metric: got Metric"),
         ([images(16)], {"metric": ACCURACY, "evaluate": lambda m: math.nan}, "evaluate: got nan"),
         ([images(16)], {"metric": ACCURACY, "evaluate": lambda m: "good"}, "evaluate: got 'good'"),
@@ -262,6 +263,12 @@ def test_statistics_that_were_never_estimated():
     assert "95 % interval" in found.advice[0]
     assert "on 400 test samples" in found.advice[0]
     assert not any(words.startswith("Mismatch") for words in found.advice)
+    running = next(words for words in found.advice if words.startswith("Running"))
+    assert "in 1 of 1 layers" in running
+    assert "have not followed the weights, or are of other data" in running
+    syncbn.update_population_statistics(model, [x])
+    again = diagnose_model(model, [x], evaluate=right(x, y), metric=ACCURACY, trained_at=8)
+    assert not any(words.startswith("Running") for words in again.advice)
 
 
 def test_the_same_on_a_test_set_that_is_too_small_to_tell():

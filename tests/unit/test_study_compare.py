@@ -23,6 +23,7 @@ from syncbn.study.analysis.two_studies import rows_of
 from syncbn.study.plan.differences import differences
 from syncbn.study.plan.folder import save_study
 from syncbn.study.plan.grid import study_cells
+from syncbn.study.report.two_studies import exploratory
 from syncbn.study.run.records import Records
 from syncbn.train.config import ConfigError
 from syncbn.train.result import Metric
@@ -64,6 +65,32 @@ def test_common_seeds_are_paired_and_holm_is_over_the_rows():
     assert rows[0].effect.difference == pytest.approx(np.mean(A["batch"]) - np.mean(B["batch"]))
     expected = stats.ttest_rel(A["batch"], B["batch"]).confidence_interval()
     assert (rows[0].effect.low, rows[0].effect.high) == pytest.approx(tuple(expected))
+
+
+def test_the_same_runs_are_no_test_and_not_in_the_family():
+    """An arm that nothing was changed for."""
+    first, second = summary(small_study(**FIRST), A), summary(small_study(**SECOND), {**B, "batch": A["batch"]})
+    rows = rows_of(first, second)
+    assert [row.test for row in rows] == ["same", "paired", "paired"]
+    assert (rows[0].effect.difference, np.isnan(rows[0].effect.p), rows[0].seeds) == (0.0, True, (4, 4))
+    p = [float(difference_p(np.array(A[arm]), np.array(B[arm]))) for arm in ("sync", "iid")]
+    assert [row.effect.p for row in rows[1:]] == pytest.approx(holm(np.array(p)).tolist())
+    assert "over 2 rows that are not the same runs in both." in exploratory(rows)
+    more = summary(small_study(**{**SECOND, "seeds": [0, 1, 2, 3, 4]}), {**B, "batch": [*A["batch"], 0.3]})
+    assert rows_of(first, more)[0].test == "same", "its common seeds are what would be tested"
+    fewer = summary(small_study(**{**SECOND, "seeds": [3, 4, 5]}), {**B, "batch": [A["batch"][3], 0.3, 0.3]})
+    assert rows_of(first, fewer)[0].test == "Welch"
+    assert rows_of(first, first)[0].test == "same"
+    assert exploratory(rows_of(first, first)) == (
+        "The runs are the same in both studies, so there is nothing to compare."
+    )
+
+
+def test_equal_scores_of_other_configurations_are_tested():
+    base = {"gpus": 4, "per_gpu_batch_size": 4, "data": {"name": "digits"}, "optimizer": {"lr": 0.2}}
+    rows = rows_of(summary(small_study(**FIRST), A), summary(small_study(**SECOND, base=base), A))
+    assert {row.test for row in rows} == {"paired"}
+    assert [row.effect.p for row in rows] == [1.0] * 3
 
 
 def test_only_the_common_seeds_are_paired():
@@ -211,6 +238,8 @@ def test_a_study_beside_itself(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Their configurations are the same." in printed
     assert "0.0" in printed
+    assert len(re.findall(r"the same *\n.* runs *\n", printed)) == 3
+    assert "1.00" not in printed
 
 
 def test_a_folder_says_which_study_it_holds(tmp_path, capsys):
@@ -252,7 +281,22 @@ def test_a_study_from_python_is_found_again_in_its_folder(tmp_path, capsys):
     assert main(["study", "compare", str(tmp_path / "plain"), str(tmp_path / "tuned")]) == 0
     printed = capsys.readouterr().out
     assert "tune.optimizer.lr" in printed
-    assert "optimizer.lr 0.1)" in printed
+    assert "optimizer.lr 0.1)" not in printed, "which is what the other has"
+    assert main(["study", "compare", str(tmp_path / "tuned"), str(tmp_path / "tuned")]) == 0
+    assert "optimizer.lr 0.1" not in capsys.readouterr().out, "which both have chosen"
+    folder = tmp_path / "tuned"
+    records = [json.loads(line) for path in (folder / "records").iterdir() for line in path.read_text().splitlines()]
+    trials = [record for record in records if record["result"]["config"]["seed"] >= 1000]
+    assert 0 < len(trials) < len(records)
+    for path in (folder / "records").iterdir():
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in trials))
+    command = f"syncbn study run --config {folder / 'study.yaml'} --out {folder}"
+    for words in (
+        ["compare", str(tmp_path / "plain"), str(folder)],
+        ["export", "--config", str(folder / "study.yaml")],
+    ):
+        assert main(["study", *words, *(["--out", str(folder)] if words[0] == "export" else [])]) == 2
+        assert f"it has runs of the tuning alone so far, and this does the others: {command}" in capsys.readouterr().err
 
 
 def test_places_with_the_same_runs_are_one_row():

@@ -94,7 +94,7 @@ OK = {"arm": "sync", "against": {"arm": "batch"}}
         ({**OK, "against": {"arm": "sync"}}, r"contrasts\[0\].against: got .* expected another arm or another place"),
         ({**OK, "against": "batch"}, r"contrasts\[0\].against: got 'batch', expected a mapping"),
         ({**OK, "minus": {"arm": "sync"}}, r"contrasts\[0\].minus: got .* expected another arm or another place"),
-        ({**OK, "minus": None}, r"contrasts\[0\].minus: got None, expected a mapping"),
+        ({**OK, "minus": None}, r"contrasts\[0\].minus: got nothing, expected a mapping"),
         (
             {**OK, "at": {"lr": 1}},
             r"contrasts\[0\].at: got 'lr', expected an axis of the study \(per_gpu_batch_size, optimizer.lr\)",

@@ -19,13 +19,21 @@ onload = () => {
     const page = frame.contentDocument, style = frame.contentWindow.getComputedStyle;
     const boxes = [...page.querySelectorAll('.scroll')].filter(box => box.clientWidth);
     const cells = [...page.querySelectorAll('.stacked td')];
+    const plots = [...page.querySelectorAll('.plot')].map(box => {
+      const svg = box.querySelector('svg'), scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+      const sizes = [...svg.querySelectorAll('text')].map(text => parseFloat(style(text).fontSize) * scale);
+      return {
+        overflow: style(box).overflowX, shadows: style(box).backgroundImage.split('gradient(').length - 1,
+        focus: box.tabIndex, wide: box.scrollWidth > box.clientWidth, text: Math.min(...sizes),
+      };
+    });
     found[frame.clientWidth] = {
       page: page.documentElement.scrollWidth,
       wide: boxes.filter(box => box.scrollWidth > box.clientWidth).map(box => ({
         overflow: style(box).overflowX, shadows: style(box).backgroundImage.split('gradient(').length - 1,
         focus: box.tabIndex, stacked: box.querySelector('.stacked') !== null,
       })),
-      cells: cells.length,
+      cells: cells.length, plots,
       right: Math.max(...cells.map(cell => cell.getBoundingClientRect().right)),
       heads: cells.map(cell => style(cell, '::before').content),
       table: style(page.querySelector('.stacked')).display,
@@ -63,6 +71,16 @@ def test_a_wide_table_scrolls_in_its_own_box_with_shadows_where_it_goes_on(measu
     wide = measured[PHONE]["wide"]
     assert wide, "the means of eight sizes are wider than a telephone"
     assert all((box["overflow"], box["shadows"], box["focus"]) == ("auto", 4, 0) for box in wide)
+
+
+def test_the_text_of_a_figure_can_be_read_on_a_telephone(measured):
+    """It scrolls in its box where it would have to be smaller, and is whole on a desk."""
+    phone, desk = measured[PHONE]["plots"], measured[DESK]["plots"]
+    assert len(phone) == len(desk) == 4
+    assert min(plot["text"] for plot in phone) >= 10, "pixels"
+    for plot in phone:
+        assert (plot["wide"], plot["overflow"], plot["shadows"], plot["focus"]) == (True, "auto", 4, 0)
+    assert not any(plot["wide"] for plot in desk)
 
 
 def test_tables_of_words_are_stacked_on_a_telephone(measured):

@@ -254,7 +254,7 @@ def test_a_failed_trial_stops_its_setting_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "load_study", lambda _: tuned())
     monkeypatch.setattr(commands, "train_function", lambda _: fails)
     assert commands.run_study("small", tmp_path, executor="here") == 1
-    assert "sync, optimizer.lr 0.1, seed 1000: RuntimeError: no luck" in capsys.readouterr().err
+    assert "sync, optimizer.lr 0.1, seed 1000 and 1 other alike: RuntimeError: no luck" in capsys.readouterr().err
     arms = {
         arm_of(config_from_dict(record.result.config))
         for record in read_records(tmp_path).values()

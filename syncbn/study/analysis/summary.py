@@ -191,8 +191,9 @@ def _metric_of(study: Study, runs: Sequence[RunResult]) -> Metric:
         return study.metric
     found = list(dict.fromkeys(run.metric for run in runs)) or [Classification.metric]
     if len(found) > 1:
-        one, other = (repr(metric) if found[0].name == found[1].name else metric.name for metric in found[:2])
-        raise ConfigError(f"{study.name}: metric", other, f"{one}, as other runs of the study have it")
+        one, two = found[:2]
+        words = f"{one}, not {two}" if one.name == two.name else one.name
+        raise ConfigError(f"{study.name}: metric", two.name, f"{words}, as other runs of the study have it")
     return found[0]
 
 

@@ -22,8 +22,8 @@ class Row:
 
     first: Setting
     second: Setting
-    test: Literal["paired", "Welch", "none"]
-    """``none``: a run diverged, or there are too few seeds."""
+    test: Literal["paired", "Welch", "same", "none"]
+    """``same``: the same runs, so there is nothing to test. ``none``: a run diverged, or there are too few seeds."""
     seeds: tuple[int, int]
     """Runs of either study that the difference is of; for pairs, their number twice."""
     level: bool = False
@@ -37,7 +37,7 @@ def rows_of(first: Summary, second: Summary) -> list[Row]:
 
     With at least three seeds in common, which share initial weights and the order of the data, the test is the one of
     a study's contrasts, over these seeds. Else it is Welch's, over all seeds of either. Holm's correction is over the
-    rows. Places with the same runs are one row.
+    rows but those whose runs are the same in both studies. Places with the same runs are one row.
 
     Raises:
         ConfigError: the studies have different metrics.
@@ -51,18 +51,23 @@ def rows_of(first: Summary, second: Summary) -> list[Row]:
             runs = (arm, setting.keys, other.keys)
             found[runs] = replace(found[runs], level=True) if runs in found else _row(setting, other, first, second)
     rows = list(found.values())
-    corrected = statistics.holm(np.array([row.effect.p for row in rows]))
-    return [replace(row, effect=row.effect._replace(p=float(p))) for row, p in zip(rows, corrected, strict=True)]
+    family = [i for i, row in enumerate(rows) if row.test != "same"]
+    corrected = statistics.holm(np.array([rows[i].effect.p for i in family]))
+    for i, p in zip(family, corrected, strict=True):
+        rows[i] = replace(rows[i], effect=rows[i].effect._replace(p=float(p)))
+    return rows
 
 
 def _row(one: Setting, other: Setting, first: Summary, second: Summary) -> Row:
     scores = [_by_seed(one, first), _by_seed(other, second)]
     common = [seed for seed in scores[0] if seed in scores[1]]
     enough = min(map(len, scores)) >= statistics.MIN_SEEDS
-    test: Literal["paired", "Welch", "none"] = "none"
-    if not one.diverged and not other.diverged and enough:
+    test: Literal["paired", "Welch", "same", "none"] = "none"
+    if _same(one, other):
+        test = "same"
+    elif not one.diverged and not other.diverged and enough:
         test = "paired" if len(common) >= statistics.MIN_SEEDS else "Welch"
-    if test == "paired":
+    if test in ("paired", "same"):
         scores = [{seed: values[seed] for seed in common} for values in scores]
     a, b = (np.array(list(values.values()), dtype=np.float64) for values in scores)
     resolution = _resolution(first, [*one.runs, *other.runs])
@@ -77,6 +82,22 @@ def _row(one: Setting, other: Setting, first: Summary, second: Summary) -> Row:
         known = not one.diverged and not other.diverged and len(a) and len(b)
         effect = Effect(float(a.mean() - b.mean()) if known else math.nan, math.nan, math.nan, math.nan)
     return Row(first=one, second=other, test=test, seeds=(len(a), len(b)), effect=effect)
+
+
+def _same(one: Setting, other: Setting) -> bool:
+    """Whether the runs of the seeds that both have are the same computations, and had the same results.
+
+    A key stands for a configuration: another version of the user's code may give it other results.
+    """
+    runs = [{run.config["seed"]: (key, run) for key, run in _keyed(setting)} for setting in (one, other)]
+    pairs = [(runs[0][seed], runs[1][seed]) for seed in runs[0] if seed in runs[1]]
+    if not pairs or (len(pairs) < statistics.MIN_SEEDS and max(map(len, runs)) > len(pairs)):
+        return False
+    return all(a[0] == b[0] and (a[1].test, a[1].losses) == (b[1].test, b[1].losses) for a, b in pairs)
+
+
+def _keyed(setting: Setting) -> list[tuple[str, RunResult]]:
+    return [(key, run) for key, run in zip(setting.keys, setting.results, strict=True) if run is not None]
 
 
 def _by_seed(setting: Setting, summary: Summary) -> dict[int, float]:

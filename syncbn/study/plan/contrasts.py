@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from syncbn.study.plan.content import mapping, place
-from syncbn.study.plan.grid import Cell, Contrast, Place, Point, Study, Value
+from syncbn.study.plan.grid import Cell, Contrast, Place, Point, Study, Value, spelled
 from syncbn.train.config import ConfigError, require
 
 
@@ -131,7 +131,7 @@ def _name(place: Place, other: Place | None = None) -> str:
     """A place in words; beside another one, by what differs from it."""
     arm = [place.arm] if other is None or place.arm != other.arm else []
     known = () if other is None else other.point
-    return " ".join([*arm, *(f"{axis}={value}" for axis, value in place.point if (axis, value) not in known)])
+    return " ".join([*arm, *(f"{axis}={spelled(value)}" for axis, value in place.point if (axis, value) not in known)])
 
 
 def _point(values: Mapping[str, Value], study: Study) -> Point:

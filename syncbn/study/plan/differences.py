@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from syncbn.study.plan.content import number
-from syncbn.study.plan.grid import Arm, Study
+from syncbn.study.plan.grid import Arm, Study, spelled
 from syncbn.train.config import RunConfig, config_to_dict, flatten
 
 ABSENT = "–"
@@ -81,6 +81,4 @@ def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Differen
 def _text(value: Any, exact: bool = False) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(each, exact) for each in value)
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and not exact else str(value)
+    return f"{value:g}" if isinstance(value, float) and not exact else spelled(value)

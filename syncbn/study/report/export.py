@@ -45,7 +45,7 @@ def export(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]
     findings = findings_of(summary)
     if form in ("pdf", "svg"):
         if to.exists() and not to.is_dir():
-            raise ConfigError("to", str(to), f"a folder for the figures ({form})")
+            raise ConfigError("to", to, f"a folder for the figures ({form})")
         to.mkdir(parents=True, exist_ok=True)
         written = []
         for file, draw, what in drawings(summary, findings).values():
@@ -53,7 +53,7 @@ def export(study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult]
             figures.save(written[-1], draw, *what)
         return written
     if to.is_dir():
-        raise ConfigError("to", str(to), f"the name of a {form} file, not a folder")
+        raise ConfigError("to", to, f"the name of a {form} file, not a folder")
     to.parent.mkdir(parents=True, exist_ok=True)
     frame = main_frame(summary, findings)
     if form == "latex":

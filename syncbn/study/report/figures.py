@@ -1,6 +1,7 @@
 """The figures of a report, drawn by matplotlib.
 
-A figure is one column of a page: 440 units wide with text of 11 units, so that it can be read on a telephone as well.
+A figure is one column of a page: 440 units wide with text of 10 or 11 units. The page keeps it wide enough to be read:
+on a telephone it scrolls in its box.
 Place, marker and legend carry the meaning; colour helps.
 """
 
@@ -135,7 +136,7 @@ def main_figure_name(summary: Summary) -> str:
 
 def forest_figure(findings: Sequence[Finding], labels: Sequence[str]) -> Figure:
     """The planned contrasts: each difference with its interval, and one small point for each seed."""
-    names = [textwrap.fill(label, 34) for label in labels]
+    names = [textwrap.fill(label, 27) for label in labels]
     height = sum(0.2 * name.count("\n") + 0.42 for name in names) + 0.6
     figure, (axes,) = new_figure(1, 1, height)
     axes.axvline(0, color=MUTED, linewidth=1)
@@ -278,7 +279,7 @@ def _sweep(axes: Axes, summary: Summary, panel: Point, marks: Mapping[str, Mark]
     axes.set_xlim(-0.6, right + unit * (len(level) - 0.3) if level else len(summary.values) - 0.4)
     axes.set_xlabel(axis_word(summary.study, summary.across or ""))
     if any(setting.diverged for along in traces.values() for setting in along.values()):
-        axes.text(0, 1.015, "diverged ×", transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom", ha="right")
+        axes.text(0, 1.015, "diverged ×", transform=axes.transAxes, color=MUTED, fontsize=10, va="bottom", ha="right")
 
 
 def _trace(axes: Axes, places: Sequence[float], settings: Sequence[Setting], mark: Mark) -> None:
@@ -319,7 +320,7 @@ def _statistics_panel(axes: Axes, summary: Summary, items: Sequence[Evaluated]) 
             places = [i + 0.12 * (number - 1.5) for i, _ in found]
             means = [mean for _, mean in found]
             axes.plot(places, means, color=mark.colour, marker=mark.marker, linewidth=1.2, markersize=4.5)
-    axes.set_xticks(range(len(values)), [value_word(value) for value in values], fontsize=9)
-    axes.tick_params(axis="y", labelsize=9)
+    axes.set_xticks(range(len(values)), [value_word(value) for value in values], fontsize=10)
+    axes.tick_params(axis="y", labelsize=10)
     axes.set_xlim(-0.5, len(values) - 0.5)
-    axes.set_xlabel(axis_word(summary.study, summary.across or ""), fontsize=9)
+    axes.set_xlabel(axis_word(summary.study, summary.across or ""), fontsize=10)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from syncbn.study.analysis.summary import Setting, Summary
-from syncbn.study.plan.grid import HOLD, Candidate, Contrast, Place, Point, Study, Value
+from syncbn.study.plan.grid import HOLD, Contrast, Place, Point, Study, Value, spelled
 
 SPACE = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
@@ -120,15 +120,11 @@ def capital(words: str) -> str:
 
 
 def value_word(value: Value) -> str:
-    """A value of an axis, as the study's file has it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value of an axis, as the study's file has it, in six digits."""
+    return f"{value:g}" if isinstance(value, float) else spelled(value)
 
 
-def candidate_words(candidate: Candidate) -> str:
+def candidate_words(candidate: Iterable[tuple[str, Value]]) -> str:
     """A candidate: "optimizer.lr 0.1, norm.momentum 0.01"."""
     return ", ".join(f"{key} {value_word(value)}" for key, value in candidate)
 

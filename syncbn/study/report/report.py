@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from syncbn.study.analysis.evaluations import evaluated_settings
 from syncbn.study.analysis.findings import Finding, findings_of
 from syncbn.study.analysis.statistics import SPREAD_FLOOR, TEST
 from syncbn.study.analysis.summary import Summary, summary_of
+from syncbn.study.plan.alike import alike, named
 from syncbn.study.plan.grid import Arm, Cell, Study, unique_cells
+from syncbn.study.plan.parity_file import read_parity
 from syncbn.study.plan.tuning import trial_cells
 from syncbn.study.report import curves, figures, tables
 from syncbn.study.report.format import axis_word, capital, joined, place_words, value_word
@@ -53,7 +54,6 @@ def write_report(
     Returns the path of the page, which is one file that needs no network.
     """
     failures = failures or {}
-    parity = out / "parity.json"
     summary = summary_of(study, cells, results, failures)
     findings = findings_of(summary)
     runs = tables.runs_csv(study, cells, results, failed=failures, running=running)
@@ -75,7 +75,7 @@ def write_report(
         shown=place_words(study, study.comparison_point()),
         across=axis_word(study, summary.across) if summary.across else "",
         sizes=_sizes(study, results),
-        parity=json.loads(parity.read_text()) if parity.exists() else None,
+        parity=read_parity(out),
         failures=_failed(study, cells, results, failures),
         plan=_plan(study),
         versions=_versions(results),
@@ -90,9 +90,11 @@ def write_report(
 def _failed(
     study: Study, cells: Sequence[Cell], results: Mapping[str, RunResult], failures: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """The runs that failed, of the tuning and of the study, each with the reason."""
+    """The runs that failed, of the tuning and of the study, with the reason; those with the same one are one entry."""
     every = unique_cells([*trial_cells(study, results), *cells]) if failures else []
-    return [(cell.label, failures[cell.key]) for cell in every if cell.key in failures]
+    failed = {cell.key: cell for cell in every if cell.key in failures}
+    groups = alike({key: failures[key] for key in failed})
+    return [(named(failed[keys[0]].label, len(keys)), failures[keys[0]]) for keys in groups]
 
 
 def _template() -> Template:

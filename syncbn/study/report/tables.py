@@ -62,6 +62,11 @@ class Table:
     arms: list[str] = field(default_factory=list)
     """The arm of each row, whose mark stands before its name; empty without marks."""
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a number is not there somewhere, for which a note has to say why."""
+        return any(cell == DASH for row in self.rows for cell in row)
+
 
 class HeatCell(NamedTuple):
     """A number of a heat map; ``level`` is its place on the scale of colours, None without a number."""
@@ -77,6 +82,10 @@ class HeatMap:
     title: str
     columns: list[str]
     rows: list[tuple[str, list[HeatCell]]]
+
+    @property
+    def has_gaps(self) -> bool:
+        return any(cell.text == DASH for _, row in self.rows for cell in row)
 
 
 def contrasts_table(summary: Summary, findings: Sequence[Finding]) -> Table:

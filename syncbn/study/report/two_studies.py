@@ -16,6 +16,7 @@ from syncbn.study.plan.differences import differences
 from syncbn.study.report.format import DASH, candidate_words, p_value, place_words, plural
 from syncbn.study.report.tables import Table, console, print_rich
 from syncbn.study.report.units import Units
+from syncbn.train.config import flatten
 from syncbn.train.result import jsonable
 
 FORMATS = ("table", "csv", "json")
@@ -38,9 +39,13 @@ def print_comparison(first: Summary, second: Summary, folders: tuple[str, str], 
 
 def exploratory(rows: Sequence[Row]) -> str:
     """What the rows are worth."""
+    family = sum(row.test != "same" for row in rows)
+    if rows and not family:
+        return "The runs are the same in both studies, so there is nothing to compare."
+    left_out = " that are not the same runs in both" * (family < len(rows))
     return (
         f"Exploratory: neither study planned these comparisons, so nothing is claimed. p is corrected by Holm over"
-        f" {plural(len(rows), 'row')}. Ask what you see here of new seeds, as a contrast of one study."
+        f" {plural(family, 'row')}{left_out}. Ask what you see here of new seeds, as a contrast of one study."
     )
 
 
@@ -67,8 +72,8 @@ def _print_tables(rows: Sequence[Row], first: Summary, second: Summary, folders:
 def _cells(row: Row, summary: Summary, units: Units) -> list[str]:
     place = "" if row.level else place_words(summary.study, row.first.point)
     name = f"{row.first.label}, {place}" if place else row.first.label
-    if row.first.chosen or row.second.chosen:
-        name += f"\n({_chosen(row.first) or DASH} against {_chosen(row.second) or DASH})"
+    if sides := _sides(row):
+        name += f"\n({sides[0] or DASH} against {sides[1] or DASH})"
     effect = row.effect
     interval = units.difference_interval(effect.low, effect.high, effect.difference)
     seeds = f"{row.seeds[0]}" if row.test == "paired" else f"{row.seeds[0]} and {row.seeds[1]}"
@@ -78,7 +83,7 @@ def _cells(row: Row, summary: Summary, units: Units) -> list[str]:
         _mean(row.second, units),
         units.difference(effect.difference, signed=True) + (f"\n{interval}" if interval != DASH else ""),
         p_value(effect.p),
-        DASH if row.test == "none" else f"{row.test}\n{seeds} seeds",
+        {"none": DASH, "same": "the same\nruns"}.get(row.test, f"{row.test}\n{seeds} seeds"),
     ]
 
 
@@ -86,6 +91,16 @@ def _mean(setting: Setting, units: Units) -> str:
     score, lost = setting.score, [f"{setting.diverged}×"] * (setting.diverged > 0)
     words = [units.value(score.mean), units.interval(score.low, score.high)] if setting.finished else []
     return "\n".join([*words, *lost]) or DASH
+
+
+def _sides(row: Row) -> tuple[str, str] | None:
+    """What the two sides chose, without the options that are the same for both, chosen or not; None if that is all."""
+    one, other = (dict(setting.chosen or ()) for setting in (row.first, row.second))
+    # A side that did not choose an option has the value of its configuration.
+    used = [flatten(setting.runs[0].config) | chosen for setting, chosen in ((row.first, one), (row.second, other))]
+    differ = [key for key in {**one, **other} if used[0].get(key) != used[1].get(key)]
+    sides = [candidate_words([(key, side[key]) for key in differ if key in side]) for side in (one, other)]
+    return (sides[0], sides[1]) if differ else None
 
 
 def _chosen(setting: Setting) -> str | None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from syncbn.study.plan.alike import sentence
 from syncbn.study.run.jobs import Job
 from syncbn.study.run.news import News
 from syncbn.study.run.status import Outcome
@@ -39,6 +40,7 @@ class Display:
         self._running: dict[str, _Running] = {}
         self._seconds: list[float] = []
         self._announced: set[str] = set()
+        self._failed: dict[str, str] = {}  # the first run that failed with each sentence
         self._opened = ExitStack()
 
     def __enter__(self) -> Display:
@@ -86,7 +88,9 @@ class Display:
         if outcome.ran and run is not None:
             self._seconds.append(time.monotonic() - run.began)
         if result is None:
-            news = f"failed: {outcome.message}"
+            label = outcome.job.label
+            first = self._failed.setdefault(sentence(outcome.message, outcome.job.key), label)
+            news = f"failed: {outcome.message}" if first == label else f"failed like {first}"
         elif math.isnan(result.score):
             news = f"diverged after {result.steps} steps"
         else:

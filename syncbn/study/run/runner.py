@@ -21,6 +21,7 @@ from syncbn.study.run.progress import Display
 from syncbn.study.run.ranks import rank_events
 from syncbn.study.run.records import Records
 from syncbn.study.run.status import Outcome
+from syncbn.study.run.stop import different_first, hopeless
 from syncbn.study.run.submit import submitted_events
 from syncbn.train import loop
 from syncbn.train.checkpoint import try_lock
@@ -54,6 +55,7 @@ def run_cells(
 
     Returns:
         One outcome per key. A run that failed is an outcome; records or a result of another version are a ConfigError.
+        If the first runs all fail by the same mistake of the user's, the others are left: their state is ``missing``.
     """
     jobs = {job.key: job for job in study_jobs(cells, out)}
     records = Records(out)
@@ -63,10 +65,12 @@ def run_cells(
     with Display(quiet=not progress) as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         while left := [job for key, job in jobs.items() if key not in outcomes]:
-            if free := [job for job in left if not job.held()]:
+            if free := different_first([job for job in left if not job.held()]):
                 size = min(side_by_side, len(free))
                 events = _events(free, size, train, "ranks" if together else executor, options or {})
                 outcomes |= _collect(events, jobs, records, shown)
+                if records.empty and hopeless(outcomes.values(), jobs.values()):
+                    return {key: outcomes.get(key) or Outcome(job=job, state="missing") for key, job in jobs.items()}
             else:
                 time.sleep(RETRY_SECONDS)
             for job in [job for job in left if job.key not in outcomes]:
@@ -89,7 +93,10 @@ def _events(jobs: Sequence[Job], size: int, train: TrainFunction, executor: str,
 
 
 def _collect(events: Events, jobs: Mapping[str, Job], records: Records, display: Display) -> dict[str, Outcome]:
-    """The outcomes of the jobs that ended; a job that another study run took has none. Closes ``events``."""
+    """The outcomes of the jobs that ended, until the others are hopeless; closes ``events``.
+
+    A job that another study run took has none.
+    """
     outcomes: dict[str, Outcome] = {}
     with closing(events):
         for event in events:
@@ -102,12 +109,14 @@ def _collect(events: Events, jobs: Mapping[str, Job], records: Records, display:
             # A worker that died may have finished its run before.
             outcome = _settled(job, records, ran=event.state != "missing")
             if outcome is None and event.state == "failed":
-                outcome = Outcome(job=job, state="failed", message=event.message)
+                outcome = Outcome(job=job, state="failed", message=event.message, mistake=event.mistake)
             if outcome is None:
                 display.waiting(job)
             else:
                 outcomes[job.key] = outcome
                 display.ended(outcome)
+            if records.empty and hopeless(outcomes.values(), jobs.values()):
+                break
     return outcomes
 
 
