@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from syncbn.study.analysis.summary import Summary, summary_of
-from syncbn.study.plan.folder import save_study, study_in
-from syncbn.study.plan.grid import Cell, State, Study, unique_cells
+from syncbn.study.plan.alike import alike, named
+from syncbn.study.plan.beyond import beyond_lines
+from syncbn.study.plan.folder import FILE, save_study, study_in
+from syncbn.study.plan.grid import Cell, State, Study, spelled, unique_cells
 from syncbn.study.plan.study_file import load_study
 from syncbn.study.report.report import write_report
 from syncbn.study.report.tables import print_table
@@ -32,10 +34,11 @@ from syncbn.study.run.progress import duration
 from syncbn.study.run.records import Record, read_records
 from syncbn.study.run.runner import Executor, run_cells
 from syncbn.study.run.status import Outcome, left_over, seconds_left, study_outcomes
-from syncbn.study.stages import recorded_stages, run_stages, stages
+from syncbn.study.stages import left_words, recorded_stages, run_stages, stages
 from syncbn.study.user_code import changed_note, user_code
-from syncbn.train.config import ConfigError
-from syncbn.train.launch import LaunchError
+from syncbn.train.config import ConfigError, require
+from syncbn.train.launch import LaunchError, placement
+from syncbn.train.result import RunResult
 
 
 def plan_study(config: str, out: Path | None = None, workers: int | None = None) -> int:
@@ -47,6 +50,7 @@ def plan_study(config: str, out: Path | None = None, workers: int | None = None)
     trials, cells = recorded_stages(study, out)
     runs = unique_cells([*trials, *cells])
     note_changes(study, runs, records)
+    _warn_of_steps(runs, records, set())
     missing = sum(cell.key not in records for cell in runs)
     print(f"{study.title}\n")
     _print_grid(study, cells)
@@ -91,6 +95,8 @@ def run_study(
     records = read_records(out)
     trials, cells = recorded_stages(study, out)
     note_changes(study, [*trials, *cells], records)
+    warned: set[str] = set()
+    _warn_of_steps([*trials, *cells], records, warned)
     train = train_function(study)
     if study.tune is not None:
         print(f"tuning first: {len(unique_cells(trials))} runs, whose test scores have no part in it")
@@ -107,18 +113,31 @@ def run_study(
         run = partial(run_cells, train=train, workers=workers, executor=executor, options=slurm_options)
         cells, outcomes = run_stages(study, out, run)
     seconds = time.monotonic() - started
-    try:
-        agrees = check_parity(study, cells, out)
-    except LaunchError as error:  # the runs are done, and the report shows them
-        print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
-        agrees = False
+    code = _ended(study, cells, outcomes, (config, out), seconds)
+    trials, cells = recorded_stages(study, out)
+    _warn_of_steps([*trials, *cells], read_records(out), warned)
+    return code
+
+
+def _ended(
+    study: Study, cells: list[Cell], outcomes: Mapping[str, Outcome], place: tuple[str, Path], seconds: float
+) -> int:
+    """What follows the runs of a study, whose file and folder are ``place``; returns the exit code."""
+    config, out = place
+    stopped = any(outcome.state == "missing" for outcome in outcomes.values())
+    agrees = not stopped and _agrees(study, cells, out)
     failed = _print_failures(outcomes, sys.stderr)
+    if stopped:
+        words = f"{left_words(study, outcomes, out)}; when it is mended: {_again(config, out)}"
+        print(f"stopped: {words}", file=sys.stderr)
     if study.tune is not None and not any(cell.key in outcomes for cell in cells):
-        print("nothing was run after the tuning, which failed", file=sys.stderr)
+        if not stopped:
+            print("nothing was run after the tuning, which failed", file=sys.stderr)
         return 1
     report = _write(study, cells, outcomes, config, out)
     ran = sum(outcome.ran for outcome in outcomes.values())
-    print(f"{ran} runs in {seconds:.0f} s, {len(outcomes) - ran - failed} kept from before, {failed} failed")
+    kept = sum(outcome.result is not None and not outcome.ran for outcome in outcomes.values())
+    print(f"{ran} runs in {seconds:.0f} s, {kept} kept from before, {failed} failed")
     trials, cells = recorded_stages(study, out)
     if note := left_over([*trials, *cells], read_records(out)):
         print(note)
@@ -130,7 +149,7 @@ def print_status(config: str, out: Path) -> int:
     """Print how many runs of a study are in which state, and about how long the rest takes; nothing is written."""
     study = load_study(config)
     if out.exists() and not out.is_dir():
-        raise ConfigError("out", str(out), "a folder")
+        raise ConfigError("out", out, "a folder")
     records = read_records(out)
     trials, own = recorded_stages(study, out)
     cells = [*trials, *own]
@@ -158,7 +177,7 @@ def report_study(config: str, out: Path) -> int:
     trials, cells = recorded_stages(study, out)
     outcomes = study_outcomes([*trials, *cells], out)
     if not any(outcome.result is not None or outcome.state == "failed" for outcome in outcomes.values()):
-        raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
+        raise ConfigError("out", out, f"a folder with at least one finished run of the study {study.name}")
     save_study(study, out)
     report = _write(study, cells, outcomes, config, out)
     print(f"report: {report}")
@@ -173,9 +192,8 @@ def export_study(config: str, out: Path, format: str, to: Path | None = None) ->
         raise ConfigError("format", format, f"one of {', '.join(FORMATS)}")
     study = load_study(config)
     results = {key: record.result for key, record in read_records(out).items()}
-    _, cells = recorded_stages(study, out)
-    if not any(cell.key in results for cell in cells):
-        raise ConfigError("out", str(out), f"a folder with at least one finished run of the study {study.name}")
+    trials, cells = recorded_stages(study, out)
+    _check_finished(study, (trials, cells), results, "out", (config, out))
     names = {"latex": f"{study.name}.tex", "pdf": "figures", "svg": "figures"}
     for path in export(study, cells, results, format, to or out / names.get(format, f"{study.name}.{format}")):
         print(path)
@@ -196,16 +214,46 @@ def compare_studies(
 def _summary(folder: Path, config: str | None, option: str) -> Summary:
     study = study_in(folder, config, option)
     results = {key: record.result for key, record in read_records(folder).items()}
-    _, cells = stages(study, results)
-    if not any(cell.key in results for cell in cells):
-        raise ConfigError("folder", str(folder), f"a folder with at least one finished run of the study {study.name}")
+    trials, cells = stages(study, results)
+    _check_finished(study, (trials, cells), results, "folder", (config or str(folder / FILE), folder))
     return summary_of(study, cells, results)
+
+
+def _check_finished(
+    study: Study,
+    cells: tuple[Sequence[Cell], Sequence[Cell]],
+    results: Mapping[str, RunResult],
+    key: str,
+    place: tuple[str, Path],
+) -> None:
+    """Raise ConfigError unless a run of the study is done; those of its tuning have no part in a comparison.
+
+    ``cells`` are the tuning's and the study's own, ``place`` its file and folder, and ``key`` names the folder.
+    """
+    trials, own = (any(cell.key in results for cell in each) for each in cells)
+    tuning = f"; it has runs of the tuning alone so far, and this does the others: {_again(*place)}" * trials
+    expected = f"a folder with at least one finished run of the study {study.name}{tuning}"
+    require(own, key, str(place[1]), expected)
+
+
+def _again(config: str, out: Path) -> str:
+    """The command that goes on with a study."""
+    return shlex.join(["syncbn", "study", "run", "--config", config, "--out", str(out)])
 
 
 def note_changes(study: Study, cells: Sequence[Cell], records: Mapping[str, Record]) -> None:
     """Check that the user's code is there, and print a note if it is not that of the recorded runs."""
     if note := changed_note(user_code(study, cells), cells, records):
         print(f"note: {note}")
+
+
+def _warn_of_steps(cells: Sequence[Cell], records: Mapping[str, Record], warned: set[str]) -> None:
+    """Print a warning for each arm with a key that lies beyond its runs, unless it is among those ``warned`` of."""
+    lines = beyond_lines(cells, {key: record.result for key, record in records.items()})
+    for line in lines if placement().rank == 0 else ():
+        if line not in warned:
+            print(f"warning: {line}")
+    warned.update(lines)
 
 
 def _check(workers: int | None, executor: str, options: Mapping[str, Any] | None) -> None:
@@ -225,7 +273,7 @@ def _check(workers: int | None, executor: str, options: Mapping[str, Any] | None
 
 def _print_grid(study: Study, cells: list[Cell]) -> None:
     for name, values in study.axes.items():
-        print(f"{name}: {', '.join(map(str, values))}")
+        print(f"{name}: {', '.join(map(spelled, values))}")
     print(f"seeds: {', '.join(map(str, study.seeds))}")
     for arm in study.arms:
         own = [cell for cell in cells if cell.arm == arm.name]
@@ -246,10 +294,22 @@ def _time_left(cells: list[Cell], records: Mapping[str, Record], workers: int) -
     return f"about {duration(seconds)} left, one run at a time{side}, from the runs that have finished"
 
 
+def _agrees(study: Study, cells: list[Cell], out: Path) -> bool:
+    """Whether the study's parity check holds, if it has one. The runs are done, and the report shows them anyway."""
+    try:
+        return check_parity(study, cells, out)
+    except LaunchError as error:
+        print(f"parity check: failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+
+
 def _print_failures(outcomes: Mapping[str, Outcome], file: Any) -> int:
-    failed = [outcome for outcome in outcomes.values() if outcome.state == "failed"]
-    for outcome in failed:
-        print(f"failed: {outcome.job.label}: {outcome.message} (log: {outcome.job.log})", file=file)
+    """Print the runs that failed, a line for all that failed with the same sentence; returns their number."""
+    failed = {key: outcome for key, outcome in outcomes.items() if outcome.state == "failed"}
+    for keys in alike({key: outcome.message for key, outcome in failed.items()}):
+        first = failed[keys[0]]
+        words = named(first.job.label, len(keys))
+        print(f"failed: {words}: {first.message} (log: {first.job.log})", file=file)
     return len(failed)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from syncbn.study.plan.folder import save_study
-from syncbn.study.plan.grid import Cell, Place, Study, study_cells
+from syncbn.study.plan.grid import Cell, Place, Study, study_cells, unique_cells
 from syncbn.study.plan.tuning import UNDECIDED, tunings_of
 from syncbn.study.run.jobs import study_jobs
 from syncbn.study.run.logs import failure
@@ -46,7 +46,8 @@ def run_stages(study: Study, out: Path, run: RunCells) -> tuple[list[Cell], dict
     """Run the tuning, then the settings that have chosen; returns the study's cells, and the outcomes of all runs.
 
     The rungs of the tuning follow one another. A run that failed leaves its setting without a choice; the others go on.
-    What failed before is tried again when nothing else is left: under a launcher, a failure ends all processes.
+    What failed before is tried again when nothing else is left: under a launcher, a failure ends all processes. If runs
+    were left because the first ones failed alike, nothing more is run.
     """
     save_study(study, out)
     trials, cells = recorded_stages(study, out)
@@ -56,9 +57,21 @@ def run_stages(study: Study, out: Path, run: RunCells) -> tuple[list[Cell], dict
         while ready := _left(trials, outcomes, later):
             outcomes |= run(ready, out)
             trials, cells = recorded_stages(study, out)
+            if any(outcome.state == "missing" for outcome in outcomes.values()):
+                return cells, outcomes
         if ready := _left(cells, outcomes, later):
             outcomes |= run(ready, out)
+            if any(outcome.state == "missing" for outcome in outcomes.values()):
+                break
     return cells, outcomes
+
+
+def left_words(study: Study, outcomes: Mapping[str, Outcome], out: Path) -> str:
+    """How many runs are left, where the first ones failed alike and nothing more was run."""
+    tried = {key for key, outcome in outcomes.items() if outcome.state != "missing"}
+    trials, cells = recorded_stages(study, out)
+    left = sum(cell.key not in tried for cell in unique_cells([*trials, *cells]))
+    return f"the first runs failed alike and none is done, so the other {left} were not done"
 
 
 def _known(cells: Sequence[Cell]) -> list[Cell]:

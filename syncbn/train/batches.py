@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from syncbn.train.state import Run
 
 
+_TOO_FEW = re.compile(r"Expected more than 1 (value per channel|spatial element) when training, got input size")
+
+
 def moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """``tree`` on a device, its floating tensors in ``dtype``."""
 
@@ -70,9 +73,8 @@ def forward(run: Run, model: nn.Module, inputs: Any, targets: Any) -> Any:
         try:
             return run.task.outputs(model, inputs, targets)
         except ValueError as error:
-            # Torch's norms, such as instance normalization, have no class of error for maps of one value. A task of the
-            # user's may raise ValueErrors of its own; the built-in classifiers have no other ones.
-            if not (isinstance(error, BatchError) or run.task_name == "classification"):
+            # Torch's norms, such as instance normalization, have no class of error for maps of one value.
+            if not (isinstance(error, BatchError) or _TOO_FEW.match(str(error))):
                 raise
             if isinstance(error, RowsError):
                 raise LocalError(f"gpus: got {run.config.gpus}, expected as many processes: {error}") from error

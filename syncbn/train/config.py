@@ -7,9 +7,8 @@ check raises :class:`ConfigError`, which names the key, the value and what was e
 from __future__ import annotations
 
 import difflib
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +27,14 @@ BATCH_NORMS = ("batch", "sync", "ghost", "renorm", "frozen", "mabn")
 """Norms that use statistics over samples in training."""
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 _WORDS |= {Path: "a path"}
+MOST_GPUS = 2**20
+LARGEST = {int: 2**31 - 1, float: 3.4e38}
+"""The largest integer of a configuration, and the largest number: float32 holds it."""
+_SCALARS = (bool, int, float, str, type(None))
+_MOST_SHOWN = 60
+"""Characters of a value in a message. A path is shown whole."""
+_MOST_WORDS = 400
+"""Characters of a message's other parts, which may quote a key or another program."""
 
 
 # ---- checks
@@ -39,12 +46,28 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
+def shown(value: object, most: int = _MOST_SHOWN) -> str:
+    """A value as a message shows it: in one line, and without the middle of a long one."""
+    if isinstance(value, Path):
+        return repr(str(value))
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
+
+
 class ConfigError(ValueError):
-    """A value of the configuration that cannot be used."""
+    """A value of the configuration, or a file, that cannot be used. The message is one line."""
 
     def __init__(self, key: str, value: object, expected: str) -> None:
-        super().__init__(f"{key}: got {value!r}, expected {expected}")
-        self.key, self.value, self.expected = key, value, expected
+        got = "nothing" if value is None else shown(value)  # a file has null, or no value
+        super().__init__(f"{_words(key)}: got {got}, expected {_words(expected)}")
+        self.key, self.expected = key, expected
+        self.value = str(value) if isinstance(value, Path) else value
+
+
+def _words(text: str) -> str:
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= _MOST_WORDS else f"{line[: _MOST_WORDS // 2]}...{line[-_MOST_WORDS // 2 :]}"
 
 
 class RunWarning(UserWarning):
@@ -61,6 +84,12 @@ def require(ok: bool, key: str, value: object, expected: str) -> None:
         raise ConfigError(key, value, expected)
 
 
+def meant(name: object, known: Iterable[str], most: int = 1) -> str:
+    """Which of the known names a misspelt one may stand for, to follow what was expected; empty if none is like it."""
+    close = difflib.get_close_matches(str(name), list(known), n=most, cutoff=0.6)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
 def check_rules(config: Any, prefix: str, *rules: tuple[str, bool, str]) -> None:
     """Raise :class:`ConfigError` for the first broken rule: a field's name, whether it is right, what was expected."""
     for name, holds, expected in rules:
@@ -71,26 +100,42 @@ def check_values(config: Any, prefix: str, **least: int) -> None:
     """Check every field of a dataclass against its type, and those named in ``least`` against a smallest value."""
     for name, hint in _hints(cast(Any, type(config))).items():
         value = getattr(config, name)
-        require(_fits(value, hint), prefix + name, value, described_type(hint))
+        require(fits(value, hint), prefix + name, value, described_type(hint))
+        for number in value if isinstance(value, list | tuple) else [value]:
+            most = LARGEST.get(type(number))
+            bound = f"a number of at most {most}" if most is None or number > 0 else f"a number of at least -{most}"
+            require(most is None or abs(number) <= most, prefix + name, value, bound)
         if name in least and value is not None:
             kind = "a number" if hint is float else "an integer"
             require(value >= least[name], prefix + name, value, f"{kind} of at least {least[name]}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, and finite if that is a float."""
+    if hint is Any:
+        return True
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in parts
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if origin in (list, tuple):
         right_length = origin is list or len(value) == len(parts) if isinstance(value, list | tuple) else False
-        return right_length and all(_fits(item, parts[0]) for item in value)
+        return right_length and all(fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is the same after it was written as JSON: its names are texts."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    return all(map(_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _SCALARS)
 
 
 def described_type(hint: Any) -> str:
@@ -123,12 +168,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "task.")
-        keys = all(isinstance(key, str) for key in self.options)
-        try:
-            json.dumps(self.options)
-        except TypeError:
-            keys = False
-        require(keys, "task.options", self.options, "names, and values as YAML has them")
+        require(_plain(self.options), "task.options", self.options, "names, and values as YAML has them")
 
 
 @dataclass(kw_only=True)
@@ -188,6 +228,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.", width=1)
+        require(_plain(self.options), "model.options", self.options, "names, and values as YAML has them")
 
 
 @dataclass(kw_only=True)
@@ -324,11 +365,16 @@ class BudgetConfig:
     eval_batch_size: int = 500
     """Samples per evaluation batch, over all processes."""
     checkpoint_every: int = 1
-    """Epochs between checkpoints; 0 writes no checkpoints, only the weights at the end."""
+    """Epochs between checkpoints; 0 writes none at the end of an epoch."""
+    checkpoint_every_steps: int = 0
+    """Optimizer steps between further checkpoints, which may lie within an epoch; 0 writes none of them."""
+    checkpoint_every_minutes: float = 0.0
+    """Minutes of training after the last checkpoint at which another one is written; 0 writes none of them."""
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "steps": 1, "eval_every": 1, "patience": 1, "eval_batch_size": 1, "checkpoint_every": 0}
-        check_values(self, "budget.", **least)
+        least = {"epochs": 1, "steps": 1, "eval_every": 1, "patience": 1, "eval_batch_size": 1}
+        saved = {"checkpoint_every": 0, "checkpoint_every_steps": 0, "checkpoint_every_minutes": 0}
+        check_values(self, "budget.", **least, **saved)
         early = self.patience is None or self.select == "best"
         require(early, "budget.patience", self.patience, "null, unless budget.select is best")
         other = f"exactly one of budget.steps and budget.epochs, which is {self.epochs!r}; set the other one to null"
@@ -407,7 +453,7 @@ class RunConfig:
         check_rules(
             self,
             "",
-            ("seed", self.seed < 2**31, "an integer from 0 to 2^31 - 1"),
+            ("gpus", self.gpus <= MOST_GPUS, f"an integer of at most {MOST_GPUS:,}"),
             ("sync_group_size", k is None or self.gpus % k == 0, f"a divisor of gpus ({self.gpus}), or null"),
             ("sync_group_size", k is None or norm.synchronized, local),
         )
@@ -470,7 +516,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     from syncbn.train.yaml_file import read_yaml
 
     values = {} if path is None else read_yaml(Path(path), "config")
-    _check_keys(values, RunConfig)
+    check_keys(values, RunConfig)
     for key, value in (overrides or {}).items():
         section = values
         *parents, name = key.split(".")
@@ -484,20 +530,24 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """Build a configuration from nested dictionaries; missing keys have their defaults. Raises ConfigError."""
-    _check_keys(values, RunConfig)
+    check_keys(values, RunConfig)
     return cast(RunConfig, _built(values, RunConfig))
 
 
-def _check_keys(values: Any, kind: type, prefix: str = "") -> None:
+def check_keys(values: Any, kind: type, prefix: str = "") -> None:
+    """Check that nested values have no key that a section lacks; ``prefix`` is the section's name, such as ``norm.``.
+
+    Raises ConfigError if they have.
+    """
     if not isinstance(values, dict):
         raise ConfigError(prefix.removesuffix(".") or "config", values, "a mapping")
     hints = _hints(kind)
     for name, value in values.items():
         if name not in hints:
-            close = difflib.get_close_matches(f"{prefix}{name}", known_keys(), n=3, cutoff=0.5)
-            raise ConfigError(f"{prefix}{name}", value, "a known key" + f", such as {', '.join(close)}" * bool(close))
+            key = f"{prefix}{name}"
+            raise ConfigError(key, value, f"a known key{meant(key, known_keys())}")
         if is_dataclass(hints[name]):
-            _check_keys(value, hints[name], f"{prefix}{name}.")
+            check_keys(value, hints[name], f"{prefix}{name}.")
 
 
 def _built(values: Any, hint: Any) -> Any:
@@ -512,7 +562,7 @@ def _built(values: Any, hint: Any) -> Any:
         # YAML 1.1, which the command line follows, reads 1e-3 as text. A bool is left for the check of types to refuse.
         try:
             return float(values) if isinstance(values, int | str) and not isinstance(values, bool) else values
-        except ValueError:
+        except (ValueError, OverflowError):
             return values
     return values
 
@@ -548,5 +598,5 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -15,6 +15,7 @@ from torch import Tensor
 from syncbn.train.config import RunConfig, require, save_config
 from syncbn.train.launch import launch
 from syncbn.train.result import RunResult
+from syncbn.train.stored import load_tensors
 
 TOLERANCE = 1e-10
 """Largest accepted difference in float64: sums in another order round differently, and this grows over the steps."""
@@ -31,9 +32,7 @@ class Trained:
 
     @classmethod
     def read(cls, folder: Path) -> Trained:
-        from safetensors.torch import load_file
-
-        return cls(RunResult.from_json(folder / "result.json").losses, load_file(folder / "model.safetensors"))
+        return cls(RunResult.from_json(folder / "result.json").losses, load_tensors(folder / "model.safetensors"))
 
 
 @dataclass(frozen=True)

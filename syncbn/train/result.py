@@ -123,14 +123,34 @@ class RunResult:
 
     @classmethod
     def from_json(cls, path: Path) -> RunResult:
-        """Read what :meth:`to_json` wrote. A null among the losses becomes NaN."""
-        return cls.from_dict(json.loads(path.read_text()))
+        """Read what :meth:`to_json` wrote. A null among the losses becomes NaN.
+
+        Raises:
+            ConfigError: the file is missing or damaged, or another version of the package wrote it.
+        """
+        from syncbn.train.config import ConfigError
+        from syncbn.train.stored import read_json
+
+        values = read_json(path, "result")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            expected = f"a result that this version of syncbn can read ({error}); move it away to run that run again"
+            raise ConfigError("result", path, expected) from None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunResult:
-        """The result whose fields, as JSON has them, are ``values``."""
-        losses = [math.nan if loss is None else loss for loss in values["losses"]]
-        return cls(**{**values, "losses": losses, "metric": Metric(**values["metric"])})
+    def from_dict(cls, values: Any) -> RunResult:
+        """The result whose fields, as JSON has them, are ``values``. Raises ValueError if they are none."""
+        from syncbn.train.result_content import wrong_field
+
+        try:
+            losses = [math.nan if loss is None else loss for loss in values["losses"]]
+            result = cls(**{**values, "losses": losses, "metric": Metric(**values["metric"])})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        if (wrong := wrong_field(result)) is not None:
+            raise ValueError(f"its {wrong} is of another kind")
+        return result
 
 
 def jsonable(value: Any) -> Any:
@@ -147,16 +167,30 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write under, which becomes ``path``: readers, also after a kill, see the whole or the old file."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield unfinished
-        unfinished.replace(path)
+        with naming(path):
+            yield unfinished
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # of a read-only folder; the error itself says more
+            unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that readers see the whole text or the old file."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name ``path``: one of a write, as to a full disk, names no file, or one of a passing name."""
+    try:
+        yield
+    except OSError as error:
+        passing = str(path.with_name(f".{path.name}"))
+        if error.filename is not None and not str(error.filename).startswith(passing):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -64,6 +64,14 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        # Escapes can spell what no path and no file in UTF-8 can hold.
+        if any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in text):
+            problem = "a text has a NUL or half a character in it"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return text
+
 
 _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
@@ -87,24 +95,24 @@ def read_yaml(path: Path, key: str) -> dict[str, Any]:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(key, str(path), f"a file that can be read ({reason})") from None
+        raise ConfigError(key, path, f"a file that can be read ({reason})") from None
     try:
         if len(content) > _LONGEST:
             raise ValueError(f"it has {len(content):,} bytes")
         values = yaml.load(content.decode("utf-8-sig"), _Loader)
     except UnicodeDecodeError as error:
-        raise ConfigError(key, str(path), f"a file in UTF-8 (byte {error.start} is not)") from None
+        raise ConfigError(key, path, f"a file in UTF-8 (byte {error.start} is not)") from None
     except RecursionError:
-        raise ConfigError(key, str(path), "a file in YAML (it is nested too deeply)") from None
+        raise ConfigError(key, path, "a file in YAML (it is nested too deeply)") from None
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(key, str(path), f"a file in YAML ({line}{error.problem})") from None
+        raise ConfigError(key, path, f"a file in YAML ({line}{error.problem})") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(key, str(path), f"a file in YAML ({str(error).splitlines()[0]})") from None
+        raise ConfigError(key, path, f"a file in YAML ({str(error).splitlines()[0]})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(key, str(path), f"a file that holds keys with their values, not a {type(values).__name__}")
+        raise ConfigError(key, path, f"a file that holds keys with their values, not a {type(values).__name__}")
     return values
 
 

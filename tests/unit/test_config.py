@@ -84,18 +84,21 @@ MISTAKES = [
     (["--norm.affine", "maybe"], "norm.affine: got 'maybe', expected true or false"),
     (["--optimizer.betas", "0.9"], "optimizer.betas: got '0.9', expected a list of 2, each item a finite number"),
     (["--model.options", "dropout"], "model.options: got 'dropout', expected a mapping"),
-    (["--nrm.name", "x"], "nrm.name: got 'x', expected an option of syncbn train, such as --norm.name"),
-    (["--data.nam", "digits"], "data.nam: got 'digits', expected an option of syncbn train, such as --data.name"),
-    (["--data.nam=digits"], "data.nam: got 'digits', expected an option of syncbn train, such as --data.name"),
-    (["--zzz"], "zzz: got None, expected an option of syncbn train\n"),
+    (["--nrm.name", "x"], "nrm.name: got 'x', expected an option of syncbn train; did you mean --norm.name"),
+    (["--data.nam", "digits"], "data.nam: got 'digits', expected an option of syncbn train; did you mean --data.name"),
+    (["--data.nam=digits"], "data.nam: got 'digits', expected an option of syncbn train; did you mean --data.name"),
+    (["--zzz"], "zzz: got nothing, expected an option of syncbn train\n"),
     (["-v"], "train: got '-v', expected options alone, which begin with -- (see syncbn train --help)"),
     (["gpus", "4"], "train: got 'gpus', expected options alone"),
     (["--resume=yes"], "resume: got 'yes', expected no value"),
-    (["--gpus", "--seed", "3"], "gpus: got None, expected an integer"),
+    (["--gpus", "--seed", "3"], "gpus: got nothing, expected an integer"),
     (["--progress", "perhaps"], "progress: got 'perhaps', expected true or false"),
     (["--gpus", "4", "--sync_group_size", "3"], "sync_group_size: got 3, expected a divisor of gpus (4), or null"),
     (["--sync_group_size", "1"], "sync_group_size: got 1, expected null with norm.name batch"),
-    (["--norm.name", "ghost"], "norm.ghost_batch_size: got None, expected a number of samples"),
+    (["--norm", "{nam: x}"], "norm.nam: got 'x', expected a known key; did you mean norm.name?"),
+    (["--model", "{options: {a: 1}, widht: 3}"], "model.widht: got 3, expected a known key; did you mean model.width?"),
+    (["--norm", "x"], "norm: got 'x', expected a mapping"),
+    (["--norm.name", "ghost"], "norm.ghost_batch_size: got nothing, expected a number of samples"),
     (["--norm.name=ghost", "--norm.ghost_batch_size=5"], "norm.ghost_batch_size: got 5, expected a divisor of per_gpu"),
     (["--norm.name", "renorm", "--norm.r_ramp_end", "10"], "norm.r_ramp_end: got 10, expected at least norm.warmup"),
     (["--budget.steps", "5"], "budget.steps: got 5, expected exactly one of"),
@@ -105,7 +108,7 @@ MISTAKES = [
     (["--norm.name", "group", "--norm.groups", "7"], "norm.groups: got 7, expected a divisor"),
     (["--config", "/nowhere.yaml"], "config: got '/nowhere.yaml', expected a file that can be read"),
     (["--resume"], "resume: got True, expected --out with it"),
-    (["--out"], "out: got None, expected a path"),
+    (["--out"], "out: got nothing, expected a path"),
     (["--out", "nothing-there", "--resume"], "out: got 'nothing-there', expected the folder of a run"),
 ]
 
@@ -172,6 +175,21 @@ def test_a_run_is_resumed_with_its_own_configuration(tmp_path, capsys):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_a_resumed_run_says_from_where_it_goes_on(tmp_path, capsys):
+    out = str(tmp_path)
+    words = ["2" if word == "1" else word for word in RUN]  # epochs: the first ends with a checkpoint
+    assert main(["train", *words, "--out", out]) == 0
+    assert "goes on" not in capsys.readouterr().err
+    (tmp_path / "result.json").unlink()
+    for _ in range(2):
+        assert main(["train", "--out", out, "--resume", "--progress", "false"]) == 0
+        printed = capsys.readouterr()
+        said = [line for line in printed.err.splitlines() if "goes on" in line]
+        assert said == ["syncbn: note: the run goes on from step 4 of 8"]
+        assert "nothing to resume" not in printed.out
+        (tmp_path / "result.json").unlink()
+
+
 def test_a_remark_on_a_run_is_one_line(tmp_path):
     """The command line in a process of its own, as pytest has its own handling of warnings."""
     command = [sys.executable, "-m", "syncbn", "train", *RUN, "--gpus", "64", "--out", str(tmp_path)]
@@ -197,8 +215,8 @@ def test_a_folder_that_cannot_be_and_an_unknown_tracker(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("norm: {nam: x}", "norm.nam: got 'x', expected a known key, such as norm.name"),
-        ("gpuss: 3", "gpuss: got 3, expected a known key, such as gpus"),
+        ("norm: {nam: x}", "norm.nam: got 'x', expected a known key; did you mean norm.name"),
+        ("gpuss: 3", "gpuss: got 3, expected a known key; did you mean gpus"),
         ("norm: {eps: -1}", "norm.eps: got -1.0, expected a positive number"),
         ("norm: [", "config: got 'c.yaml', expected a file in YAML (line 1: expected the node content"),
         ("norm: {eps: x}", "norm.eps: got 'x', expected a finite number"),

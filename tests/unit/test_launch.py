@@ -69,8 +69,10 @@ def test_script_is_well_formed(script: str) -> None:
 
 def test_torchrun_meets_on_a_free_port(fake: Path) -> None:
     got = arguments(launch("torchrun.sh", fake, CONFIG="run.yaml"))
-    start = ["OMP_NUM_THREADS=1", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "auto"]
-    assert got == start + TRAIN
+    start = ["OMP_NUM_THREADS=1", "-m", "syncbn.train.torchrun", "--standalone", "--nproc-per-node", "auto"]
+    assert got == [*start, "--max-restarts", "0", *TRAIN]
+    got = arguments(launch("torchrun.sh", fake, CONFIG="run.yaml", MAX_RESTARTS="3"))
+    assert got[got.index("--max-restarts") + 1] == "3"
 
 
 def test_defaults_can_be_overridden(fake: Path) -> None:
@@ -96,7 +98,8 @@ def test_multinode_meets_at_the_endpoint(fake: Path) -> None:
     got = arguments(launch("torchrun_multinode.sh", fake, **environment))
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29511", "--rdzv-id", "syncbn"]
     assert got[1:] == [
-        *["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "4", *rendezvous],
+        *["-m", "syncbn.train.torchrun", "--nnodes", "2", "--nproc-per-node", "4", "--max-restarts", "0"],
+        *rendezvous,
         *TRAIN,
     ]
 
@@ -117,9 +120,13 @@ def test_multinode_refuses_an_endpoint_without_a_port(fake: Path) -> None:
     assert "RDZV_ENDPOINT: got 'node0', expected host:port" in done.stderr
 
 
-def slurm(fake: Path, job: str, **environment: str) -> list[str]:
+def slurm_job(fake: Path, job: str, **environment: str) -> subprocess.CompletedProcess[str]:
     scheduler = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "head-7,other-8", "SLURM_JOB_NUM_NODES": "2"}
-    return arguments(launch("slurm.sbatch", fake, CONFIG="run.yaml", **scheduler, **environment))
+    return launch("slurm.sbatch", fake, CONFIG="run.yaml", **scheduler, **environment)
+
+
+def slurm(fake: Path, job: str, **environment: str) -> list[str]:
+    return arguments(slurm_job(fake, job, **environment))
 
 
 def test_slurm_runs_torchrun_once_a_node(fake: Path) -> None:
@@ -128,7 +135,18 @@ def test_slurm_runs_torchrun_once_a_node(fake: Path) -> None:
     assert got[got.index("--nnodes") + 1] == "2"
     assert got[got.index("--rdzv-endpoint") + 1] == "head-7:22345"
     assert got[got.index("--rdzv-id") + 1] == "12345"
-    assert got[-len(TRAIN) :] == TRAIN
+    train = [*TRAIN[:5], "--out", "runs/slurm-12345", *TRAIN[5:]]
+    assert got[-len(train) :] == train
+    assert slurm(fake, "12345", SLURM_RESTART_COUNT="0")[-len(train) :] == train
+    assert slurm(fake, "12345", SLURM_RESTART_COUNT="1")[-len(train) - 1 :] == [*train, "--resume"]
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (1, False), (85, True)])
+def test_slurm_queues_a_stopped_job_again(fake: Path, code: int, queued: bool) -> None:
+    (fake / "srun").write_text(f"#!{BASH}\nexit {code}\n")
+    (fake / "scontrol").write_text(f'#!{BASH}\n[[ $1 == show ]] && echo here || echo "scontrol $*"\n')
+    done = slurm_job(fake, "7")
+    assert (done.returncode, done.stdout) == ((0, "scontrol requeue 7\n") if queued else (code, ""))
 
 
 def test_slurm_gives_each_job_a_port_of_its_own(fake: Path) -> None:

@@ -206,7 +206,7 @@ def test_options_reach_torchvision() -> None:
         ("resnet18", {"num_classes": 3}, "model.options", "no num_classes"),
         ("googlenet", {"aux_logits": True}, "model.options", "aux_logits false"),
         ("alexnet", {}, "model.name", "a network for images of 32x32"),
-        ("timm:resnt10t", {}, "model.name", r"timm:NAME with a model of timm \(close: .*timm:resnet10t"),
+        ("timm:resnt10t", {}, "model.name", r"timm:NAME with a model of timm; did you mean .*timm:resnet10t"),
         ("timm:resnet10t.c3_in1k", {}, "model.name", "timm:NAME with a model of timm"),
         ("timm:hf-hub:timm/resnet18", {}, "model.name", "timm:NAME with a model of timm"),
         ("timm:resnet10t", {"depth": 3}, "model.options", "keyword arguments of timm's .*'depth'"),

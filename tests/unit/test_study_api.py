@@ -81,7 +81,7 @@ def test_failures_come_last_and_name_the_run(tmp_path):
 
 
 def test_what_is_asked_before_a_run():
-    with pytest.raises(ValueError, match="out: got None, expected the folder of the study"):
+    with pytest.raises(ValueError, match="out: got nothing, expected the folder of the study"):
         made().frame()
     assert made().compare("nowhere")["verdict"].tolist() == [None]
     assert "chosen" not in made().compare("nowhere"), "it does not tune"

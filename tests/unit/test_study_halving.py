@@ -301,11 +301,14 @@ def test_a_failed_run_of_a_rung_stops_its_setting_alone(tmp_path, monkeypatch, c
     monkeypatch.setattr(commands, "load_study", lambda _: halved())
     monkeypatch.setattr(commands, "train_function", lambda _: fails)
     assert commands.run_study("small", tmp_path, executor="here") == 1
-    assert "sync, optimizer.lr 0.02, 6 epochs, seed 1000: RuntimeError: no luck" in capsys.readouterr().err
+    assert (
+        "sync, optimizer.lr 0.02, 6 epochs, seed 1000 and 2 others alike: RuntimeError: no luck"
+        in capsys.readouterr().err
+    )
     page = (tmp_path / "report.html").read_text()
     assert "none: 3 runs failed" in page
     assert "Without a choice, as runs of the tuning failed: sync (3 runs)." in page
-    assert "sync, optimizer.lr 0.02, 6 epochs, seed 1000: RuntimeError: no luck" in page
+    assert "sync, optimizer.lr 0.02, 6 epochs, seed 1000 and 2 others alike: RuntimeError: no luck" in page
     configs = [config_from_dict(record.result.config) for record in read_records(tmp_path).values()]
     assert {config.norm.name for config in configs if config.seed < 1000} == {"batch"}
 
@@ -402,7 +405,7 @@ MISTAKES = [
     ),
     (
         {"run": "own_loops:budgeted", "metric": {"name": "error"}, "base": {"gpus": 2}},
-        r"base: budget: got None, expected epochs or steps in `base`.*setting\.config\.budget\.epochs",
+        r"base: budget: got nothing, expected epochs or steps in `base`.*setting\.config\.budget\.epochs",
     ),
 ]
 

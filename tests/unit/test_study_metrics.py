@@ -154,7 +154,7 @@ def test_runs_with_different_metrics_are_not_compared():
     with pytest.raises(ConfigError, match="small: metric: got 'dice', expected error, as other runs of the study"):
         summary_of(study, cells, mixed)
     turned = results | {cells[-1].key: replace(results[cells[-1].key], metric=replace(ERROR, higher_is_better=True))}
-    with pytest.raises(ConfigError, match=r"higher_is_better=True.* expected .*higher_is_better=False"):
+    with pytest.raises(ConfigError, match=r"expected .*higher_is_better=False.* not .*higher_is_better=True"):
         summary_of(study, cells, turned)
     foreign = results | {"of no cell": mixed[cells[-1].key]}
     assert summary_of(study, cells, foreign).metric == ERROR

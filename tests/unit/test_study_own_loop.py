@@ -275,7 +275,7 @@ def test_a_mistake_in_one_of_several_processes(tmp_path, launched):
 
 FILE = [
     ({"run": "regression"}, r"run: got 'regression', expected module:function"),
-    ({"metric": None}, r"metric: got None, expected a mapping"),
+    ({"metric": None}, r"metric: got nothing, expected a mapping"),
     ({"metric": {"name": "error", "better": "low"}}, r"metric: key: got 'better', expected one of name"),
     ({"run": 3}, r"run: got 3, expected module:function"),
     (

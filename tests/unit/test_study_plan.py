@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from study_fakes import small_study
 
+from syncbn.study import commands
 from syncbn.study.analysis.statistics import MIN_SEEDS
 from syncbn.study.plan.grid import parity_cell, study_cells, unique_cells
 from syncbn.study.plan.study_file import available_studies, load_study
@@ -54,17 +55,27 @@ def test_quickstart_is_packaged_and_is_what_it_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"contrast": []}, r"study: key: got 'contrast', expected one of name, .*; did you mean contrasts\?"),
+        ({"arms": {"a": {"lable": "A"}}}, r"arms.a: key: got 'lable', expected .*; did you mean label\?"),
+        ({"tune": {"halvng": True}}, r"tune: key: got 'halvng', expected .* or one of seeds, .* mean halving\?"),
+        ({"base": {"model": {"widht": 4}}}, r"model.widht: got 4, expected a known key; did you mean model.width\?"),
+        ({"axes": {"model.widht": [4]}}, r"axes: axis: got 'model.widht', .* configuration; did you mean model.width"),
+        ({"base": {}, "sweep": {"values": [1]}}, "sweep.global_batch_size: got nothing, expected a positive integer"),
+        (
+            {"base": {"gpus": None}, "sweep": {"values": [1], "global_batch_size": 4}},
+            "study: base: gpus: got nothing, expected no such key here, as the sweep sets it",
+        ),
         ({"seeds": [0, 0]}, "seeds"),
         ({"seeds": []}, "seeds"),
         ({"notes": 3}, "notes: got 3, expected a text"),
         ({"seeds": [-1]}, r"study: seeds: got \[-1\], expected integers from 0 to 2\^31 - 1"),
         ({"seeds": [0, 2**31]}, r"study: seeds: got .*, expected integers from 0 to"),
         ({"base": 3}, "study: base: got 3, expected a mapping"),
-        ({"base": {"optimizer": None}}, "study: arm batch: optimizer: got None, expected a mapping"),
+        ({"base": {"optimizer": None}}, "study: arm batch: optimizer: got nothing, expected a mapping"),
         ({"base": {"data": 3}}, "study: arm batch: data: got 3, expected a mapping"),
         ({"base": {"data": 3}, "axes": {"data.class_skew": [1, 2]}}, "study: base: data: got 3, expected a mapping"),
-        ({"arms": {"a": {"overrides": {"norm": None}}}}, "study: arm a: norm: got None, expected a mapping"),
-        ({"arms": {"a": {"overrides": None}}}, "study: arms.a.overrides: got None, expected a mapping"),
+        ({"arms": {"a": {"overrides": {"norm": None}}}}, "study: arm a: norm: got nothing, expected a mapping"),
+        ({"arms": {"a": {"overrides": None}}}, "study: arms.a.overrides: got nothing, expected a mapping"),
         ({"arms": {}}, "arms"),
         ({"arms": {"a": {"label": "A", "overrides": {"nrm": {"name": "sync"}}}}}, "nrm"),
         ({"arms": {"a": {"label": "A", "overrides": {"norm": {"name": "ghost"}}}}}, "ghost_batch_size"),
@@ -131,6 +142,21 @@ def test_a_coupled_sweep_takes_batch_and_learning_rate_along():
     assert len({c.key for c in cells}) == 4
 
 
+def test_values_are_spelled_as_in_the_file(monkeypatch, capsys):
+    axes = {"sync_group_size": [None, 2], "optimizer.nesterov": [True, False]}
+    study = small_study(
+        axes=axes,
+        arms={"sync": {"overrides": {"norm": {"name": "sync"}}}},
+        contrasts=[{"arm": "sync", "against": {"at": {"sync_group_size": 2}}}],
+    )
+    assert study_cells(study)[0].label == "sync, sync_group_size null, optimizer.nesterov true, seed 0"
+    expected = "sync sync_group_size=null optimizer.nesterov=true against sync_group_size=2"
+    assert study.contrasts[0].name == expected
+    monkeypatch.setattr(commands, "load_study", lambda _: study)
+    commands.plan_study("small")
+    assert "sync_group_size: null, 2\noptimizer.nesterov: true, false\n" in capsys.readouterr().out
+
+
 def test_axes_multiply_and_only_restricts():
     arms = {"batch": {"reference": True}, "half": {"only": {"optimizer.lr": [0.1], "per_gpu_batch_size": [4, 2]}}}
     study = swept(arms=arms, axes={"optimizer.lr": [0.1, 0.2]})
@@ -185,7 +211,10 @@ def test_the_cell_of_the_parity_check():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"axes": {"optimizer.lrr": [0.1]}}, r"axes: axis: got 'optimizer.lrr', expected .* such as optimizer.lr"),
+        (
+            {"axes": {"optimizer.lrr": [0.1]}},
+            r"axes: axis: got 'optimizer.lrr', expected .*; did you mean optimizer.lr",
+        ),
         ({"axes": {"optimizer.lr": []}}, r"axes.optimizer.lr: got \[\], expected a list of at least one value"),
         ({"axes": {"optimizer.lr": [0.1, 0.1]}}, "values that differ"),
         ({"axes": {"optimizer.lr": [1, 1.0]}}, "values that differ"),
@@ -223,19 +252,19 @@ def test_the_cell_of_the_parity_check():
         ({"base": {"budget": {"epochs": 5}}, "sweep": {**HELD, "hold": "steps"}}, "base: budget.epochs: got 5"),
         (
             {"base": {"budget": {"epochs": None, "steps": 5}}, "sweep": {"kind": "coupled", "values": [1]}},
-            "arm batch, per_gpu_batch_size 1: budget.epochs: got None, expected a number of epochs",
+            "arm batch, per_gpu_batch_size 1: budget.epochs: got nothing, expected a number of epochs",
         ),
         ({"axes": {"per_gpu_batch_size": [1]}}, "an axis that the sweep does not vary already"),
         ({"axes": {"seed": [1]}}, "axis: got 'seed'"),
         ({"axes": {"optimizer.lr": ["high"]}}, r"arm batch, .*optimizer.lr high: optimizer.lr: got"),
         ({"sweep": {"values": [3], "global_batch_size": 8}}, r"values: got \[3\], expected divisors of"),
         ({"sweep": {"values": []}}, "sweep.values: got"),
-        ({"sweep": {"values": [1]}}, "global_batch_size: got None, expected a positive integer"),
+        ({"sweep": {"values": [1]}}, "global_batch_size: got nothing, expected a positive integer"),
         ({"sweep": {"values": [0], "global_batch_size": 8}}, "expected positive integers"),
         ({"sweep": {**SWEEP, "vary": "weight"}}, "sweep.vary: got 'weight', expected one of per_gpu_batch_size"),
         ({"sweep": {**SWEEP, "kind": "both"}}, "decoupled or coupled"),
         ({"sweep": {**SWEEP, "kind": "coupled"}}, "global_batch_size: got 8, expected none"),
-        ({"sweep": {"kind": "coupled", "values": [1], "hold": "steps"}}, "sweep.steps: got None"),
+        ({"sweep": {"kind": "coupled", "values": [1], "hold": "steps"}}, "sweep.steps: got nothing"),
         ({"sweep": {"kind": "coupled", "values": [1], "hold": ["time"]}}, "epochs, steps or both"),
         ({"sweep": {**SWEEP, "hold": "epochs"}}, "none with a decoupled sweep"),
         ({"sweep": {**SWEEP, "steps": 3}}, "sweep.steps: got 3"),

@@ -41,7 +41,8 @@ def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     study = small_study(notes="Mind <this>.")
     cells, results = results_of(study)
-    parity = {"lines": ["sync: 1 and 2 processes agree to 3e-16"], "agrees": True}
+    parity = {"key": cells[0].key, "arm": "sync", "processes": [1, 2], "steps": 3}
+    parity |= {"lines": ["sync: 1 and 2 processes agree to 3e-16"], "agrees": True}
     (out / "parity.json").write_text(json.dumps(parity))
     path = write_report(study, cells, results, out, command="syncbn study run --config <x>")
     return path, path.read_text()
@@ -157,3 +158,18 @@ def test_page_opens_without_an_error(page, tmp_path):
     assert dom.count("<svg") == 3
     assert dom.count("<table") == 3  # settings, contrasts, cost
     assert dom.count("<tr>") == (1 + 3) + (1 + 2) + (1 + 3)
+
+
+def test_a_note_says_what_a_dash_is_where_there_is_one(tmp_path):
+    sweep = {"values": [2, 8], "global_batch_size": 8}
+    arms = {name: {"overrides": {"norm": {"name": name}}} for name in ("batch", "sync")}
+    notes = {}
+    for only in ({}, {"per_gpu_batch_size": [2]}):
+        arms["sync"]["only"] = only
+        study = small_study(base={"data": {"name": "digits"}}, sweep=sweep, arms=arms, seeds=[0, 1, 2])
+        cells = study_cells(study)
+        results = {cell.key: fake_result(cell.config, 0.1 + 0.01 * cell.seed) for cell in cells}
+        page = write_report(study, cells, results, tmp_path, command="").read_text()
+        notes[bool(only)] = "–: the arm is not run there, or has no result there yet." in page
+        assert "–: the runs did not record it." not in page
+    assert notes == {True: True, False: False}

@@ -22,6 +22,9 @@ from syncbn.train.loop import train
 from syncbn.train.optim import lr_factor, make_optimizer, peak_lr
 from syncbn.train.parity import Trained, compare_runs
 from syncbn.train.result import RunResult
+from syncbn.train.schedule import keys_beyond
+from syncbn.train.tasks.classification import Classification
+from syncbn.train.tasks.named import TaskError
 
 SMALL = {
     "gpus": 4,
@@ -262,8 +265,9 @@ def test_parity_comparison_sees_a_small_difference():
 
 
 def test_a_model_spoilt_by_its_last_step_has_diverged():
-    optimizer = {"lr": 1e308, "schedule": "constant"}
-    result = train(small(norm={"name": "none"}, optimizer=optimizer, budget={"epochs": None, "steps": 1}))
+    optimizer = {"lr": 3e38, "schedule": "constant"}
+    budget = {"epochs": None, "steps": 1}
+    result = train(small(precision="fp32", norm={"name": "none"}, optimizer=optimizer, budget=budget))
     assert math.isfinite(result.losses[0])
     assert (result.status, result.test, result.evaluations) == ("diverged", None, [])
 
@@ -271,7 +275,7 @@ def test_a_model_spoilt_by_its_last_step_has_diverged():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": None}, "optimizer: got None, expected a mapping"),
+        ({"optimizer": None}, "optimizer: got nothing, expected a mapping"),
         ({"data": 3}, "data: got 3, expected a mapping"),
         ({"norm": [1]}, r"norm: got \[1\], expected a mapping"),
         ({"evaluation": {"population_samples": [4, 2]}}, "population_samples"),
@@ -290,8 +294,22 @@ def test_examples_of_the_docstrings(module):
     assert (found.failed, found.attempted > 0) == (0, True)
 
 
+def test_only_a_batch_that_is_too_small_is_called_one(monkeypatch):
+    """Torch's instance normalization has no class of error for a map of one value; other errors are the model's."""
+    run = {"model": {"name": "resnet18"}, "gpus": 1, "per_gpu_batch_size": 2, "budget": {"epochs": None, "steps": 1}}
+    with pytest.raises(LocalError, match=r"per_gpu_batch_size: got 2, expected batches .* 1 spatial element"):
+        train(small(norm={"name": "instance"}, **run))
+
+    def wrong(self, model, inputs, targets):
+        raise ValueError("Expected more than 1 channel")
+
+    monkeypatch.setattr(Classification, "outputs", wrong)
+    with pytest.raises(TaskError, match="task classification: the model raised ValueError: Expected more than 1 chan"):
+        train(small(**run))
+
+
 def test_public_names():
-    names = ["Datasets", "Metric", "RunConfig", "RunResult", "Sum", "Task"]
+    names = ["Datasets", "Metric", "RunConfig", "RunResult", "Stopped", "Sum", "Task"]
     names += ["diagnose", "diagnose_model", "load_config", "train"]
     assert syncbn.train.__all__ == names
     assert all(callable(getattr(syncbn.train, name)) for name in syncbn.train.__all__)
@@ -318,7 +336,34 @@ def test_a_batch_that_is_larger_than_the_data_is_remarked_on():
     with pytest.raises(ConfigError, match="an optimizer step of at most the 20 training samples"):
         train(small(data={**few, "drop_last": True}))
     # More than the test set has is what an evaluation batch may be.
-    assert not warned(small(budget={"epochs": None, "steps": 1, "eval_batch_size": 10_000}))
+    assert not warned(small(budget={"epochs": None, "steps": 1, "eval_batch_size": 10_000}, norm={"name": "sync"}))
+
+
+BEYOND = {
+    "one step before": ("renorm", {"warmup_steps": 7, "r_ramp_end": 8, "d_ramp_end": 8}, {}),
+    "a ramp": ("renorm", {"warmup_steps": 7, "r_ramp_end": 9, "d_ramp_end": 8}, {"norm.r_ramp_end": 9}),
+    "the defaults": (
+        *("renorm", {}, {"norm.warmup_steps": 5000, "norm.r_ramp_end": 40_000, "norm.d_ramp_end": 25_000}),
+    ),
+    "a norm without ramps": ("sync", {}, {}),
+    "windows": ("mabn", {"window": 8, "warmup_steps": 7}, {"norm.window": 8}),
+    "a warm-up of windows": ("mabn", {"window": 2, "warmup_steps": 8}, {"norm.warmup_steps": 8}),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_lies_beyond_the_end_of_a_run(name):
+    norm, given, expected = BEYOND[name]
+    for steps, accumulation in ((8, 1), (4, 2)):
+        values = {"norm": {"name": norm, **given}, "accumulation_steps": accumulation}
+        assert keys_beyond(config_from_dict(values), steps) == expected, "norms count forwards"
+
+
+def test_a_warm_up_beyond_the_end_is_remarked_on():
+    values = {"optimizer": {"warmup_steps": 3, "schedule": "constant"}, "norm": {"name": "sync"}}
+    assert keys_beyond(config_from_dict(values), 4) == {}
+    (words,) = warned(small(budget={"epochs": None, "steps": 3}, **values))
+    assert words == "optimizer.warmup_steps 3: beyond the end of the run at step 3"
 
 
 class Labelled(Task):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from syncbn.study.plan.grid import Value
-from syncbn.train.config import ConfigError, require
+from syncbn.train.config import ConfigError, meant, require
 
 
 def mapping(content: object, where: str, required: Sequence[str] = (), optional: Sequence[str] = ()) -> dict[Any, Any]:
@@ -15,7 +15,7 @@ def mapping(content: object, where: str, required: Sequence[str] = (), optional:
         raise ConfigError(where, content, "a mapping")
     known = (*required, *optional)
     for key in content:
-        require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}")
+        require(not known or key in known, f"{where}: key", key, f"one of {', '.join(known)}{meant(key, known)}")
     for key in required:
         require(key in content, f"{where}: keys", list(content), f"the key {key!r} too")
     return content
@@ -64,5 +64,5 @@ def positive(value: object, where: str) -> int:
 def text(value: object, where: str) -> str:
     """``value`` without blanks around it, if it is a text that is not empty."""
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(where, value, "a text")
+        raise ConfigError(where, value, "a text that is not empty")
     return value.strip()

@@ -30,13 +30,17 @@ def study_in(folder: Path, config: str | None, option: str) -> Study:
     Raises ConfigError if there is no such folder or study; the message names ``option``, which would give ``config``.
     """
     if not folder.is_dir():
-        raise ConfigError("folder", str(folder), "the folder of a study")
+        raise ConfigError("folder", folder, "the folder of a study")
     if config is not None:
         return load_study(config)
     if not (folder / FILE).is_file():
         expected = f"one with {FILE}, which `study run` and `study report` write; or name its study with {option}"
-        raise ConfigError("folder", str(folder), expected)
-    return load_study(folder / FILE)
+        raise ConfigError("folder", folder, expected)
+    try:
+        return load_study(folder / FILE)
+    except ConfigError as error:
+        value = folder / FILE if error.key == "config" else error.value
+        raise ConfigError(error.key, value, f"{error.expected}; or name the study with {option}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -229,7 +229,7 @@ class Cell:
     @property
     def label(self) -> str:
         """Name of the cell in messages."""
-        named = (f"{name} {value}" for name, value in self.point + self.candidate)
+        named = (f"{name} {spelled(value)}" for name, value in self.point + self.candidate)
         return ", ".join([self.arm, *named, *([self.rung] if self.rung else []), f"seed {self.seed}"])
 
 
@@ -293,7 +293,8 @@ def state_of(result: RunResult) -> State:
 def cell_key(config: RunConfig) -> str:
     """The first ``KEY_LENGTH`` hexadecimal digits of the SHA-256 of a run configuration's canonical JSON.
 
-    A number is an integer there if it can be, so that 1 and 1.0 give the same key.
+    A number is an integer there if it can be, so that 1 and 1.0 give the same key. When checkpoints are written changes
+    no result, and the keys that say it are younger than many studies.
     """
 
     def number(text: str) -> float:
@@ -301,8 +302,17 @@ def cell_key(config: RunConfig) -> str:
         return int(value) if value.is_integer() else value
 
     values = json.loads(json.dumps(config_to_dict(config), allow_nan=False), parse_float=number)
+    for name in ("checkpoint_every_steps", "checkpoint_every_minutes"):
+        del values["budget"][name]
     content = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def spelled(value: Value) -> str:
+    """A value as a study's file has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +332,7 @@ def _resolve(
     if "seed" in values:
         raise ConfigError(f"{source}: arm {arm.name}: seed", values["seed"], "no seed here: the study's `seeds` set it")
     at = dict(point)
-    where = f"{source}: arm {arm.name}" + "".join(f", {name} {value}" for name, value in point + candidate)
+    where = f"{source}: arm {arm.name}" + "".join(f", {name} {spelled(value)}" for name, value in point + candidate)
     for name, value in [*((name, at[name]) for name in study.grid), *candidate]:
         values = merge(values, _nested(name, value))
     if study.sweep is not None:

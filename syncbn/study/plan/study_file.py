@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,8 @@ from syncbn.study.plan.tune_file import check_trials, check_tune, grid_from, tun
 from syncbn.train.config import ConfigError, require
 from syncbn.train.result import Metric
 from syncbn.train.yaml_file import read_yaml
+
+MOST_RUNS = 100_000
 
 
 def load_study(path_or_name: str | Path) -> Study:
@@ -65,6 +68,7 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     study = replace(study, **_own_loop(data, source))
     references = [arm.name for arm in study.arms if arm.reference]
     require(len(references) <= 1, f"{source}: arms", references, "at most one arm with `reference: true`")
+    _check_size(study, source)
     _check_overlaps(study, source)
     check_tune(study, _sweep_keys(study.sweep), source)
     study = replace(study, contrasts=contrasts_from(data.get("contrasts"), study, f"{source}: contrasts"))
@@ -89,7 +93,7 @@ def _find_study(path_or_name: str) -> Path:
     path = Path(path_or_name) if Path(path_or_name).is_file() else installed.get(path_or_name)
     if path is None:
         names = ", ".join(sorted(installed)) or "none is installed"
-        raise ConfigError("study", path_or_name, f"an existing YAML file or the name of a study ({names})")
+        raise ConfigError("study", Path(path_or_name), f"an existing YAML file or the name of a study ({names})")
     return path
 
 
@@ -221,6 +225,19 @@ def _check_parity(study: Study, parity: Parity, cells: list[Cell], where: str) -
         raise ConfigError(f"{where}.at", parity.at, "a place at which the arm is run")
     odd = [number for number in parity.processes if cell.config.gpus % number]
     require(not odd, f"{where}.processes", odd, f"divisors of the {cell.config.gpus} logical GPUs")
+
+
+def _check_size(study: Study, source: str) -> None:
+    """Check the number of runs before they are listed, which would take all memory."""
+    tried = max((math.prod(map(len, tune)) for tune in _grids(study)), default=1)
+    points = math.prod(map(len, study.axes.values()))
+    runs = len(study.arms) * points * max(len(study.seeds), tried * len(study.tune.seeds if study.tune else ()))
+    require(runs <= MOST_RUNS, source, runs, f"a study of at most {MOST_RUNS:,} runs")
+
+
+def _grids(study: Study) -> list[Collection[Sequence[Value]]]:
+    grids = [arm.tune for arm in study.arms] + [study.tune.grid if study.tune is not None else None]
+    return [grid.values() for grid in grids if grid is not None]
 
 
 def _check_overlaps(study: Study, source: str) -> None:

@@ -11,7 +11,6 @@ place of the study's; it has as many candidates, so that no arm has a larger bud
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,21 +19,27 @@ from syncbn.study.plan.content import axis_values, mapping
 from syncbn.study.plan.grid import Arm, Study, Tune, Value
 from syncbn.study.plan.halving import FACTOR
 from syncbn.study.plan.tuning import tunings_of
-from syncbn.train.config import ConfigError, known_keys, require
+from syncbn.train.config import ConfigError, known_keys, meant, require
 
 FIRST_SEED = 1000
 """Tuning seeds count from here."""
+MOST_SEEDS = 1000
 OPTIONS = ("task.options.", "model.options.")
 """Sections whose keys a configuration does not list."""
 
 
-def grid_from(content: object, where: str, what: str = "key") -> dict[str, tuple[Value, ...]]:
-    """A mapping from dotted keys of the run configuration to the values that are tried or run."""
+def grid_from(
+    content: object, where: str, what: str = "key", others: Sequence[str] = ()
+) -> dict[str, tuple[Value, ...]]:
+    """A mapping from dotted keys of the run configuration to the values that are tried or run.
+
+    ``others`` are keys that may stand beside them, for the error of a misspelt one.
+    """
     found = mapping(content, where)
     known = [key for key in known_keys() if key != "seed"]
     for name in found:
-        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f"a key of the run configuration{', such as ' + ', '.join(close) if close else ''}"
+        beside = f", or one of {', '.join(others)}" * bool(others)
+        hint = f"a key of the run configuration{beside}{meant(name, [*known, *others])}"
         option = isinstance(name, str) and any(name.startswith(start) and name != start for start in OPTIONS)
         require(option or name in known, f"{where}: {what}", name, hint)
     return {name: axis_values(values, f"{where}.{name}") for name, values in found.items()}
@@ -50,7 +55,7 @@ def tune_from(content: object, arms: tuple[Arm, ...], study: Study, where: str) 
     seeds, untuned = data.pop("seeds", 1), data.pop("untuned", False)
     halving = _halving(data.pop("halving", False), f"{where}.halving")
     require(isinstance(untuned, bool), f"{where}.untuned", untuned, "true or false")
-    grid = grid_from(data, where)
+    grid = grid_from(data, where, others=("seeds", "untuned", "halving"))
     require(bool(grid), where, content, "at least one key with the values to try, such as optimizer.lr: [0.03, 0.1]")
     copies = [replace(arm, name=f"{arm.name} untuned", label=f"{arm.label}, untuned", tuned=False) for arm in arms]
     copies = [replace(arm, reference=False) for arm in copies] if untuned else []
@@ -73,7 +78,8 @@ def check_tune(study: Study, swept: Sequence[str], source: str) -> None:
         numbers[arm.name] = len(study.tune.candidates(arm))
     same = f"as many candidates for each arm, so that no arm has a larger budget than another: {numbers}"
     require(len(set(numbers.values())) == 1, f"{source}: tune", max(numbers.values()), same)
-    task, data = study.base.get("task") or {}, study.base.get("data") or {}
+    parts = {name: study.base.get(name) or {} for name in ("task", "data")}
+    task, data = (mapping(part, f"{source}: base.{name}") for name, part in parts.items())
     held_out = task.get("name", "classification") != "classification" or data.get("validation_fraction", 0)
     expected = "a fraction above 0 in `base`, as tuning chooses by validation data"
     require(bool(held_out), f"{source}: base: data.validation_fraction", data.get("validation_fraction", 0), expected)
@@ -121,10 +127,14 @@ def _halving(content: object, where: str) -> int | None:
 
 
 def _seeds(content: Any, taken: Sequence[int], where: str) -> tuple[int, ...]:
-    if type(content) is int and content >= 1:
+    if type(content) is int and 1 <= content <= MOST_SEEDS:
         free = (seed for seed in range(FIRST_SEED, FIRST_SEED + content + len(taken)) if seed not in taken)
         return tuple(next(free) for _ in range(content))
     integers = isinstance(content, list) and all(type(seed) is int and 0 <= seed < 2**31 for seed in content)
     if not integers or not content or len(set(content)) < len(content) or set(content) & set(taken):
-        raise ConfigError(where, content, "a number of seeds, or a list of different ones that are not the study's")
+        raise ConfigError(
+            where,
+            content,
+            f"a number of seeds up to {MOST_SEEDS}, or a list of different ones that are not the study's",
+        )
     return tuple(content)

@@ -13,7 +13,6 @@ A study's folder holds::
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import traceback
@@ -26,8 +25,10 @@ from syncbn.study.plan.grid import Cell, State, state_of, unique_cells
 from syncbn.study.run.logs import error_line, note_begin, note_failure, output_to
 from syncbn.study.run.records import Record, Records
 from syncbn.train.checkpoint import try_lock
-from syncbn.train.config import ConfigError
+from syncbn.train.config import ConfigError, LocalError
+from syncbn.train.launch import LaunchError
 from syncbn.train.result import RunResult
+from syncbn.train.stored import IncompleteFile
 
 TrainFunction = Callable[..., object]
 """Called as ``train(config, folder, resume=True)``, such as :func:`syncbn.train.loop.train`."""
@@ -79,6 +80,8 @@ class Event:
     it. Otherwise how it ended."""
     message: str = ""
     """Why it failed, in one line."""
+    mistake: bool = False
+    """Whether it failed by the user's code or configuration, and not by the machine: others may fail alike."""
 
 
 Events = Generator[Event | None, None, None]
@@ -100,7 +103,8 @@ def attempt(job: Job, train: TrainFunction, records: Records) -> Event:
     except Exception as error:  # whatever a run raises, the study goes on
         message = error_line(error)
         note_failure(job.log, message)
-        return Event(job, "failed", message)
+        launched = isinstance(error, LaunchError) and error.mistake
+        return Event(job, "failed", message, launched or isinstance(error, ConfigError | LocalError | ImportError))
 
 
 def _train_once(job: Job, train: TrainFunction, records: Records) -> State:
@@ -151,11 +155,7 @@ def load_result(directory: Path) -> RunResult | None:
 
     A whole result that this version cannot read is a ConfigError, as running it again would overwrite it.
     """
-    path = directory / "result.json"
     try:
-        return RunResult.from_json(path)
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return RunResult.from_json(directory / "result.json")
+    except IncompleteFile:
         return None
-    except (TypeError, KeyError, AttributeError) as error:
-        expected = f"a result that this version of syncbn can read ({type(error).__name__}: {error})"
-        raise ConfigError(f"result of {directory.name}", str(path), expected) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+from syncbn.train.result import naming
 
 MARK = "=="
 """Start of the lines that the study adds."""
@@ -50,18 +53,31 @@ def output_to(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     try:
-        with log.open("a", buffering=1, encoding="utf-8") as file:
+        with _Log(log) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             # In a notebook, what Python prints does not go to these descriptors.
             with redirect_stdout(file), redirect_stderr(file):
                 yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # the log's disk may be full
+            sys.stdout.flush()
+            sys.stderr.flush()
         for descriptor, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)
+
+
+class _Log(io.TextIOWrapper):
+    """A file to which what is printed is added at once. An error, as of a full disk, names it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("ab", buffering=0), encoding="utf-8", errors="replace", write_through=True)
+        self._path = path
+
+    def write(self, text: str) -> int:
+        with naming(self._path):
+            return super().write(text)
 
 
 def _now() -> str:

@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from torch import nn
 from syncbn.study.plan.grid import Study
 from syncbn.study.run.jobs import TrainFunction
 from syncbn.train import loop
-from syncbn.train.config import RunConfig, config_to_dict, load_config, require, save_config
+from syncbn.train.config import RunConfig, config_to_dict, fits, load_config, require, save_config
 from syncbn.train.data.generators import generators_kept, seed_generators
 from syncbn.train.launch import launch, placement
 from syncbn.train.lifeline import end_with_parent
 from syncbn.train.logical_gpus import Partition
 from syncbn.train.norms.factory import adapt_model
-from syncbn.train.result import Metric, RunResult, environment, jsonable
+from syncbn.train.result import Metric, RunResult, environment, jsonable, naming
+from syncbn.train.stored import json_lines
 from syncbn.train.tasks.named import TaskError, blamed, find
 from syncbn.train.tasks.source import digest_of
 
@@ -123,7 +123,8 @@ class Setting:
     def report(self, step: int, **metrics: float) -> None:
         """Record metrics of a step, for curves. The first process writes them."""
         if self.out is not None and placement().rank == 0:
-            with (self.out / "metrics.jsonl").open("a") as file:
+            path = self.out / "metrics.jsonl"
+            with naming(path), path.open("a") as file:
                 values = {name: _number(value) for name, value in metrics.items()}
                 line = json.dumps(jsonable({"step": step, **values}), allow_nan=False)
                 file.write(f"\n{line}\n")  # a killed run may have left half a line
@@ -241,12 +242,9 @@ def _number(value: Any) -> float:
 def _reported(out: Path) -> list[dict[str, Any]]:
     """What the run reported, by step; of a step that was reported twice, as after a kill, the last."""
     found: dict[int, dict[str, Any]] = {}
-    with suppress(FileNotFoundError):
-        for line in (out / "metrics.jsonl").read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # a killed run may leave half a line
-                entry = json.loads(line)
-                step = entry.pop("step")
-                found[step] = {"step": step, "test": entry}
+    for entry in json_lines(out / "metrics.jsonl"):
+        values = {name: value for name, value in entry.items() if name != "step" and fits(value, float | None)}
+        found[entry["step"]] = {"step": entry["step"], "test": values}
     return [found[step] for step in sorted(found)]
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from syncbn.study.plan.grid import Cell, Study, parity_cell
+from syncbn.study.plan.parity_file import ParityResult, read_parity, write_parity
 from syncbn.train.parity import run_parity
-from syncbn.train.result import write_atomically
-
-FILE = "parity.json"
 
 
 def check_parity(study: Study, cells: Sequence[Cell], out: Path, say: Callable[[str], None] = print) -> bool:
@@ -26,12 +24,15 @@ def check_parity(study: Study, cells: Sequence[Cell], out: Path, say: Callable[[
         return True
     cell = parity_cell(study.parity, cells)
     assert cell is not None
-    asked = {"key": cell.key, "arm": cell.arm, "processes": [*study.parity.processes], "steps": study.parity.steps}
-    path = out / FILE
-    if path.exists():
-        known = json.loads(path.read_text())
-        if all(known.get(name) == value for name, value in asked.items()):
-            return bool(known["agrees"])
+    asked: dict[str, object] = {
+        "key": cell.key,
+        "arm": cell.arm,
+        "processes": [*study.parity.processes],
+        "steps": study.parity.steps,
+    }
+    known = read_parity(out)
+    if known is not None and asked.items() <= known.items():
+        return known["agrees"]
     lines: list[str] = []
 
     def keep(line: str) -> None:
@@ -41,5 +42,5 @@ def check_parity(study: Study, cells: Sequence[Cell], out: Path, say: Callable[[
     # What is evaluated does not enter the training, which is compared.
     evaluation = replace(cell.config.evaluation, batch=False, population_samples=[])
     agrees = run_parity(replace(cell.config, evaluation=evaluation), study.parity.processes, study.parity.steps, keep)
-    write_atomically(path, json.dumps({**asked, "lines": lines, "agrees": agrees}, indent=1) + "\n")
+    write_parity(cast(ParityResult, {**asked, "lines": lines, "agrees": agrees}), out)
     return agrees

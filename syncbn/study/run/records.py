@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from syncbn.train.config import ConfigError
-from syncbn.train.result import RunResult, jsonable
+from syncbn.train.result import RunResult, jsonable, naming
 
 SCHEMA = 1
 """Version of a line."""
@@ -50,7 +50,7 @@ def append(path: Path, record: Record) -> None:
         values[name] = values[name].astimezone(UTC).isoformat(timespec="milliseconds")
     data = (json.dumps(jsonable(values), allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -95,6 +95,11 @@ class Records:
         self.worker = worker_name()
         self._places: dict[str, _Place] = {}
         self._read: dict[Path, int] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no record, as of the last :meth:`refresh`."""
+        return not self._places
 
     def refresh(self) -> None:
         """Read the lines that were added since the last call."""
@@ -143,7 +148,7 @@ class Records:
 
 
 def _record(line: bytes, path: Path) -> Record | None:
-    """The record in a line; None if it is no record."""
+    """The record in a line; None if it is no record, as a line is that was damaged or written by another program."""
     try:
         values: Any = json.loads(line)
     except (ValueError, RecursionError):
@@ -164,6 +169,10 @@ def _record(line: bytes, path: Path) -> Record | None:
             seconds=float(values["seconds"]),
             result=RunResult.from_dict(values["result"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         # Not a missing run, which would be run again over a result that another version can read.
-        raise ConfigError(where, values["key"], f"a record that this version of syncbn can read ({error})") from None
+        raise ConfigError(
+            where,
+            values["key"],
+            f"a record that this version of syncbn can read ({error}); move the file away to run its runs again",
+        ) from None

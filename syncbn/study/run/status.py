@@ -24,6 +24,8 @@ class Outcome:
     state: State
     message: str = ""
     """Why it failed, in one line."""
+    mistake: bool = False
+    """Whether it failed by the user's code or configuration, as far as that was seen by this process."""
     result: RunResult | None = None
     """Its result if it is done or diverged."""
     ran: bool = False

@@ -38,6 +38,14 @@ _STATISTICS: dict[str, Statistics] = {
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 _DOWNLOADED = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100), "fashion_mnist": ("FashionMNIST", 10)}
+_SIZES = {
+    "mnist5k": [400] * 10,
+    "digits": [143, 146, 142, 147, 145, 146, 145, 144, 140, 144],
+    "cifar10": [5000] * 10,
+    "cifar100": [500] * 100,
+    "fashion_mnist": [6000] * 10,
+}
+"""Training images of each class, before any is left out."""
 _CPU = torch.device("cpu")
 
 
@@ -139,6 +147,20 @@ def load_data(config: DataConfig, seed: int, device: torch.device = _CPU) -> Dat
     )
 
 
+def training_size(config: DataConfig) -> int | None:
+    """The number of training images of a configuration, without reading any; None for an image folder."""
+    sizes = _SIZES.get(config.name)
+    if config.name == "synthetic":
+        labels = torch.arange(config.synthetic_samples) % config.synthetic_classes
+    elif sizes is not None:
+        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    else:
+        return None
+    if config.train_samples is not None:
+        labels = labels[spread_subset(labels, min(config.train_samples, len(labels)))]
+    return len(fraction_split(labels, config.validation_fraction)[0])
+
+
 def _take(pixels: Tensor | Decoder, epochs: Tensor, indices: Tensor) -> Tensor:
     return pixels[indices] if isinstance(pixels, Tensor) else pixels(epochs, indices)
 
@@ -200,7 +222,7 @@ def _downloaded(config: DataConfig) -> tuple[Labelled, Labelled, int]:
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         expected = f"a folder with {config.name}, or one that it can be downloaded to ({reason})"
-        raise ConfigError("data.root", str(root), expected) from error
+        raise ConfigError("data.root", root, expected) from error
     return _in_memory(train), _in_memory(test), num_classes
 
 

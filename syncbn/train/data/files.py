@@ -95,12 +95,12 @@ def read_image_folder(root: str, size: int, area_seed: int | None = None) -> tup
         train, test = (list_folder(Path(root) / part) for part in ("train", test_name))
     except OSError as error:
         expected = f"a folder with images in train/CLASS/ and test/CLASS/ or val/CLASS/ ({error})"
-        raise ConfigError(_KEY, root, expected) from error
+        raise ConfigError(_KEY, Path(root), expected) from error
     for part in (train, test):
         _check_links(part)
     differing = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
     expected = f"the same classes in train and {test_name} (in only one: {differing})"
-    require(not differing, _KEY, root, expected)
+    require(not differing, _KEY, Path(root), expected)
     if area_seed is not None:
         in_train = _read(train, AreaCrop(size, area_seed), held=False)
         in_test = _read(test, CentreCut(size, round(size * 256 / 224)), held=False)
@@ -115,7 +115,7 @@ def _check_links(folder: Any) -> None:
     seen: dict[str, str] = {}
     for directory in dict.fromkeys(os.path.dirname(path) for path, _ in folder.samples):
         before = seen.setdefault(os.path.realpath(directory), directory)
-        require(before == directory, _KEY, directory, f"a folder of its own; it is a link to {before}")
+        require(before == directory, _KEY, Path(directory), f"a folder of its own; it is a link to {before}")
 
 
 def _read(folder: Any, cut: Cut, held: bool) -> Part:
@@ -128,7 +128,7 @@ def _read(folder: Any, cut: Cut, held: bool) -> Part:
         try:
             status = os.stat(path)
         except OSError as error:  # a broken link
-            raise ConfigError(_KEY, path, f"an image that can be read ({error})") from error
+            raise ConfigError(_KEY, Path(path), f"an image that can be read ({error})") from error
         digest.update(os.fsencode(f"{path.removeprefix(str(folder.root))}\0{status.st_size}\0{status.st_mtime_ns}\0"))
         total += status.st_size
     threads = 1 if total < _SMALL_FILE * len(paths) else min(16, os.cpu_count() or 1)

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from syncbn.train.config import ConfigError
@@ -64,7 +65,7 @@ def _decoded(path: str, key: str) -> Iterator[Any]:
             file.load()
             yield file
     except Exception as error:  # Pillow's errors for a damaged file depend on the format
-        raise ConfigError(key, path, f"an image that can be read ({error})") from error
+        raise ConfigError(key, Path(path), f"an image that can be read ({error})") from error
 
 
 def _eight_bits(file: Any, image: Any) -> Any:

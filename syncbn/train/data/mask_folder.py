@@ -91,15 +91,15 @@ def folder_pairs(root: str, part: str) -> list[Pair]:
         try:
             found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         except OSError as error:
-            raise ConfigError(KEY, str(folder), f"a folder that can be read ({error.strerror})") from error
-        require(bool(found), KEY, str(folder), "a folder with files")
+            raise ConfigError(KEY, folder, f"a folder that can be read ({error.strerror})") from error
+        require(bool(found), KEY, folder, "a folder with files")
         files[kind] = {}
         for path in found:
             before = files[kind].setdefault(path.stem, path)
-            require(before is path, KEY, str(path), f"one file of this name; {before.name} is another")
+            require(before is path, KEY, path, f"one file of this name; {before.name} is another")
     for kind, other in (("images", "masks"), ("masks", "images")):
         for stem, path in files[kind].items():
-            require(stem in files[other], KEY, str(path), f"a file of the same name in {part}/{other}")
+            require(stem in files[other], KEY, path, f"a file of the same name in {part}/{other}")
     return [(str(path), str(files["masks"][stem])) for stem, path in files["images"].items()]
 
 
@@ -126,10 +126,10 @@ def cityscapes_classes() -> list[int]:
 
 def _listed(root: str, make: Callable[[Any], Any]) -> Any:
     datasets = import_torchvision().datasets
-    require(Path(root).is_dir(), KEY, root, "a folder")
+    require(Path(root).is_dir(), KEY, Path(root), "a folder")
     try:
         with turn(Path(root) / "archives"):  # one process unpacks Cityscapes' archives, the others wait for it
             return make(datasets)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(KEY, root, f"a folder with the files that torchvision expects ({reason})") from error
+        raise ConfigError(KEY, Path(root), f"a folder with the files that torchvision expects ({reason})") from error

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from syncbn.train.data.generators import generators_kept, seed_generators
 from syncbn.train.data.order import derive_seed
+from syncbn.train.stopping import leave_signals_to_parent
 
 Key = tuple[int, int]  # (epoch, index): a sample of the set in one epoch
 
@@ -101,6 +102,7 @@ def batch_loader(samples: Keyed, batches: Iterable[list[Key]], workers: int) -> 
         return map(samples.__getitems__, batches)
     # __getitems__ returns a batch already. By default, a loader draws a number from the global generator.
     own: dict[str, Any] = {"collate_fn": _as_fetched, "generator": torch.Generator()}
+    own["worker_init_fn"] = leave_signals_to_parent
     return iter(DataLoader(samples, batch_sampler=batches, num_workers=workers, **own))  # type: ignore[arg-type]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.compat import import_timm, import_torchvision
-from syncbn.train.config import ConfigError, ModelConfig, require
+from syncbn.train.config import ConfigError, ModelConfig, meant, require
 
 TIMM = "timm:"
 """What a name of timm's begins with: many names are both libraries', with other networks behind them."""
@@ -98,8 +97,7 @@ def _timm_model(config: ModelConfig) -> _Build:
 
 def _check_name(name: str, known: list[str], expected: str) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=5)
-        raise ConfigError("model.name", name, expected + f" (close: {', '.join(close)})" * bool(close))
+        raise ConfigError("model.name", name, expected + meant(name, known, most=5))
 
 
 def grey_to_rgb(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -53,8 +53,11 @@ def traceback_in(log: Path | None) -> Iterator[None]:
     except TaskError as error:
         if log is None:
             raise
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc())
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+        except OSError:  # a full disk, for one: the task's own error says more
+            raise error from None
         raise TaskError(f"{error} (traceback: {log})") from error
 
 
