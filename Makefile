@@ -3,6 +3,7 @@
 #   make lint     ruff and mypy                          make test-unit  the tests of one process
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
+#   make test-faults      the tests of kills, signals, damaged files and full disks; root may mount small ones for them
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
 OUT ?= runs/quickstart
@@ -19,7 +20,7 @@ KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-ecosystem docs lint format clean
+.PHONY: help setup study test test-unit test-fast test-faults test-ecosystem docs lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -51,6 +52,9 @@ test-unit: setup
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
+
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-ecosystem: setup
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)

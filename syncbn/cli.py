@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import signal
 import sys
@@ -25,7 +27,7 @@ from syncbn.train.config import (
     load_config,
     require,
 )
-from syncbn.train.launch import LaunchError
+from syncbn.train.launch import LaunchError, restarts
 from syncbn.train.lifeline import end_with_parent
 
 
@@ -44,11 +46,28 @@ class Command:
 
 
 _pythons_format = warnings.formatwarning
+_WRONG_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Errors of a path that the user gave. Others, as of a full or read-only disk, are failures of a run."""
+
+
+class _Remarks(logging.Handler):
+    """What the package remarks on, as lines of standard error as it is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "note" if record.levelno < logging.WARNING else record.levelname.lower()
+        print(f"syncbn: {kind}: {record.getMessage()}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0 if done, 1 if a run or check failed, 2 for a user's mistake, 130 if interrupted."""
+    """Run a command; returns 0 if done, 1 if a run or check failed, 2 for a user's mistake, 130 if interrupted.
+
+    ``train`` returns 85 if a signal stopped it after it had written a checkpoint.
+    """
     warnings.formatwarning = _format_warning
+    log = logging.getLogger("syncbn")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Remarks) for handler in log.handlers):
+        log.addHandler(_Remarks())
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return _run(words)
@@ -79,7 +98,8 @@ def _run(words: list[str]) -> int:
     except LocalError as error:
         return _fail(str(error), everywhere=True)
     except OSError as error:
-        return _fail(f"{error.filename or name}: {error.strerror or error}", everywhere=True)
+        code = 2 if isinstance(error, _WRONG_PATHS) or error.errno == errno.ENAMETOOLONG else 1
+        return _fail(f"{error.filename or name}: {error.strerror or error}", everywhere=True, code=code)
     except LaunchError as error:
         report_error(str(error))
         return 2 if error.mistake else 1
@@ -112,10 +132,21 @@ def _begun(out: Path, given: Mapping[str, Any]) -> Path | None:
     """The configuration of the run that was begun in ``out``; None if there is none, and ``given`` starts a new one."""
     begun = out / "config.yaml"
     if begun.is_file():
+        _kept(begun)
         return begun
     expected = "the folder of a run, with config.yaml; or give the options of the run, to start it if it is not there"
-    require(bool(given), "out", str(out), expected)
+    require(bool(given), "out", out, expected)
     return None
+
+
+def _kept(begun: Path) -> RunConfig:
+    """The configuration that a run wrote into its folder."""
+    try:
+        return load_config(begun)
+    except ConfigError as error:
+        value = begun if error.key == "config" else error.value
+        remedy = f"or remove {begun}, and give the run's --config and options with --resume"
+        raise ConfigError(error.key, value, f"{error.expected}; {remedy}") from None
 
 
 def _format_warning(
@@ -126,26 +157,35 @@ def _format_warning(
     return _pythons_format(message, category, filename, lineno, line)
 
 
-def _fail(message: str, everywhere: bool = False) -> int:
+def _fail(message: str, everywhere: bool = False, code: int = 2) -> int:
     # All processes of a node meet the same mistake, and the first one reports it, except for what only one can meet.
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         report_error(" ".join(message.split()))
     else:
         time.sleep(10)  # a launcher ends all processes as soon as one has ended
-    return 2
+    return code
 
 
 def _train(run: RunConfig, out: Path | None, resume: bool, trackers: list[str], progress: bool) -> int:
     from syncbn.train.checkpoint import check_same
     from syncbn.train.loop import train
+    from syncbn.train.stopping import STOP_SIGNALS, STOPPED, Stopped, leave_mark
 
+    resume = resume or (restarts() > 0 and out is not None)  # torchrun gives the same options again
     if resume and out is not None and (begun := out / "config.yaml").is_file():
-        check_same(config_to_dict(load_config(begun)), config_to_dict(run), out)
+        check_same(config_to_dict(_kept(begun)), config_to_dict(run), out)
     out = out or Path(f"runs/train-{time.strftime('%Y%m%d-%H%M%S')}")
     if resume and not ((out / "result.json").exists() or any(out.glob("checkpoint/step-*"))):
         print(f"nothing to resume in {out}: starting", flush=True)
-    result = train(run, out, resume=resume, progress=progress, trackers=trackers)
-    if os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        result = train(run, out, resume=resume, progress=progress, trackers=trackers, stop_on=STOP_SIGNALS)
+    except Stopped as error:
+        leave_mark()
+        if first:
+            print(f"syncbn: {error}", file=sys.stderr)
+        return STOPPED
+    if first:
         metric = result.metric
         score = "diverged" if result.test is None else f"test {metric.name} {metric.shown(result.score)}"
         speed = f"{result.samples_per_second:.0f} samples/s on {result.processes} process(es)"

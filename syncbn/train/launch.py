@@ -148,9 +148,9 @@ def make_process_group(backend: str) -> None:
 
     The launcher's store outlives a group, with the addresses at which the processes of that group could be reached. A
     second group under the same keys may read these, and wait forever for processes that listen elsewhere by now. So
-    each group has keys of its own.
+    each group has keys of its own, also after torchrun has started the processes again.
     """
-    place, store = placement(), PrefixStore(f"syncbn-{next(_worlds)}", _launchers_store())
+    place, store = placement(), PrefixStore(f"syncbn-{restarts()}-{next(_worlds)}", _launchers_store())
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.processes)
 
 
@@ -172,6 +172,11 @@ def _use_cpu(config: RunConfig) -> bool:
     expected = "bf16, fp32 or fp64 on a CPU (fp16 needs CUDA's loss scaling)"
     require(not cpu or config.precision != "fp16", "precision", "fp16", expected)
     return cpu
+
+
+def restarts() -> int:
+    """How many times torchrun has started the processes again, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def placement() -> Placement:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,21 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.population import reconcile
+from syncbn.population import reconcile, restored
 from syncbn.train.batches import fetched, forward, loss_of
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
-from syncbn.train.config import RunConfig, config_to_dict, flatten, require
+from syncbn.train.config import ConfigError, RunConfig, config_to_dict, flatten, require
 from syncbn.train.data.order import derive_seed
 from syncbn.train.data.samples import Key, batch_loader
 from syncbn.train.evaluate import evaluate, evaluate_statistics
 from syncbn.train.launch import open_session, placement
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.metrics import peak_memory, reset_peak_memory
+from syncbn.train.metrics import evaluation_record, peak_memory, reset_peak_memory
 from syncbn.train.norms.factory import clip_gradients
 from syncbn.train.norms.moving_average import exchange_rows
+from syncbn.train.own_buffers import differing_buffers
+from syncbn.train.pauses import FLUSH_STEPS, pause, pauses_now
 from syncbn.train.result import RunResult, environment
 from syncbn.train.selection import best_entry, check_selection, note_evaluation, restore_best, stops_early
-from syncbn.train.state import FLUSH_STEPS, Run, prepare
+from syncbn.train.state import Run, prepare
+from syncbn.train.stopping import Stopped, noting
+from syncbn.train.stored import IncompleteFile
 from syncbn.train.task import Task
 from syncbn.train.tasks.named import BUILT_IN_NAMES, traceback_in
 from syncbn.train.tasks.source import digest_of
@@ -42,6 +47,7 @@ def train(
     resume: bool = False,
     progress: bool = False,
     trackers: Sequence[str] = (),
+    stop_on: Sequence[signal.Signals] = (),
 ) -> RunResult:
     """Train one configuration, in this process or, under a launcher, in all of its processes together.
 
@@ -53,6 +59,7 @@ def train(
         resume: continue from the last checkpoint in ``out``; a finished run returns its result.
         progress: show a progress bar (rank 0).
         trackers: accelerate's trackers whose packages are installed; ``tensorboard`` and ``wandb`` write below ``out``.
+        stop_on: signals, such as ``signal.SIGTERM``, at which all processes write a checkpoint and raise ``Stopped``.
 
     Returns:
         The result, the same on every process. If a loss is not finite, the run ends there with status ``diverged``.
@@ -61,6 +68,7 @@ def train(
         ConfigError: the configuration cannot be run here, or ``out`` holds another run.
         LocalError: this process has an image that cannot be read, a batch that a layer cannot normalize, or a task
             whose code raised an error.
+        Stopped: a signal of ``stop_on`` came before the last step.
 
     Example:
         >>> from syncbn.train import load_config, train
@@ -85,14 +93,25 @@ def train(
             if trackers:
                 accelerator.init_trackers("syncbn", config=_shown(config), init_kwargs=_tracker_options(out))
             check_selection(run)
-            with run.bar or nullcontext():
-                _train_epochs(run, out)
-            restore_best(run)
-            result = _result(run)
-            if out is not None and first:
-                save_weights(run.model, out / "model.safetensors")
-                result.to_json(out / "result.json")
-            accelerator.wait_for_everyone()
+            # Before this a signal ends the process, even one that waits for others: nothing is lost.
+            with noting(stop_on) as run.noted:
+                result = _train_to_the_end(run, out)
+    if result is None:
+        raise Stopped(run.progress.step, run.noted.cause, None if out is None else out / "checkpoint")
+    return result
+
+
+def _train_to_the_end(run: Run, out: Path | None) -> RunResult | None:
+    """The result; None if a signal has stopped the run."""
+    with run.bar or nullcontext():
+        if _train_epochs(run, out):
+            return None
+    restore_best(run)
+    result = _result(run)
+    if out is not None and run.partition.placement.rank == 0:
+        save_weights(run.model, out / "model.safetensors")
+        result.to_json(out / "result.json")
+    run.accelerator.wait_for_everyone()
     return result
 
 
@@ -109,16 +128,16 @@ def _tracker_options(out: Path | None) -> dict[str, Any]:
 
 
 def _finished(config: RunConfig, task: str, out: Path, resume: bool) -> RunResult | None:
-    """The result of a finished run in ``out``; None if there is none, or if it is damaged."""
+    """The result of a finished run in ``out``; None if there is none, or if it was not written to its end."""
     path = out / "result.json"
     unfinished = (out / "checkpoint").exists() and not path.exists()
-    require(resume or not unfinished, "out", str(out), "an empty folder, or --resume to continue the run in it")
-    require(resume or not path.exists(), "out", str(out), "an empty folder, or --resume; it holds a finished run")
+    require(resume or not unfinished, "out", out, "an empty folder, or --resume to continue the run in it")
+    require(resume or not path.exists(), "out", out, "an empty folder, or --resume; it holds a finished run")
     if not path.exists():
         return None
     try:
         result = RunResult.from_json(path)
-    except (ValueError, TypeError, KeyError):
+    except IncompleteFile:
         return None
     expected = f"{result.task}, the task of the run in {out}; use another --out"
     require(result.task == task, "task", task, expected)
@@ -126,13 +145,17 @@ def _finished(config: RunConfig, task: str, out: Path, resume: bool) -> RunResul
     return result
 
 
-def _train_epochs(run: Run, out: Path | None) -> None:
+def _train_epochs(run: Run, out: Path | None) -> bool:
+    """Train to the end, or until a signal stops the run; returns whether one did."""
     budget = run.config.budget
+    if run.progress.step > 0:
+        _settle_gradient_buckets(run)
     while run.progress.epoch < run.schedule.epochs:
-        _train_epoch(run)
+        if _train_epoch(run, out):
+            return True
         run.progress.epoch += 1
         if run.progress.diverged:
-            return
+            return False
         reconcile(run.model)
         exchange_rows(run.model)
         epoch, last = run.progress.epoch, run.progress.epoch == run.schedule.epochs
@@ -140,43 +163,87 @@ def _train_epochs(run: Run, out: Path | None) -> None:
             _evaluate(run)
             note_evaluation(run)
             last = last or stops_early(run)
-        if out is not None and not last and budget.checkpoint_every and epoch % budget.checkpoint_every == 0:
+        if not last and budget.checkpoint_every and epoch % budget.checkpoint_every == 0:
             _checkpoint(run, out)
         if last:
-            return
+            return False
+    return False
 
 
-def _train_epoch(run: Run) -> None:
+def _settle_gradient_buckets(run: Run) -> None:
+    """Let DDP arrange its buckets before a resumed run's first step as the whole run had them there.
+
+    DDP arranges them anew after its first backward pass, by the order in which gradients were ready. How a sum over
+    three processes or more is rounded depends on a gradient's place. So a backward pass is made and thrown away.
+    """
+    if run.partition.placement.processes <= 2:  # a sum of two does not depend on their order
+        return
+    run.wrapped.train()
+    batch = next(run.schedule.steps(run.progress.epoch))[0]
+    with restored(run.model.buffers()):
+        run.tell_groups(len(batch))
+        inputs, targets = next(fetched(run, batch_loader(run.data.train, [run.local(batch)], workers=0)))
+        _forward_backward(run, inputs, targets, [batch], last=True)
+    run.optimizer.zero_grad()
+
+
+def _train_epoch(run: Run, out: Path | None) -> bool:
+    """Train an epoch from where the run is in it; returns whether a signal stops the run here."""
     steps = list(run.schedule.steps(run.progress.epoch))
-    local = [run.local(batch) for step in steps for batch in step]
+    done = run.progress.step - run.progress.epoch * run.schedule.steps_per_epoch
+    local = [run.local(batch) for step in steps[done:] for batch in step]
     loaded = fetched(run, batch_loader(run.data.train, local, run.config.data.workers))
     run.wrapped.train()
-    started = time.perf_counter()
-    for step in steps:
-        # Dropout is seeded by the step, so that a resumed run draws the same numbers.
-        torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.partition.placement.rank))
-        _freeze_when_due(run)
-        counted = torch.zeros(2, dtype=torch.float64, device=run.device)
-        samples = sum(map(len, step))
-        for batch in step:
-            run.tell_groups(len(batch))
-            inputs, targets = next(loaded)
-            counted += _forward_backward(run, inputs, targets, step, last=batch is step[-1])
-        _divide_gradients(run, counted, samples)
-        if run.config.norm.name == "nf":
-            run.accelerator.unscale_gradients()
-            clip_gradients(run.model, run.config.norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.scheduler.step()
-        run.progress.step += 1
-        run.progress.samples += samples
-        run.pending.append(counted)
-        if len(run.pending) == FLUSH_STEPS or step is steps[-1]:
-            _flush(run)
+    run.pace.start()
+    for number, step in enumerate(steps[done:], start=done + 1):
+        _train_step(run, step, loaded)
+        judged = number % FLUSH_STEPS == 0 or number == len(steps)
+        if not (judged or pauses_now(run)):
+            continue
+        due = pause(run)
+        if judged:
+            values = {"train_loss": run.progress.losses[-1], "lr": run.lr(run.progress.step - 1)}
+            run.accelerator.log(values, step=run.progress.step)
             if run.progress.diverged:
-                break
-    run.progress.seconds += time.perf_counter() - started
+                return False
+        if due.checkpoint or due.stop:
+            _checkpoint(run, out)
+        if due.stop:
+            return True
+    return False
+
+
+def _train_step(run: Run, step: list[list[Key]], loaded: Iterator[tuple[Any, Any]]) -> None:
+    """One optimizer step on its global batches, of which ``loaded`` has this process's shares."""
+    # Dropout is seeded by the step, so that a resumed run draws the same numbers.
+    torch.manual_seed(derive_seed("step", run.config.seed, run.progress.step, run.partition.placement.rank))
+    _freeze_when_due(run)
+    counted = torch.zeros(2, dtype=torch.float64, device=run.device)
+    samples = sum(map(len, step))
+    for batch in step:
+        run.tell_groups(len(batch))
+        inputs, targets = next(loaded)
+        counted += _forward_backward(run, inputs, targets, step, last=batch is step[-1])
+    _divide_gradients(run, counted, samples)
+    if run.config.norm.name == "nf":
+        run.accelerator.unscale_gradients()
+        clip_gradients(run.model, run.config.norm)
+    _step(run)
+    run.optimizer.zero_grad()
+    run.scheduler.step()
+    run.progress.step += 1
+    run.progress.samples += samples
+    run.pending.append(counted)
+
+
+def _step(run: Run) -> None:
+    try:
+        run.optimizer.step()
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        # Scaled, divided by Adam's bias correction or multiplied by a weight decay, it has outgrown the weights' type.
+        raise ConfigError("optimizer.lr", run.config.optimizer.lr, f"one whose steps can be taken ({error})") from error
 
 
 def _freeze_when_due(run: Run) -> None:
@@ -224,28 +291,6 @@ def _divide_gradients(run: Run, counted: Tensor, samples: int) -> None:
             parameter.grad.mul_(factor)
 
 
-def _flush(run: Run) -> None:
-    """Sum the pending losses over the processes, fetch them and record them."""
-    sums = torch.stack(run.pending)
-    run.pending.clear()
-    if run.partition.placement.processes > 1:
-        dist.all_reduce(sums)
-    # A step in which nothing is counted, as where all pixels are ignored, has a loss of 0 and moves no weight.
-    values = [total / count if count else 0.0 * total for total, count in sums.tolist()]
-    done, lr = run.progress, run.scheduler.get_last_lr()[0]
-    done.losses += values
-    records = [
-        {"kind": "step", "step": step, "epoch": done.epoch, "train_loss": value}
-        for step, value in enumerate(values, start=done.step - len(values) + 1)
-    ]
-    records[-1]["lr"] = lr
-    run.metrics.write(records)
-    run.accelerator.log({"train_loss": values[-1], "lr": lr}, step=done.step)
-    if run.bar is not None:
-        description = f"epoch {done.epoch + 1}/{run.schedule.epochs}  loss {values[-1]:.3f}"
-        run.bar.update(run.bar.task_ids[0], completed=done.step, description=description)
-
-
 def _evaluate(run: Run) -> None:
     done = run.progress
     recent = done.losses[-run.schedule.steps_per_epoch :]
@@ -255,16 +300,27 @@ def _evaluate(run: Run) -> None:
             entry[part] = evaluate(run, samples)
             run.accelerator.log({f"{part}_{name}": value for name, value in entry[part].items()}, step=done.step)
     done.history.append(entry)
-    run.metrics.write([{"kind": "eval", **entry}])
+    run.metrics.write([evaluation_record(entry)])
 
 
-def _checkpoint(run: Run, out: Path) -> None:
-    if run.partition.placement.rank == 0:
-        state = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
-        state["scaler"] = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
-        state["progress"], state["best"] = vars(run.progress), run.best
-        save_checkpoint(out / "checkpoint", run.progress.step, run.model, state, run.config)
+def _checkpoint(run: Run, out: Path | None) -> None:
+    """Write a checkpoint, if the run has a folder. Of the run itself, nothing changes."""
+    if out is None:
+        return
+    exchange_rows(run.model)
+    own = differing_buffers(run.model, run.device)
+    running = [b for layer in run.norms for b in (layer.running_mean, layer.running_var) if b is not None]
+    with restored(running if own else []):
+        if own:
+            reconcile(run.model)  # for a reader of the weights, and for another number of processes
+        if run.partition.placement.rank == 0:
+            state = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
+            state["scaler"] = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
+            state |= {"progress": vars(run.progress), "best": run.best, "own_buffers": own}
+            state["counts_samples"] = run.counts_samples
+            save_checkpoint(out / "checkpoint", run.progress.step, run.model, state, run.config)
     run.accelerator.wait_for_everyone()
+    run.pace.saved = run.pace.paused = time.perf_counter()
 
 
 def _result(run: Run) -> RunResult:

@@ -30,16 +30,11 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        n, size = self.samples, self.config.step_batch_size
-        return n // size if self.config.data.drop_last else -(-n // size)
+        return steps_per_epoch(self.config, self.samples)
 
     @property
     def total_steps(self) -> int:
-        budget = self.config.budget
-        if budget.steps is not None:
-            return budget.steps
-        assert budget.epochs is not None, "checked by BudgetConfig"
-        return budget.epochs * self.steps_per_epoch
+        return total_steps(self.config, self.samples)
 
     @property
     def epochs(self) -> int:
@@ -59,6 +54,39 @@ class Schedule:
         for step in range(count):
             indices = order[step * c.step_batch_size : (step + 1) * c.step_batch_size]
             yield batches_of([(epoch, i) for i in indices], c.global_batch_size)
+
+
+def steps_per_epoch(config: RunConfig, samples: int) -> int:
+    """The optimizer steps of an epoch of this many training samples."""
+    size = config.step_batch_size
+    return samples // size if config.data.drop_last else -(-samples // size)
+
+
+def total_steps(config: RunConfig, samples: int) -> int:
+    """The optimizer steps of a run on this many training samples."""
+    budget = config.budget
+    if budget.steps is not None:
+        return budget.steps
+    assert budget.epochs is not None, "checked by BudgetConfig"
+    return budget.epochs * steps_per_epoch(config, samples)
+
+
+def keys_beyond(config: RunConfig, steps: int) -> dict[str, int]:
+    """The keys that count steps and lie beyond a run of ``steps`` optimizer steps, with their values.
+
+    The learning rate then has no time after its warm-up, or a norm does not get to what it is for. Norms count training
+    forwards, of which an optimizer step has `accumulation_steps`.
+    """
+    norm, forwards = config.norm, steps * config.accumulation_steps
+    found = {"optimizer.warmup_steps": config.optimizer.warmup_steps} if config.optimizer.warmup_steps >= steps else {}
+    if norm.name in ("renorm", "mabn") and norm.warmup_steps >= forwards:
+        found["norm.warmup_steps"] = norm.warmup_steps
+    if norm.name == "mabn" and norm.window >= forwards:
+        found["norm.window"] = norm.window
+    if norm.name == "renorm":
+        ramps = {"norm.r_ramp_end": norm.r_ramp_end, "norm.d_ramp_end": norm.d_ramp_end}
+        found |= {key: end for key, end in ramps.items() if end > forwards}
+    return found
 
 
 def batches_of(keys: list[Key], size: int) -> list[list[Key]]:

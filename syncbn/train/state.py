@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
@@ -25,17 +26,19 @@ from syncbn.train.data.generators import generators_kept, seed_generators
 from syncbn.train.data.order import derive_seed
 from syncbn.train.data.samples import Key, Keyed, Samples
 from syncbn.train.logical_gpus import Partition
-from syncbn.train.metrics import MetricsLog, progress_bar
+from syncbn.train.metrics import MetricsLog, past_records, progress_bar
 from syncbn.train.norms.factory import adapt_convolutions, adapt_model, norm_factory
 from syncbn.train.norms.moving_average import MovingAverageBatchNorm
 from syncbn.train.optim import lr_factor, make_optimizer
-from syncbn.train.schedule import Schedule
+from syncbn.train.own_buffers import load_own_buffers
+from syncbn.train.pauses import FLUSH_STEPS, Pace
+from syncbn.train.schedule import Schedule, keys_beyond, total_steps
+from syncbn.train.stopping import Noted
 from syncbn.train.task import Datasets, Task
 from syncbn.train.tasks.classification import Classification
 from syncbn.train.tasks.named import blamed, check_task, load_task
 
-FLUSH_STEPS = 20
-"""Steps for which losses stay on their device and process. Then one collective and one transfer fetch all of them."""
+_log = logging.getLogger("syncbn")
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Progress:
 
     @property
     def diverged(self) -> bool:
+        """Whether a loss of the last steps is not finite; asked after every :data:`FLUSH_STEPS` steps of an epoch."""
         return any(not math.isfinite(loss) for loss in self.losses[-FLUSH_STEPS:])
 
 
@@ -85,12 +89,22 @@ class Run:
     pending: list[Tensor] = field(default_factory=list)  # float64 (2,): totals and counts of losses not fetched yet
     best: dict[str, Tensor] | None = None  # weights and buffers of the best evaluation so far, on the CPU
     counts_samples: bool | None = None  # whether the loss is a mean over samples; None before the first batch
+    pace: Pace = field(default_factory=Pace)
+    noted: Noted = field(default_factory=Noted)  # the signal that stops the run
 
     def __post_init__(self) -> None:
         self.device: torch.device = self.accelerator.device
         self.dtype = _dtype(self.config)
         self.norms = [m for m in self.model.modules() if isinstance(m, SmallBatchNorm)]
         self.windowed = [m for m in self.model.modules() if isinstance(m, MovingAverageBatchNorm)]
+        if self.progress.step:
+            level = logging.INFO if self.partition.placement.rank == 0 else logging.DEBUG
+            where = self.progress.step, self.schedule.total_steps
+            _log.log(level, "the run goes on from step %d of %d", *where)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        return learning_rate(self.scheduler, step)
 
     @property
     def gradient_scale(self) -> float | Tensor:
@@ -153,19 +167,19 @@ def prepare(
         warnings.warn(remark, RunWarning, stacklevel=2)
     model.to(accelerator.device, _dtype(config))
     optimizer = make_optimizer(config, model)
-    total = schedule.total_steps
-    scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, total))
-    best, state = None, load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, schedule.total_steps))
+    state = (load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None) or {}
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    done = Progress()
-    if state is not None:
+    if state:
         prepared.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        done, best = Progress(**state["progress"]), state["best"]
+        load_own_buffers(model, state.get("own_buffers", {}), partition.placement)
     if out is not None and first:
         save_config(config, out / "config.yaml")
+    done = Progress(**state.get("progress", {}))
+    past = past_records(done.losses, done.history, schedule.steps_per_epoch, partial(learning_rate, scheduler))
     return Run(
         config=config,
         partition=partition,
@@ -179,11 +193,17 @@ def prepare(
         optimizer=prepared,
         scheduler=scheduler,
         shared=RunningStatistics(model, BatchRenorm),
-        metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, done.step),
-        bar=progress_bar(total) if progress and first else None,
+        metrics=MetricsLog(out / "metrics.jsonl" if out is not None and first else None, past),
+        bar=progress_bar(schedule.total_steps) if progress and first else None,
         progress=done,
-        best=best,
+        best=state.get("best"),
+        counts_samples=state.get("counts_samples"),
     )
+
+
+def learning_rate(scheduler: LambdaLR, step: int) -> float:
+    """The learning rate of a step, from 0."""
+    return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step))
 
 
 def _load_data(task: Task, name: str, seed: int) -> Data:
@@ -215,9 +235,12 @@ def _load_data(task: Task, name: str, seed: int) -> Data:
 
 def _remarks(config: RunConfig, partition: Partition, data: Data, model: nn.Module) -> list[str]:
     """What the user may not have meant."""
+    steps = total_steps(config, len(data.train))
+    beyond = ", ".join(f"{key} {value}" for key, value in keys_beyond(config, steps).items())
+    late = [f"{beyond}: beyond the end of the run at step {steps}"] if beyond else []
     own = _own_to_processes(model) if partition.placement.processes > 1 else []
     depends = [f"the model has {what}: this run depends on the number of processes" for what in own]
-    return [*_small_data(config, data), *_few_of_classes(data), *depends]
+    return [*_small_data(config, data), *_few_of_classes(data), *late, *depends]
 
 
 def _small_data(config: RunConfig, data: Data) -> list[str]:
@@ -246,7 +269,8 @@ def _build_model(task: Task, name: str, config: RunConfig, partition: Partition)
     adapt = partial(adapt_model, config=config.norm, partition=partition)
     if isinstance(task, Classification):
         finish = partial(adapt_convolutions, config=config.norm)
-        return task.normalized_model(norm_factory(config.norm, partition), adapt, finish)
+        with blamed(name, "the network"):  # of a size that no memory holds, for one
+            return task.normalized_model(norm_factory(config.norm, partition), adapt, finish)
     with blamed(name, "model()"), generators_kept():
         seed_generators(config.seed)
         model = task.model()

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -122,3 +122,11 @@ class Pool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def pools_by_size() -> Iterator[Callable[[int], Pool]]:
+    """The fixture ``pools``: ``pools(4)`` is the session's set of four workers, started when first asked for."""
+    made: dict[int, Pool] = {}
+    yield lambda world_size: made.setdefault(world_size, Pool(world_size))
+    for pool in made.values():
+        pool.stop()
