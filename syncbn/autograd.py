@@ -86,7 +86,7 @@ def _asks(weight: Tensor | None, bias: Tensor | None, rule: Rule) -> bool:
 def _learn(x: Tensor, running: Running | None, rule: Rule, asks: bool = False) -> Kept:
     """The statistics of each group over all processes, and the update of the running ones. One collective.
 
-    If the process ``asks``, also whether its empty batch has to take part in the backward pass of the others.
+    With ``asks``, see :func:`_asks`, also whether this empty batch has to take part in the others' backward pass.
     """
     sums = pick(x, differentiable=False).group_sums(x, rule.groups)
     shape = sums.shape

@@ -21,11 +21,12 @@ from torch import Tensor
 from syncbn.torch_internals import PLAIN_TYPES, group_of
 
 CHECK_EVERY = 17
-"""One of so many reductions of a group on the CPU carries a tag of its layer. It takes about a tenth longer. A prime
-number, so that the layers of a model come in turn."""
+"""One of so many reductions of a group on the CPU carries a tag of its layer, and takes about a tenth longer than the
+others. A prime number, so that each layer of a model has its turn."""
 DEBUG = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
 """Compare what the ranks are about to reduce before every reduction. This is slow: it is a second collective each."""
 TAG_SIZE = 2
+"""Numbers in a tag; see :func:`tag`."""
 
 
 class Reduction(NamedTuple):
@@ -52,7 +53,7 @@ class Position(NamedTuple):
 
 
 last: Position | None = None
-"""The reduction that has come to its end last."""
+"""The most recent reduction that has ended."""
 watching = 0
 """The number of watchdogs. Only with one are reductions on CUDA followed to their end."""
 _waiting: dict[int, Position] = {}

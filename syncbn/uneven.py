@@ -89,9 +89,8 @@ def _count(batch: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[
     here = (0, 0) if batch is None else (_samples(batch), 1)
     if ranks == 1:
         return lambda: here
-    # Batches may be on the CPU where the ranks can only exchange what is on their GPUs.
-    host_only = "cpu" in dist.get_backend_config(group)
-    counts = torch.tensor(here, device="cpu" if host_only else "cuda")
+    # Not the device of the batch: with NCCL alone, ranks exchange only what is on a GPU, and batches may be on the CPU.
+    counts = torch.tensor(here, device="cpu" if "cpu" in dist.get_backend_config(group) else "cuda")
     dist.all_reduce(counts, group=group)
     if not counts.is_cuda:
         return lambda: tuple(counts.tolist())
