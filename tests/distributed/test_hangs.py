@@ -76,7 +76,7 @@ def test_no_false_alarm(fault: str) -> None:
     """A rank may be slow, and all may be suspended for longer than the watchdog's seconds."""
     done = torchrun(fault)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done", "done"]
+    assert done.stdout.count("done") == 2  # without spaces perhaps: two processes write to one pipe
 
 
 def test_an_error_of_the_user_comes_through() -> None:
