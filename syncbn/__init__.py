@@ -1,5 +1,7 @@
 """Batch normalization for small per-GPU batches: synchronized, ghost and renormalized, exact on many processes."""
 
+from syncbn.accumulation import accumulate_statistics
+from syncbn.agreement import verify_ranks
 from syncbn.convert import convert, revert
 from syncbn.convert_layer import register_batchnorm
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
@@ -15,6 +17,7 @@ __all__ = [
     "GhostBatchNorm",
     "SyncBatchNorm",
     "__version__",
+    "accumulate_statistics",
     "checkpoint_contexts",
     "convert",
     "reconcile",
@@ -22,5 +25,6 @@ __all__ = [
     "revert",
     "uneven",
     "update_population_statistics",
+    "verify_ranks",
     "watchdog",
 ]

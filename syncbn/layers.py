@@ -226,7 +226,8 @@ class SmallBatchNorm(_BatchNorm):
             group_name,
             self.save == "output",
             None if has_variance else functools.partial(self._check_count, x),
-            None if self.observer is None else functools.partial(self.observer, self),
+            # The repetition of a forward pass has nothing new to show.
+            None if self.observer is None or is_repeated() else functools.partial(self.observer, self),
             # A compiled graph that knew the name could not serve the blocks of a model that are alike.
             None if group_name is None or torch.compiler.is_compiling() else self._name(),
         )

@@ -91,23 +91,33 @@ def update_running(running: Running, count: Tensor, mean: Tensor, var: Tensor) -
         running: the buffers, and how they are updated.
         count, mean, var: (G, 1), (G, C), (G, C) float64; the biased variance.
     """
-    tracked = running.num_batches_tracked.to(mean.dtype)
-    filled = (count > 0).to(mean.dtype)
+    present = count.sum() > 0 if running.divisor is None else torch.ones_like(count.sum(), dtype=torch.bool)
     if running.mode == "sequential":
+        filled = (count > 0).to(mean.dtype)
+        tracked = running.num_batches_tracked.to(mean.dtype)
         keep, weights = sequential_weights(filled, running.momentum, tracked)
         new_mean = running.mean * keep + (mean * weights).sum(0)
         new_var = running.var * keep + (unbiased(var, count) * weights).sum(0)
-        updates = filled.sum()
+        _write(running, new_mean, new_var, filled.sum(), present)
+    elif running.mode == "total":
+        update_once(running, *group_total(count, mean, var), present)
     else:
-        if running.mode == "total":
-            step_mean, step_var = group_total(count, mean, var)
-        else:
-            step_mean, step_var = group_average(count, mean, var, running.divisor)
-        factor = 1.0 / (tracked + 1.0) if running.momentum is None else running.momentum
-        new_mean = running.mean + factor * (step_mean - running.mean)
-        new_var = running.var + factor * (step_var - running.var)
-        updates = torch.ones_like(tracked)
-    present = count.sum() > 0 if running.divisor is None else torch.ones_like(tracked, dtype=torch.bool)
+        update_once(running, *group_average(count, mean, var, running.divisor), present)
+
+
+def update_once(running: Running, mean: Tensor, var: Tensor, present: Tensor) -> None:
+    """One update of ``running`` with a step's mean and unbiased variance, (C,) float64.
+
+    ``present`` () bool tells whether the step had samples; without any, nothing changes.
+    """
+    tracked = running.num_batches_tracked.to(mean.dtype)
+    factor = 1.0 / (tracked + 1.0) if running.momentum is None else running.momentum
+    new_mean = running.mean + factor * (mean - running.mean)
+    new_var = running.var + factor * (var - running.var)
+    _write(running, new_mean, new_var, torch.ones_like(tracked), present)
+
+
+def _write(running: Running, new_mean: Tensor, new_var: Tensor, updates: Tensor, present: Tensor) -> None:
     # Checked in the buffers' own dtype: a float64 statistic may overflow the float32 buffer.
     new_mean, new_var = new_mean.to(running.mean.dtype), new_var.to(running.var.dtype)
     finite = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()

@@ -240,6 +240,9 @@ class NormConfig:
     sources are listed in `syncbn/train/norms/factory.py`."""
     momentum: float | None = 0.1
     """Weight of the new value in the running statistics; null is a cumulative average."""
+    update_per: Literal["forward", "step"] = "forward"
+    """With `accumulation_steps`, update the running statistics after each forward pass, or once an optimizer step, with
+    the mean over its forward passes."""
     eps: float = 1e-5
     """Added to the variance inside the square root."""
     affine: bool = True
@@ -253,12 +256,12 @@ class NormConfig:
     d_max: float = 5.0
     """`renorm`: largest shift correction in standard deviations, reached at `d_ramp_end`."""
     warmup_steps: int = 5_000
-    """`renorm`: training forwards with plain batch statistics before the ramps begin. `mabn`: training forwards before
-    the windows are used, at least `window`."""
+    """`renorm`: training forwards (with `update_per: step`, optimizer steps) with plain batch statistics before the
+    ramps begin. `mabn`: training forwards before the windows are used, at least `window`."""
     r_ramp_end: int = 40_000
-    """`renorm`: training forward at which `r_max` is reached."""
+    """`renorm`: training forward, or optimizer step, at which `r_max` is reached."""
     d_ramp_end: int = 25_000
-    """`renorm`: training forward at which `d_max` is reached."""
+    """`renorm`: training forward, or optimizer step, at which `d_max` is reached."""
     groups: int = 8
     """`group`, `ws_group`, `evonorm`: groups of channels."""
     freeze_at: float = 0.75
@@ -271,11 +274,13 @@ class NormConfig:
     def __post_init__(self) -> None:
         check_values(self, "norm.", ghost_batch_size=1, r_max=1, d_max=0, warmup_steps=0, groups=1, window=1)
         ghost = (self.name == "ghost") == (self.ghost_batch_size is not None)
+        once = self.uses_batch and self.name != "mabn"
         may_sync, momentum, warmup = self.name in ("ghost", "renorm"), self.momentum, self.warmup_steps
         check_rules(
             self,
             "norm.",
             ("momentum", momentum is None or 0 <= momentum <= 1, "a number from 0 to 1, or null"),
+            ("update_per", once or self.update_per == "forward", f"forward with norm.name {self.name}"),
             ("eps", self.eps > 0, "a positive number"),
             ("ghost_batch_size", ghost, "a number of samples with norm.name ghost, and null with any other"),
             ("sync", may_sync or not self.sync, f"false with norm.name {self.name} (it is for ghost and renorm)"),

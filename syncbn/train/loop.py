@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.accumulation import accumulate_statistics
 from syncbn.population import reconcile, restored
 from syncbn.train.batches import fetched, forward, loss_of
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
@@ -220,10 +221,15 @@ def _train_step(run: Run, step: list[list[Key]], loaded: Iterator[tuple[Any, Any
     _freeze_when_due(run)
     counted = torch.zeros(2, dtype=torch.float64, device=run.device)
     samples = sum(map(len, step))
-    for batch in step:
-        run.tell_groups(len(batch))
-        inputs, targets = next(loaded)
-        counted += _forward_backward(run, inputs, targets, step, last=batch is step[-1])
+    once = run.config.norm.update_per == "step"
+    with accumulate_statistics(run.model) if once else nullcontext():
+        for batch in step:
+            run.tell_groups(len(batch))
+            inputs, targets = next(loaded)
+            counted += _forward_backward(run, inputs, targets, step, last=batch is step[-1])
+    if once and run.shares_late:
+        run.shared.start()
+        run.shared.finish()
     _divide_gradients(run, counted, samples)
     if run.config.norm.name == "nf":
         run.accelerator.unscale_gradients()
@@ -264,7 +270,7 @@ def _forward_backward(run: Run, inputs: Any, targets: Any, step: list[list[Key]]
         outputs = forward(run, run.wrapped, inputs, targets)
         total, count = loss_of(run, outputs, targets, run.partition.local_sizes(len(batch)))
         run.agree_on_counts(count)
-        overlap = run.config.norm.name == "renorm" and len(run.partition.ranks) < processes
+        overlap = run.shares_late and run.config.norm.update_per == "forward"
         if overlap:
             run.shared.start()
         # DDP averages gradients over the processes, but the loss is a sum over them. The gradients are those of a mean

@@ -1,7 +1,7 @@
 """Pauses between optimizer steps: losses are fetched, and the processes agree on a checkpoint and on stopping.
 
-A pause is one collective and one wait for the device. Everything that the processes have to agree on travels in it.
-When a run pauses changes nothing of what it computes or records.
+In a pause the processes also see that they still hold the same weights. A pause is two collectives and two waits for
+the device. When a run pauses changes nothing of what it computes or records.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
+from syncbn.agreement import verify_ranks
+from syncbn.train.config import ConfigError
 from syncbn.train.metrics import step_records
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ def pauses_now(run: Run) -> bool:
 def pause(run: Run) -> Due:
     """Fetch and record the pending losses; returns what is due now."""
     budget, pace, done = run.config.budget, run.pace, run.progress
+    try:
+        verify_ranks(run.model)
+    except RuntimeError as error:
+        expected = f"a task whose parameters change by the optimizer alone; at step {done.step} {error}"
+        raise ConfigError("task.name", run.task_name, expected) from error
     minutes = budget.checkpoint_every_minutes
     late = minutes > 0 and time.perf_counter() - pace.saved >= 60 * minutes
     first = run.partition.placement.rank == 0

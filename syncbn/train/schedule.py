@@ -74,18 +74,19 @@ def total_steps(config: RunConfig, samples: int) -> int:
 def keys_beyond(config: RunConfig, steps: int) -> dict[str, int]:
     """The keys that count steps and lie beyond a run of ``steps`` optimizer steps, with their values.
 
-    The learning rate then has no time after its warm-up, or a norm does not get to what it is for. Norms count training
-    forwards, of which an optimizer step has `accumulation_steps`.
+    The learning rate then has no time after its warm-up, or a norm does not get to what it is for. Norms count updates
+    of their statistics, of which an optimizer step has `accumulation_steps` or one.
     """
-    norm, forwards = config.norm, steps * config.accumulation_steps
+    norm = config.norm
+    updates = steps * (config.accumulation_steps if norm.update_per == "forward" else 1)
     found = {"optimizer.warmup_steps": config.optimizer.warmup_steps} if config.optimizer.warmup_steps >= steps else {}
-    if norm.name in ("renorm", "mabn") and norm.warmup_steps >= forwards:
+    if norm.name in ("renorm", "mabn") and norm.warmup_steps >= updates:
         found["norm.warmup_steps"] = norm.warmup_steps
-    if norm.name == "mabn" and norm.window >= forwards:
+    if norm.name == "mabn" and norm.window >= updates:
         found["norm.window"] = norm.window
     if norm.name == "renorm":
         ramps = {"norm.r_ramp_end": norm.r_ramp_end, "norm.d_ramp_end": norm.d_ramp_end}
-        found |= {key: end for key, end in ramps.items() if end > forwards}
+        found |= {key: end for key, end in ramps.items() if end > updates}
     return found
 
 

@@ -82,7 +82,7 @@ class Run:
     wrapped: nn.Module  # the model as accelerate prepared it (DDP, mixed precision)
     optimizer: Any
     scheduler: LambdaLR
-    shared: RunningStatistics  # those that training forwards read, and that are therefore averaged after each of them
+    shared: RunningStatistics  # those that training forwards read, and that are therefore averaged after each update
     metrics: MetricsLog
     bar: Any  # rich's progress bar, or None
     progress: Progress
@@ -105,6 +105,11 @@ class Run:
     def lr(self, step: int) -> float:
         """The learning rate of a step, from 0."""
         return learning_rate(self.scheduler, step)
+
+    @property
+    def shares_late(self) -> bool:
+        """Whether training forwards read running statistics that the processes have to average first."""
+        return self.config.norm.name == "renorm" and len(self.partition.ranks) < self.partition.placement.processes
 
     @property
     def gradient_scale(self) -> float | Tensor:

@@ -359,6 +359,19 @@ def test_what_lies_beyond_the_end_of_a_run(name):
         assert keys_beyond(config_from_dict(values), steps) == expected, "norms count forwards"
 
 
+@pytest.mark.parametrize("name", ["batch", "renorm", "ghost"])
+def test_one_update_a_step_makes_accumulation_the_same_as_more_gpus(name, tmp_path):
+    """With ragged last steps, of 22 samples: two GPUs in two passes are four in one."""
+    norm = {"name": name, "update_per": "step", "ghost_batch_size": 2 if name == "ghost" else None}
+    norm |= {"warmup_steps": 1, "r_ramp_end": 4, "d_ramp_end": 3} if name == "renorm" else {}
+    for gpus, passes in ((4, 1), (2, 2)):
+        train(small(gpus=gpus, accumulation_steps=passes, norm=norm), tmp_path / str(gpus))
+    one, two = (Trained.read(tmp_path / str(gpus)) for gpus in (4, 2))
+    assert compare_runs(one, two).largest < 1e-12
+    with pytest.raises(ConfigError, match=r"update_per: got 'step', expected forward with norm\.name group"):
+        small(norm={"name": "group", "update_per": "step"})
+
+
 def test_a_warm_up_beyond_the_end_is_remarked_on():
     values = {"optimizer": {"warmup_steps": 3, "schedule": "constant"}, "norm": {"name": "sync"}}
     assert keys_beyond(config_from_dict(values), 4) == {}
