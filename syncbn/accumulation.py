@@ -37,7 +37,7 @@ class _Passes:
         assert mean is not None, "only layers with running statistics are accumulated"
         assert var is not None, "it comes with the mean"
         assert tracked is not None, "checked in the forward pass"
-        running = Running(mean, var, tracked, layer.num_nonfinite_batches, layer.momentum)
+        running = Running(mean, var, tracked, layer.nonfinite_counter(), layer.momentum)
         if self._total:
             count, step_mean, step_var = moments(self._sums)
             step_var = unbiased(step_var, count)

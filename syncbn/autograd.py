@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from syncbn.collectives import all_reduce_sum, start_all_reduce_sum
 from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue, activation_grad, invert
@@ -17,7 +18,7 @@ from syncbn.functional.statistics import Groups, compute_dtype, group_counts, gr
 from syncbn.kernels.dispatch import pick, whole
 from syncbn.lockstep import Reduction
 from syncbn.recompute import Kept, is_taped, keep, recall
-from syncbn.torch_internals import has_transforms, is_transformed
+from syncbn.torch_internals import has_transforms, in_forward_ad, is_differentiated_forward, is_transformed
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of x, weight, bias and residual."""
@@ -47,6 +48,8 @@ def batch_norm(
 
     ``weight`` and ``bias`` are (C,) or None. The output has the shape, dtype and memory format of ``x``.
     """
+    if is_differentiated_forward():
+        return _composed(x, weight, bias, running, epilogue, rule)
     taped = is_taped()
     if rule.group_name is None and rule.check_count is None and rule.observer is None and not taped:
         function = whole(x)
@@ -111,17 +114,14 @@ def _learn(x: Tensor, running: Running | None, rule: Rule, asks: bool = False) -
 def _composed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, epilogue: Epilogue, rule: Rule
 ) -> Tensor:
-    """:func:`batch_norm` from differentiable operations alone, for torch.func and torch.jit.trace.
+    """:func:`batch_norm` from differentiable operations alone: torch.func, forward-mode derivatives, torch.jit.trace.
 
     It keeps more for the backward pass. A trace of it can be saved.
     """
-    if rule.group_name is not None and has_transforms():
-        raise RuntimeError(
-            "torch.func cannot transform statistics that several processes share; use torch.autograd.grad"
-        )
     with torch.no_grad():
-        # Detached: no_grad is neither recorded by a trace nor heeded by forward-mode derivatives.
-        statistics, _ = _learn(x.detach(), running, rule)
+        # No tangent may come to the running statistics: no_grad is neither heeded by forward mode nor traced.
+        constant = forward_ad.unpack_dual(x).primal if in_forward_ad() and not has_transforms() else x
+        statistics, _ = _learn(constant.detach(), running, rule)
     _, mean, var = moments(all_reduce_sum(group_sums(x, rule.groups), rule.group_name))
     scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
     affine = Affine(mean, torch.rsqrt(var + rule.eps), scale, shift)

@@ -6,6 +6,7 @@ A layer keeps a :class:`Scope`, which can be pickled. Its process group is looke
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from syncbn import lockstep
 from syncbn.lockstep import Position, Reduction
-from syncbn.torch_internals import constant_result, functional_collectives, group_size
+from syncbn.torch_internals import (
+    constant_result,
+    functional_collectives,
+    group_size,
+    is_differentiated_forward,
+)
 
 _AVAILABLE = dist.is_available()
 _Groups: TypeAlias = "weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]"
@@ -48,7 +54,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def make_scope(process_group: Any = None, sync_group_size: int | None = None) -> Scope:
-    """The scope of a ``process_group``, which is a :class:`ProcessGroup` or a sequence of global ranks.
+    """The scope of a ``process_group``: a :class:`ProcessGroup`, a 1-D device mesh or a sequence of global ranks.
 
     On ranks outside a group ``dist.new_group`` returns a value that is neither, which is an error.
     """
@@ -56,13 +62,18 @@ def make_scope(process_group: Any = None, sync_group_size: int | None = None) ->
         return Scope(sync_group_size=sync_group_size)
     if isinstance(process_group, Sequence):
         return Scope(sync_group_size=sync_group_size, ranks=tuple(process_group))
+    mesh = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", ())
+    if isinstance(process_group, mesh):
+        if process_group.ndim != 1:
+            raise ValueError(f"process_group must have one dimension if it is a device mesh, got {process_group!r}")
+        process_group = process_group.get_group()
     ranks: tuple[int, ...] = ()
     if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
         with contextlib.suppress(KeyError):  # a group that was destroyed
             ranks = tuple(dist.get_process_group_ranks(process_group))
     if not ranks:
         raise ValueError(
-            "process_group must be a process group that this process is in, or a sequence of global ranks, "
+            "process_group must be a process group that this process is in, a device mesh or a sequence of ranks, "
             f"got {process_group!r}"
         )
     _known_groups()[ranks] = process_group
@@ -127,17 +138,29 @@ def resolve_name(scope: Scope) -> str | None:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over a process group, and the sum of its gradients backward: differentiable any number of times."""
+    """Sum over a process group. Its derivatives, of any order and in either mode, are sums over the group as well."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
+    def forward(tensor: Tensor, group_name: str) -> Tensor:
         with torch.no_grad():
-            return all_reduce_sum(tensor, group_name)
+            return _start(tensor, group_name).wait()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.group_name = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _AllReduceSum.apply(grad, ctx.group_name), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        summed: Tensor = _AllReduceSum.apply(tangent, ctx.group_name)  # type: ignore[no-untyped-call]
+        return summed
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], tensor: Tensor, group_name: str) -> tuple[Tensor, int | None]:
+        return _AllReduceSum.apply(tensor, group_name), in_dims[0]  # type: ignore[no-untyped-call]
 
 
 _GATHER_LIMIT = 8
@@ -203,7 +226,7 @@ def start_all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Redu
     """Start :func:`all_reduce_sum`. Work done before ``wait()`` overlaps with the collective."""
     if group_name is None:
         return PendingSum(tensor)
-    if tensor.requires_grad and torch.is_grad_enabled():
+    if (tensor.requires_grad and torch.is_grad_enabled()) or is_differentiated_forward():
         summed: Tensor = _AllReduceSum.apply(tensor, group_name)  # type: ignore[no-untyped-call]
         return PendingSum(summed)
     if torch.compiler.is_compiling():

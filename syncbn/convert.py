@@ -7,6 +7,8 @@ working. The new attributes of all layers are computed before any layer is chang
 from __future__ import annotations
 
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Required, TypedDict, TypeVar, Unpack, overload
@@ -69,9 +71,9 @@ class RenormOptions(_Options, total=False):
 # Wrappers that hold the class, the parameters or the code of what they wrap, with what to do instead. Their modules are
 # slow to import, and a module that is not imported has no instances.
 _WRAPPERS = {
-    "torch.nn.parallel.DistributedDataParallel": "{first}, then DistributedDataParallel(model)",
+    "torch.nn.parallel.DistributedDataParallel": "{first}, then DistributedDataParallel(model){inner}",
     "torch.nn.parallel.DataParallel": "its threads are one process and cannot share statistics. Use "
-    "DistributedDataParallel with a process for each GPU: {first}, then DistributedDataParallel(model)",
+    "DistributedDataParallel with a process for each GPU: {first}, then DistributedDataParallel(model){inner}",
     "torch.distributed.fsdp.FullyShardedDataParallel": "{first}, then the FSDP wrapper",
     "torch.distributed.fsdp.FSDPModule": "{first}, then fully_shard(model)",
     "torch._dynamo.OptimizedModule": "{first}, then torch.compile(model)",
@@ -97,7 +99,11 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
     they were at first.
 
     Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) stay as they
-    are. timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
+    are. If no layer is a batch normalization, a warning says so. A converted ``nn.BatchNorm2d`` still is an instance of
+    that class, so that code which looks for it (parameter groups without weight decay, functions that freeze) finds it;
+    so are 1-D and 3-D layers.
+
+    timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
     without dropout is applied in the same pass over memory as the normalization; to replace it afterwards,
     :func:`revert` first.
 
@@ -134,9 +140,11 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
             with _naming(name, layer, "converted"):
                 _check_layer(layer)
                 states.append((name, layer, converted_state(layer, cls, name or None, options)))
+    if not states:
+        _warn_of_nothing(module, where is not None)
     for name, layer, state in states:
         if state is not None:
-            set_state(layer, cls, state)
+            set_state(layer, state["_conversion"].converted, state)
         elif isinstance(layer, SmallBatchNorm) and layer.qualified_name is None:
             layer.qualified_name = name or None
     return module
@@ -182,12 +190,20 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in options:
             raise ValueError(f"{cls.__name__} needs the option {name!r}; its options are {names}")
-    eps, momentum = options.get("eps", 1e-5), options.get("momentum", 0.1)
-    if not (isinstance(eps, float | int) and eps > 0):
-        raise ValueError(f"eps must be a positive number, got {eps!r}")
+    momentum = options.get("momentum", 0.1)
     if not (momentum is None or (isinstance(momentum, float | int) and 0 <= momentum <= 1)):
         raise ValueError(f"momentum must be a number from 0 to 1, or None for a cumulative average, got {momentum!r}")
-    cls(num_features=1, device="meta", **options)  # a wrong value raises here, before an error could blame a layer
+    cls(num_features=1, device="cpu", **options)  # a wrong value raises here, before an error could blame a layer
+
+
+def _warn_of_nothing(module: nn.Module, selected: bool) -> None:
+    """Say that no layer was converted, and which layers may have been meant."""
+    kinds = Counter(type(m).__name__ for m in module.modules() if "norm" in type(m).__name__.lower())
+    found = ", ".join(f"{number} {name}" for name, number in kinds.items())
+    other = f"; it has {found}, which stay as they are" if found else ""
+    left_out = ", or `where` leaves all of them out" if selected else ""
+    said = f"syncbn.convert has changed nothing: the model has no batch normalization{left_out}{other}"
+    warnings.warn(said, UserWarning, stacklevel=3)
 
 
 @contextmanager
@@ -207,7 +223,8 @@ def _refuse_wrappers(module: nn.Module, verb: str) -> None:
         if vars(child).get("_compiled_call_impl") is not None:  # compiled in place, class unchanged
             found.append("{first}, then model.compile()")
         if found:
-            advice = found[0].format(first=f"syncbn.{verb}(model) first")
+            inner = "; the model in the wrapper is its attribute .module" if verb == "revert" else ""
+            advice = found[0].format(first=f"syncbn.{verb}(model) first", inner=inner)
             raise ValueError(f"{_describe(name, child)} is wrapped or compiled already: {advice}")
 
 

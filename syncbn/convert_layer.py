@@ -29,8 +29,6 @@ After = Callable[[Any, Tensor], Tensor]
 KINDS: dict[str, type[SmallBatchNorm]] = {"sync": SyncBatchNorm, "ghost": GhostBatchNorm, "renorm": BatchRenorm}
 
 _COUNTER = "num_nonfinite_batches"
-_CONTAINERS = ("_buffers", "_non_persistent_buffers_set")
-"""The attributes whose content a conversion changes."""
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -103,6 +101,31 @@ _KNOWN_BY_NAME: dict[str, After] = {
 _registered: dict[type, After | None] = {}
 
 
+# -- the classes of converted layers -----------------------------------------------------------------------------------
+
+
+def _of_dimension(cls: type[SmallBatchNorm], torchs: type[_BatchNorm]) -> type[SmallBatchNorm]:
+    """A subclass of both, under which a converted layer still is an instance of torch's class of its dimension.
+
+    Its ``__name__`` is that of ``cls``, which users know. Its qualified name is that of this module's attribute.
+    """
+    attributes = {"__module__": __name__, "__qualname__": cls.__name__ + torchs.__name__[-2:], "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, torchs), attributes)
+
+
+_CONVERTED: dict[tuple[type, type], type[SmallBatchNorm]] = {
+    (cls, torchs): _of_dimension(cls, torchs)
+    for cls in KINDS.values()
+    for torchs in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+globals().update({cls.__qualname__: cls for cls in _CONVERTED.values()})  # where pickles look for them
+
+
+def converted_class(cls: type[SmallBatchNorm], original: type[_BatchNorm]) -> type[SmallBatchNorm]:
+    """The class of an ``original`` that is converted to ``cls``."""
+    return next((_CONVERTED[cls, base] for base in original.__mro__ if (cls, base) in _CONVERTED), cls)
+
+
 # -- one layer ---------------------------------------------------------------------------------------------------------
 
 
@@ -133,8 +156,7 @@ _OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
 def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     """The class and a copy of the attributes of ``layer``, or those it had before it was converted."""
     state = dict(vars(layer))
-    for key in _CONTAINERS:
-        state[key] = copy.copy(state[key])
+    state["_buffers"] = copy.copy(state["_buffers"])  # reverting changes its content
     conversion: Conversion | None = state.get("_conversion")
     if conversion is None:
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
@@ -147,16 +169,13 @@ def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     for name in conversion.added:
         state.pop(name, None)
     state.update(conversion.replaced)
-    if not issubclass(conversion.original, SmallBatchNorm):
-        state["_buffers"].pop(_COUNTER, None)
-        state["_non_persistent_buffers_set"].discard(_COUNTER)
     return conversion.original, state
 
 
 def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
     """The attributes of ``layer`` as a ``cls``; None if it is one with these options already."""
     original, before = _original_state(layer)
-    after = follows(original)
+    after, converted = follows(original), converted_class(cls, original)
     kept = {key: before[key] for key in ("eps", "momentum")}
     if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
         kept |= {key: before[key] for key in ("activation", "negative_slope")}
@@ -175,14 +194,12 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     dropped = {"process_group"} | (_ALL_OPTIONS if issubclass(original, SmallBatchNorm) else set())
     old = {key: value for key, value in before.items() if key not in dropped}
     state = old | {key: value for key, value in vars(new).items() if key not in _OF_TORCH}
-    if type(layer) is cls and all(vars(layer).get(key) == state.get(key) for key in ("scope", *options_of(cls))):
+    if type(layer) is converted and all(vars(layer).get(key) == state.get(key) for key in ("scope", *options_of(cls))):
         return None
-    counter = layer._buffers.get(_COUNTER, new._buffers.get(_COUNTER))
-    if counter is not None:
-        state["_buffers"][_COUNTER] = counter
-        state["_non_persistent_buffers_set"].add(_COUNTER)
-    replaced = {k: v for k, v in before.items() if k not in _CONTAINERS and (k not in state or state[k] is not v)}
-    state["_conversion"] = Conversion(original, cls, replaced, (*(state.keys() - before.keys()), "_conversion"))
+    if _COUNTER in vars(layer):
+        state[_COUNTER] = vars(layer)[_COUNTER]
+    replaced = {k: v for k, v in before.items() if k != "_buffers" and (k not in state or state[k] is not v)}
+    state["_conversion"] = Conversion(original, converted, replaced, (*(state.keys() - before.keys()), "_conversion"))
     return state
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
@@ -19,11 +20,11 @@ from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
 from syncbn.recompute import is_repeated, is_taped
-from syncbn.torch_internals import assert_async, runs_at_once
+from syncbn.torch_internals import PLAIN_TYPES, assert_async, has_transforms, runs_at_once, static_address
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 MIN_WEIGHT = 1 / 128
 """With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
@@ -77,7 +78,8 @@ class SmallBatchNorm(_BatchNorm):
     """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C). While it is set, the
     running statistics stay as they are. See :mod:`syncbn.population`."""
     num_nonfinite_batches: Tensor
-    """() int64, not saved: number of batches left out of the running statistics because theirs were not finite."""
+    """() int64: number of batches left out of the running statistics because theirs were not finite. It is no buffer,
+    so that a layer has the buffers of torch's, and is not saved. Transforms of torch.func do not count."""
 
     def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,12 +88,13 @@ class SmallBatchNorm(_BatchNorm):
         if self.running_mean is not None and self.running_var is not None:
             if self.running_mean.dtype.itemsize < 4:
                 self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
-            zero = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
-            self.register_buffer("num_nonfinite_batches", zero, persistent=False)
+            self.num_nonfinite_batches = _zero_counter(self.running_mean.device)
         self.sample_groups = self.qualified_name = self.after = self.observer = None
         self._agreed_groups: int | None = None
 
     def _check_options(self) -> None:
+        if not (isinstance(self.eps, float | int) and 0 < self.eps < math.inf):
+            raise ValueError(f"eps must be a positive number, got {self.eps!r}")
         for name in ("ghost_batch_size", "max_ghost_groups"):
             check_positive(name, getattr(self, name))
         choices = {"remainder": get_args(Remainder), "running_update": get_args(RunningUpdate), "save": get_args(Save)}
@@ -115,7 +118,7 @@ class SmallBatchNorm(_BatchNorm):
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        if self._buffers.get("num_nonfinite_batches") is not None:
+        if "num_nonfinite_batches" in vars(self):
             self.num_nonfinite_batches.zero_()
 
     def reset_parameters(self) -> None:
@@ -125,6 +128,11 @@ class SmallBatchNorm(_BatchNorm):
             if self.bias is not None:
                 torch.nn.init.zeros_(self.bias)
 
+    def __prepare_scriptable__(self) -> Any:
+        # torch.jit.script asks each module for what it is to script in its place.
+        remedy = "script syncbn.revert(model), or use torch.jit.trace"
+        raise ValueError(f"{self._name()} cannot be scripted: {remedy}")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `module.half()` must not narrow the running statistics: a moving average in bf16 soon stops moving.
         before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
@@ -133,7 +141,24 @@ class SmallBatchNorm(_BatchNorm):
             new = getattr(self, name)
             if new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
                 setattr(self, name, old.to(new.device))
+        self.nonfinite_counter()
         return self
+
+    def nonfinite_counter(self) -> Tensor | None:
+        """``num_nonfinite_batches``, on the device of the running statistics, which it follows.
+
+        None without running statistics, and where nothing but buffers may change: in an export, and under transforms.
+        """
+        mean = self.running_mean
+        if mean is None or torch.compiler.is_exporting() or has_transforms():
+            return None
+        counter: Tensor | None = vars(self).get("num_nonfinite_batches")
+        if counter is None or counter.device != mean.device:
+            # A layer on the meta device has no number to take along.
+            known = None if counter is None or counter.is_meta or mean.is_meta else counter
+            counter = _zero_counter(mean.device) if known is None else static_address(known.to(mean.device))
+            self.num_nonfinite_batches = counter
+        return counter
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -175,6 +200,11 @@ class SmallBatchNorm(_BatchNorm):
                 ghost groups leave a remainder, a group has one value per channel over all processes, which has no
                 variance, or a weight is too small for ``save="output"``.
         """
+        if has_torch_function_unary(input) and not torch.compiler.is_compiling():
+            if isinstance(input, torch.fx.Proxy):
+                return self._traced(input, residual)
+            output: Tensor = handle_torch_function(_forward_of_subclass, (input,), self, input, residual)
+            return output
         self._check_input_dim(input)
         if residual is not None:
             self._check_residual(input, residual)
@@ -186,6 +216,13 @@ class SmallBatchNorm(_BatchNorm):
                 output = output + residual
             output = activate(output, Epilogue(None, self.activation, self.negative_slope))
         return output if self.after is None else self.after(self, output)
+
+    def _traced(self, input: Any, residual: Any) -> Any:
+        """The call of this layer in a graph of torch.fx, in which it is one node, as torch's own layers are."""
+        path = input.tracer.path_of_module(self)
+        if not path:
+            raise ValueError(f"{self._name()} cannot be traced by itself; trace a model that contains it")
+        return input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
 
     def _check_residual(self, x: Tensor, residual: Tensor) -> None:
         if self.save == "output":
@@ -206,6 +243,8 @@ class SmallBatchNorm(_BatchNorm):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _normalize_by_batch(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if type(x) not in PLAIN_TYPES and hasattr(x, "to_local"):
+            self._fail(x, "a DTensor has no statistics here; give the layer x.to_local(), with sync over its ranks")
         # Evaluation without running statistics uses those of the batch on this process, and never communicates.
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         if self.sample_groups is None and self.ghost_batch_size is None:
@@ -231,6 +270,8 @@ class SmallBatchNorm(_BatchNorm):
             # A compiled graph that knew the name could not serve the blocks of a model that are alike.
             None if group_name is None or torch.compiler.is_compiling() else self._name(),
         )
+        if not self.eps > 0:
+            self._fail(x, f"eps must be positive in training, got {self.eps!r}")
         epilogue = NO_EPILOGUE
         if residual is not None or self.activation is not None:
             epilogue = Epilogue(residual, self.activation, self.negative_slope)
@@ -240,9 +281,8 @@ class SmallBatchNorm(_BatchNorm):
         try:
             buffers = self._buffers
             mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-            nonfinite = buffers["num_nonfinite_batches"]
         except KeyError:
-            mean, var, tracked, nonfinite = (getattr(self, name, None) for name in _BUFFERS)
+            mean, var, tracked = (getattr(self, name, None) for name in _BUFFERS)
         if mean is None or var is None:
             return None
         if tracked is None:
@@ -257,8 +297,9 @@ class SmallBatchNorm(_BatchNorm):
                 )
                 raise RuntimeError(f"{self._name()} would be repeated with other corrections r and d: {remedy}")
             update = False
-        assert nonfinite is not None, "registered with the others"
-        return Running(mean, var, tracked, nonfinite, self.momentum, self.running_update, divisor, limits, update)
+        return Running(
+            mean, var, tracked, self.nonfinite_counter(), self.momentum, self.running_update, divisor, limits, update
+        )
 
     def _limits(self) -> Limits | None:
         """The limits of renorm's corrections in training, or None for a layer without corrections."""
@@ -325,6 +366,22 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(x, problem, error)
 
 
+def _forward_of_subclass(layer: SmallBatchNorm, input: Tensor, residual: Tensor | None) -> Tensor:
+    """The forward pass for a subclass of Tensor, called by its ``__torch_function__``, which converts the output."""
+    output: Tensor = SmallBatchNorm.forward(layer, _plain(input), None if residual is None else _plain(residual))
+    return output
+
+
+def _plain(x: Tensor) -> Tensor:
+    """``x`` as a Tensor, for which there are kernels, unless its class does operations in its own way."""
+    dispatched = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return x if dispatched else x.as_subclass(Tensor)
+
+
+def _zero_counter(device: torch.device) -> Tensor:
+    return static_address(torch.zeros((), dtype=torch.int64, device=device))
+
+
 def _consecutive_groups(n: int, size: int, x: Tensor) -> Tensor:
     """The group of each of ``n`` samples, (N,) int64 on the device of ``x``."""
     if x.is_cpu and runs_at_once(x):
@@ -348,8 +405,9 @@ def _optional_scope(sync: bool, process_group: Any, sync_group_size: int | None)
 class SyncBatchNorm(SmallBatchNorm):
     """Batch normalization with the statistics of the samples on all ranks of a process group.
 
-    A drop-in replacement for :class:`torch.nn.SyncBatchNorm`, with the same parameters and checkpoints. It has one more
-    buffer, which is not saved, and ``process_group`` is an argument, not an attribute. Inputs are (N, C) or (N, C, *)
+    A drop-in replacement for :class:`torch.nn.SyncBatchNorm`, with the same parameters, buffers and checkpoints. There
+    are two differences: ``process_group`` is an argument, not an attribute, and in place of ``convert_sync_batchnorm``
+    there is :func:`syncbn.convert`. Inputs are (N, C) or (N, C, *)
     on any device, and N may differ between ranks or be zero. Without an initialized process group it is
     :class:`torch.nn.BatchNorm2d`. ``eval()`` uses the running statistics and never communicates. Second derivatives
     across ranks and ``torch.compile(fullgraph=True)`` work.
@@ -360,7 +418,8 @@ class SyncBatchNorm(SmallBatchNorm):
         momentum: weight of the new value in the running statistics. None is a cumulative average.
         affine: learn ``weight`` and ``bias``.
         track_running_stats: keep running statistics. Without them evaluation uses those of the local batch.
-        process_group: which ranks share statistics: a process group or a sequence of global ranks. None is all ranks.
+        process_group: which ranks share statistics: a process group, a 1-D device mesh or a sequence of global ranks.
+            None is all ranks.
         device, dtype: of the parameters and buffers. Running statistics are float32 or wider.
         sync_group_size: share statistics only among this many consecutive ranks.
         bias: whether there is a ``bias`` if ``affine`` is True.

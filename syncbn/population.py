@@ -336,9 +336,22 @@ class Population:
             yield
 
 
+def _run_on_first(model: nn.Module, batch: Any) -> None:
+    x = batch[0] if isinstance(batch, list | tuple) else batch
+    parameter = next(model.parameters(), None)
+    if parameter is not None and isinstance(x, Tensor):
+        x = x.to(parameter.device)
+    model(x)
+
+
 @torch.no_grad()
 def update_population_statistics(
-    model: nn.Module, batches: Iterable[Any], *, estimator: Estimator = "total", where: Where | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    estimator: Estimator = "total",
+    where: Where | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Replace the running statistics of a trained model by population statistics ("precise BN").
 
@@ -348,11 +361,13 @@ def update_population_statistics(
 
     Args:
         model: a model with layers of this package or torch's batch normalizations.
-        batches: inputs of the model, each a tensor or a tuple of arguments. Use at least a thousand samples. Batches
-            may have different sizes.
+        batches: batches of inputs, such as a DataLoader of at least a thousand samples. Batches may have different
+            sizes. As in ``torch.optim.swa_utils.update_bn``, the input is the first element if a batch is a list or a
+            tuple, and comes to the device of the model.
         estimator: ``"total"`` or ``"mean"``, how the variance is estimated; see :data:`Estimator`.
         where: recompute only the layers for which ``where(qualified_name, layer)`` is true. The other layers normalize
             by their running statistics. None is all layers.
+        forward: called with the model and a batch, where ``model(input)`` is not how the model is run.
 
     Returns:
         The statistics of each layer over all processes, by qualified name.
@@ -372,9 +387,10 @@ def update_population_statistics(
     population = Population(model, where)
     if not population.layers:
         raise ValueError("the model has no batch normalization with running statistics, so none can be recomputed")
+    run = forward or _run_on_first
     with population.observing():
         for batch in batches:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+            run(model, batch)
     found = population.statistics()
     if all(float(sums.count) == 0 for sums in found.values()):
         raise ValueError("batches: got none with finite values, expected at least one non-empty batch")

@@ -28,8 +28,8 @@ class Running(NamedTuple):
     """(C,) floating."""
     num_batches_tracked: Tensor
     """() int64."""
-    num_nonfinite_batches: Tensor
-    """() int64."""
+    num_nonfinite_batches: Tensor | None
+    """() int64, or None if they are not counted."""
     momentum: float | None
     """Weight of the new value; None is a cumulative average."""
     mode: RunningUpdate = "mean"
@@ -82,7 +82,7 @@ def sequential_weights(filled: Tensor, momentum: float | None, tracked: Tensor) 
 
 
 def update_running(running: Running, count: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Update the four buffers of ``running`` in place, without a host synchronization.
+    """Update the tensors of ``running`` in place, without a host synchronization.
 
     A step without any sample changes nothing. A step with a non-finite statistic is counted in
     ``num_nonfinite_batches`` and changes nothing else.
@@ -125,4 +125,5 @@ def _write(running: Running, new_mean: Tensor, new_var: Tensor, updates: Tensor,
     running.mean.copy_(torch.where(accept, new_mean, running.mean))
     running.var.copy_(torch.where(accept, new_var, running.var))
     running.num_batches_tracked.add_(torch.where(accept, updates, 0.0).to(running.num_batches_tracked.dtype))
-    running.num_nonfinite_batches.add_((present & ~finite).to(running.num_nonfinite_batches.dtype))
+    if running.num_nonfinite_batches is not None:
+        running.num_nonfinite_batches.add_((present & ~finite).to(running.num_nonfinite_batches.dtype))

@@ -58,7 +58,7 @@ def test_revert_restores_every_attribute(kind: str) -> None:
 
 
 def test_a_class_is_a_kind_as_well() -> None:
-    assert type(convert(nn.BatchNorm2d(3), GhostBatchNorm, ghost_batch_size=2)) is GhostBatchNorm
+    assert isinstance(convert(nn.BatchNorm2d(3), GhostBatchNorm, ghost_batch_size=2), GhostBatchNorm)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_another_kind_starts_from_the_first_class() -> None:
     for kind, options in [*KINDS.items(), ("ghost", {"ghost_batch_size": 4, "eps": 0.5}), ("sync", {"momentum": None})]:
         convert(model, kind, **options)
         layer = model[2][1]
-        assert type(layer) is LAYERS[kind]
+        assert isinstance(layer, LAYERS[kind])
         assert layer.eps == options.get("eps", 1e-3)
         assert layer.momentum == options.get("momentum", 0.2)
         assert ("r_max" in vars(layer)) == (kind == "renorm")

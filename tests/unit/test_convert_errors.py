@@ -154,7 +154,7 @@ def test_renorm_names_the_layer_without_running_statistics() -> None:
 def test_a_lazy_layer_that_has_seen_data_is_converted() -> None:
     model = make_model(nn.LazyBatchNorm2d())
     model(torch.randn(2, 4, 3, 3))
-    assert type(convert(model, "sync")[1][1]) is SyncBatchNorm
+    assert isinstance(convert(model, "sync")[1][1], SyncBatchNorm)
     assert type(revert(model)[1][1]) is nn.BatchNorm2d
 
 

@@ -15,7 +15,7 @@ import torch
 from study_fakes import small_study
 from torch import nn
 
-from syncbn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
+from syncbn import BatchRenorm, SyncBatchNorm
 from syncbn.study import commands
 from syncbn.study.analysis.summary import summary_of
 from syncbn.study.plan.grid import study_cells
@@ -134,11 +134,11 @@ def test_how_logical_gpus_of_one_process_are_normalized():
         return setting.normalize(nn.Sequential(nn.BatchNorm1d(8)))[0], setting.batch_size
 
     local, size = layer(norm={"name": "batch"})
-    assert (type(local), local.ghost_batch_size, size) == (GhostBatchNorm, 2, 8)
+    assert (type(local).__name__, local.ghost_batch_size, size) == ("GhostBatchNorm", 2, 8)
     pairs, _ = layer(norm={"name": "sync"}, sync_group_size=2)
-    assert (type(pairs), pairs.ghost_batch_size) == (GhostBatchNorm, 4)
-    assert type(layer(norm={"name": "sync"})[0]) is SyncBatchNorm
-    assert type(layer(norm={"name": "renorm", "sync": True})[0]) is BatchRenorm
+    assert (type(pairs).__name__, pairs.ghost_batch_size) == ("GhostBatchNorm", 4)
+    assert isinstance(layer(norm={"name": "sync"})[0], SyncBatchNorm)
+    assert isinstance(layer(norm={"name": "renorm", "sync": True})[0], BatchRenorm)
     assert type(layer(norm={"name": "group", "groups": 4})[0]) is nn.GroupNorm
     with pytest.raises(ConfigError, match=r"gpus: got 4, expected one process for each of the 4 logical GPUs"):
         layer(norm={"name": "renorm"})

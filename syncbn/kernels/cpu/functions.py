@@ -35,6 +35,7 @@ def _reads(running: Running) -> bool:
         and mean.dtype in _BUFFER_TYPES
         and mean.dtype == var.dtype
         and running.num_batches_tracked.dtype == torch.int64
+        and running.num_nonfinite_batches is not None
         and mean.is_contiguous()
         and var.is_contiguous()
     )
