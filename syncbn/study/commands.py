@@ -97,6 +97,11 @@ def run_study(
     note_changes(study, [*trials, *cells], records)
     warned: set[str] = set()
     _warn_of_steps([*trials, *cells], records, warned)
+
+    def run_and_warn(cells: Sequence[Cell], out: Path, **how: Any) -> dict[str, Outcome]:
+        _warn_of_steps(cells, read_records(out), warned)  # after the tuning, the number of samples is known
+        return run_cells(cells, out, **how)
+
     train = train_function(study)
     if study.tune is not None:
         print(f"tuning first: {len(unique_cells(trials))} runs, whose test scores have no part in it")
@@ -107,10 +112,10 @@ def run_study(
             if rank:
                 ranks.follow(train)
                 return 0
-            cells, outcomes = run_stages(study, out, partial(run_cells, train=train, together=True))
+            cells, outcomes = run_stages(study, out, partial(run_and_warn, train=train, together=True))
             ranks.share(None)
     else:
-        run = partial(run_cells, train=train, workers=workers, executor=executor, options=slurm_options)
+        run = partial(run_and_warn, train=train, workers=workers, executor=executor, options=slurm_options)
         cells, outcomes = run_stages(study, out, run)
     seconds = time.monotonic() - started
     code = _ended(study, cells, outcomes, (config, out), seconds)

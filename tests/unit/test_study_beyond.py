@@ -61,6 +61,11 @@ def test_epochs_are_steps_when_the_data_are_known():
     assert lines(digits) == [
         "arm renorm: norm.r_ramp_end 60; norm.d_ramp_end 40: beyond the end of all runs at step 23"
     ]
+    canvas = {"name": "segmentation", "options": {"samples": {"train": 64}}}
+    drawn = small_study(base=base(task=canvas, budget={"epochs": 11}), arms=ARMS)
+    assert lines(drawn) == ["arm renorm: norm.r_ramp_end 60: beyond the end of all runs at step 44"]
+    files = {"name": "segmentation", "options": {"data": "masks", "root": "nowhere"}}
+    assert lines(small_study(base=base(task=files, budget={"epochs": 11}), arms=ARMS)) == []
     task = small_study(base=base(task={"name": "mine:Task"}, budget={"epochs": 20}), arms=ARMS)
     assert lines(task) == []
     first = study_cells(task)[0]

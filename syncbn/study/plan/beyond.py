@@ -10,6 +10,7 @@ from syncbn.train.config import RunConfig
 from syncbn.train.data.datasets import training_size
 from syncbn.train.result import RunResult
 from syncbn.train.schedule import keys_beyond, total_steps
+from syncbn.train.tasks.image_options import canvas_size
 
 
 def beyond_lines(cells: Sequence[Cell], results: Mapping[str, RunResult]) -> list[str]:
@@ -48,6 +49,8 @@ def _steps(config: RunConfig, samples: Mapping[str, int | None]) -> int | None:
     known = samples.get(_data_of(config))
     if known is None and config.task.name == "classification":
         known = training_size(config.data)
+    elif known is None and config.task.name in ("segmentation", "detection"):
+        known = canvas_size(config.task.options)
     return None if known is None else total_steps(config, known)
 
 

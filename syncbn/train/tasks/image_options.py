@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,12 @@ from syncbn.train.data.order import fraction_split
 Item = TypeVar("Item")
 PREFIX = "task.options."
 _SAMPLES = {"train": 256, "validation": 64, "test": 128}
+
+
+def canvas_size(options: Mapping[str, Any]) -> int | None:
+    """The number of training images on a digit canvas; None for files."""
+    canvas = options.get("data", "digit_canvas") == "digit_canvas"
+    return {**_SAMPLES, **options.get("samples", {})}["train"] if canvas else None
 
 
 @dataclass(kw_only=True)
