@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from syncbn.train.config import RunConfig, require
+from syncbn.train.launcher_variables import meeting_point, rank_and_processes
 from syncbn.train.lifeline import PARENT
 from syncbn.train.logical_gpus import Placement
 from syncbn.train.trackers import check_trackers, ending_trackers
 from syncbn.watchdog import watchdog
+
+MEETING_SECONDS = 300.0
+"""How long processes wait for each other when they start."""
 
 
 class LaunchError(RuntimeError):
@@ -112,7 +117,7 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
     # Accelerate has one state per process, which refuses a second precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        if placement().processes > 1 and not had_world and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if placement().processes > 1 and not had_world:
             make_process_group("gloo" if cpu else "nccl")
         accelerator = Accelerator(
             cpu=cpu,
@@ -158,7 +163,12 @@ def make_process_group(backend: str) -> None:
 @lru_cache(maxsize=1)
 def _launchers_store() -> Store:
     # Kept: without torchrun the first process serves it, and could not open the port a second time.
-    store: Store = next(iter(rendezvous("env://")))[0]
+    place = meeting_point()
+    try:
+        store: Store = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))[0]
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise LaunchError(f"the processes cannot meet at {place} (MASTER_ADDR and MASTER_PORT): {reason}") from None
     return store
 
 
@@ -182,4 +192,4 @@ def restarts() -> int:
 
 def placement() -> Placement:
     """Rank and number of processes, as the launcher set them."""
-    return Placement(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return Placement(*rank_and_processes())

@@ -63,6 +63,13 @@ def step_of(output, cause, out):
     return int(found[1])
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to torchrun",
+    moment="in training",
+    outcome="exit code 85 and one line; `--resume` goes on",
+    lost="nothing",
+)
 def test_torchrun_is_terminated(config, tmp_path):
     """As `kill`, Kubernetes and Docker do it: torchrun tells its processes."""
     out = tmp_path / "out"
@@ -78,6 +85,13 @@ def test_torchrun_is_terminated(config, tmp_path):
     check_whole(config, out)
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to a process and its loaders",
+    moment="in training",
+    outcome="the loaders work on until the checkpoint is written; exit code 85",
+    lost="nothing",
+)
 def test_one_process_and_its_loaders_are_terminated(config, tmp_path):
     """As Slurm does it: every process of the job gets the signal. The loaders work on, as the step needs them."""
     out = tmp_path / "out"
@@ -97,6 +111,13 @@ def test_one_process_and_its_loaders_are_terminated(config, tmp_path):
     check_whole(config, out)
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGUSR1 from Slurm to all processes",
+    moment="in training",
+    outcome="the job is queued again, and goes on",
+    lost="nothing",
+)
 def test_slurm_warns_of_the_time_limit(config, tmp_path):
     """All processes of the job's step get SIGUSR1; the job is queued again, and goes on by itself."""
     out = tmp_path / "out"
@@ -124,6 +145,13 @@ def test_slurm_warns_of_the_time_limit(config, tmp_path):
     check_whole(config, out)
 
 
+@pytest.mark.fault(
+    "death",
+    "a rank is killed, with `MAX_RESTARTS=1`",
+    moment="while it loads data",
+    outcome="all start again, and go on without `--resume`",
+    lost="the steps since the last checkpoint",
+)
 def test_torchrun_starts_the_processes_again(config, tmp_path):
     """A process dies once. All of them are started again, and go on without being told to."""
     out = tmp_path / "out"
