@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +43,13 @@ class FaultTable:
     def __init__(self, page: str | None) -> None:
         self.page = None if page is None else Path(page)
         self.rows: dict[str, Row] = {}
+        self.files: set[str] = set()
         self.seconds: dict[Row, float] = defaultdict(float)
 
     @pytest.hookimpl(tryfirst=True)  # before tests are deselected: their rows stay in the page
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
+            self.files.add(item.path.name)
             if (mark := item.get_closest_marker("fault")) is not None:
                 self.rows[item.nodeid] = row_of(mark, item)
 
@@ -58,7 +59,8 @@ class FaultTable:
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if self.page is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            self.page.write_text(written(self.page.read_text(), set(self.rows.values()), self.seconds))
+            rows = set(self.rows.values())
+            self.page.write_text(written(self.page.read_text(), rows, self.seconds, self.files))
 
 
 def row_of(mark: pytest.Mark, item: pytest.Item) -> Row:
@@ -68,29 +70,37 @@ def row_of(mark: pytest.Mark, item: pytest.Item) -> Row:
         raise ValueError(f"fault: got kind {kind!r}, expected one of {', '.join(KINDS)}")
     case = getattr(item, "callspec", None)
     names = {} if case is None else {**case.params, "id": case.id}
-    names = {name: value.replace("_", " ") if isinstance(value, str) else value for name, value in names.items()}
     texts = (fault, *(mark.kwargs[name] for name in ("moment", "outcome", "lost")))
     return Row(kind, *(text.format(**names) for text in texts), item.path.name)
 
 
-def written(page: str, rows: set[Row], seconds: dict[Row, float]) -> str:
-    """The page with these rows. One whose tests were not run keeps the seconds that it has in the page."""
+def written(page: str, rows: set[Row], seconds: dict[Row, float], files: set[str]) -> str:
+    """The page with these rows, and those that it has of other test files than these.
+
+    A row whose tests were not run keeps the seconds that it has in the page.
+    """
     before, _, rest = page.partition(START)
-    old, _, after = rest.partition(END)
-    known = {line.rpartition(" | ")[0].rpartition(" | ")[0]: line.split(" | ")[-2] for line in old.splitlines()}
-    return f"{before}{START}\n{''.join(_parts(rows, seconds, known))}{END}{after}"
+    after = rest.partition(END)[2]
+    known = rows_in(page)
+    kept = {row for row in known if row.test not in files}
+    shown = {row: f"{seconds[row]:.1f}" if row in seconds else known.get(row, "not run") for row in rows | kept}
+    return f"{before}{START}\n{''.join(_parts(shown))}{END}{after}"
 
 
-def _parts(rows: set[Row], seconds: dict[Row, float], known: dict[str, str]) -> Iterator[str]:
+def _parts(shown: dict[Row, str]) -> Iterator[str]:
     for kind, heading in KINDS.items():
         yield f"### {heading}\n\n{HEAD}"
-        for row in sorted(row for row in rows if row.kind == kind):
-            words = f"| {row.fault} | {row.moment} | {row.outcome} | {row.lost}"
-            took = f"{seconds[row]:.1f}" if row in seconds else known.get(words, "not run")
-            yield f"{words} | {took} | `{row.test}` |\n"
+        for row in sorted(row for row in shown if row.kind == kind):
+            yield f"| {row.fault} | {row.moment} | {row.outcome} | {row.lost} | {shown[row]} | `{row.test}` |\n"
         yield "\n"
 
 
-def rows_in(page: str) -> list[str]:
-    """The lines of the table, for a test that counts them."""
-    return [line for line in re.findall(r"^\| .*\|$", page, re.MULTILINE) if line not in HEAD]
+def rows_in(page: str) -> dict[Row, str]:
+    """The rows of a page, with their seconds."""
+    found, kind = {}, ""
+    for line in page.partition(START)[2].partition(END)[0].splitlines():
+        kind = next((name for name, heading in KINDS.items() if line == f"### {heading}"), kind)
+        if line.startswith("| ") and line not in HEAD:
+            *texts, took, test = line.removeprefix("| ").removesuffix(" |").split(" | ")
+            found[Row(kind, *texts, test.strip("`"))] = took
+    return found

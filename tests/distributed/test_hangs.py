@@ -51,7 +51,7 @@ def errors(output: str) -> list[str]:
 )
 @pytest.mark.fault(
     "hang",
-    "one rank does something else ({fault})",
+    "one rank does something else (`{fault}`)",
     moment="in training",
     outcome="exit code 86 and one line: layer, call, rank and its line of code",
     lost="the steps since a checkpoint of the loop",
@@ -106,7 +106,7 @@ def test_a_rank_that_is_gone() -> None:
 @pytest.mark.parametrize("fault", ["slow", "suspended"])
 @pytest.mark.fault(
     "hang",
-    "a rank is slow, or all are suspended ({fault})",
+    "a rank is slow, or all are suspended (`{fault}`)",
     moment="in training",
     outcome="the training goes on",
     lost="nothing",
@@ -135,7 +135,7 @@ def test_an_error_of_the_user_comes_through() -> None:
 @pytest.mark.parametrize("fault", ["other_layer", "skipped"])
 @pytest.mark.fault(
     "hang",
-    "a rank runs another layer of the same size ({fault})",
+    "a rank runs another layer of the same size (`{fault}`)",
     moment="in training",
     outcome="`RuntimeError` names both layers after at most 17 reductions",
     lost="the steps since a checkpoint of the loop",
@@ -153,7 +153,7 @@ def test_mixed_layers_are_found(fault: str) -> None:
 @pytest.mark.parametrize("fault", ["other_layer", "skipped"])
 @pytest.mark.fault(
     "hang",
-    "the same with `SYNCBN_DEBUG=1` ({fault})",
+    "the same with `SYNCBN_DEBUG=1` (`{fault}`)",
     moment="in training",
     outcome="`RuntimeError` before the statistics mix",
     lost="the steps since a checkpoint of the loop",

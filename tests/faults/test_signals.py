@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 from scripts import finish, running, start, wait_for, workers_of
 
+from syncbn.cli import main
+from syncbn.study import load_study
+from syncbn.study.commands import run_study
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.run.status import study_outcomes
 from syncbn.train import load_config, train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs
 
@@ -162,3 +167,142 @@ def test_torchrun_starts_the_processes_again(config, tmp_path):
     assert (tmp_path / "mark").exists(), "no process died"
     assert "nothing to resume" not in output
     check_whole(config, out)
+
+
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to accelerate",
+    moment="in training",
+    outcome="accelerate ends with 1, and the file of `SYNCBN_STOPPED` tells that the run was stopped",
+    lost="nothing",
+)
+def test_accelerate_is_terminated(config, tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "stopped"
+    process = start("accelerate.sh", config, out, NPROC="2", SYNCBN_STOPPED=str(mark))
+    assert trains(out)
+    assert not mark.exists()
+    process.terminate()
+    code, output = finish(process)
+    assert code == 1, output
+    assert 1 < step_of(output, "SIGTERM", out) < 100
+    assert mark.exists()
+    assert workers_of(out) == []
+    train(load_config(config), out, resume=True)
+    check_whole(config, out)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, -signal.SIGHUP)])
+@pytest.mark.fault(
+    "signal",
+    "{how.name} to `syncbn train`, as by Ctrl-C (SIGINT) or a closed terminal (SIGHUP)",
+    moment="in training",
+    outcome="the process ends at once; `--resume` goes on",
+    lost="the steps since the last checkpoint",
+)
+def test_a_signal_that_ends_a_run_at_once(config, tmp_path, how, code):
+    out = tmp_path / "out"
+    words = ["train", "--config", str(config), "--out", str(out), "--budget.checkpoint_every_steps", "1"]
+    before = [(each, signal.signal(each, signal.SIG_DFL)) for each in (signal.SIGINT, signal.SIGHUP)]
+    try:  # a process inherits that a signal is ignored, as in the background or with nohup
+        process = subprocess.Popen([sys.executable, "-m", "syncbn", *words], stderr=subprocess.PIPE, text=True)
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+    assert trains(out)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert not (out / "result.json").exists()
+    train(load_config(config), out, resume=True)
+    check_whole(config, out)
+
+
+@pytest.mark.fault(
+    "death",
+    "a loader process is killed",
+    moment="while it loads data",
+    outcome="one line; `--resume` goes on",
+    lost="the steps since the last checkpoint",
+)
+def test_a_loader_is_killed(config, tmp_path, capfd):
+    out, mark = tmp_path / "out", tmp_path / "mark"
+    options = f"{{samples: 1600, seconds: 0.0, deadly: 17, mark: {mark}}}"
+    words = ["--task.options", options, "--data.workers", "1", "--progress", "false", "--out", str(out)]
+    assert main(["train", "--config", str(config), *words, "--budget.checkpoint_every_steps", "1"]) == 2
+    error = capfd.readouterr().err
+    assert mark.exists(), "no process died"
+    assert len(re.findall(r"^syncbn: error: .* DataLoader worker .* killed by signal", error, re.M)) == 1, error
+    assert "Traceback" not in error
+    assert main(["train", "--out", str(out), "--resume", "--progress", "false"]) == 0
+    check_whole(config, out)
+
+
+# ---- studies
+
+STUDY = """\
+name: stopped
+title: Stopped
+question: What?
+base:
+  {gpus: 2, per_gpu_batch_size: 8, precision: fp64, device: cpu, budget: {epochs: 1},
+   task: {name: "fault_tasks:Faulty", options: {samples: 1600, seconds: 0.005}}}
+arms:
+  batch: {overrides: {norm: {name: batch}}}
+  sync: {overrides: {norm: {name: sync}}, reference: true}
+seeds: [0]
+"""
+
+
+def study_stopped(launcher, how, tmp_path, *words):
+    """Stop a study when its first run trains, run it again, and compare; returns the steps of the checkpoints."""
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(STUDY)
+    command = [sys.executable, *launcher, "-m", "syncbn", "study", "run", "--config", str(path), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True)
+    began = wait_for(lambda: [file for file in out.glob("runs/*/metrics.jsonl") if '"step": 2,' in file.read_text()])
+    assert began
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 85, errors
+    again = rf"syncbn study run --config {path} --out {out}$"
+    said = rf"^syncbn: stopped by (?:{how.name}|a signal to another process) with 0 of 2 runs done; to go on: {again}"
+    assert len(re.findall(said, errors, re.M)) == 1, errors
+    steps = [int(file.read_text()[5:]) for file in out.glob("runs/*/checkpoint/latest")]
+    log = "".join(file.read_text() for file in out.glob("logs/*.log"))
+    assert "stopped by" in log
+    assert "failed" not in log
+    cells = study_cells(load_study(path).plan)
+    assert {outcome.state for outcome in study_outcomes(cells, out).values()} == {"missing"}
+    assert run_study(str(path), out, workers=1) == 0
+    for cell in cells:
+        train(cell.config, tmp_path / "whole" / cell.key)
+        ours = Trained.read(out / "runs" / cell.key)
+        assert compare_runs(Trained.read(tmp_path / "whole" / cell.key), ours).largest <= TOLERANCE
+    return steps
+
+
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to a study",
+    moment="in two of its runs",
+    outcome="the workers write checkpoints; exit code 85 and one line; the same command goes on",
+    lost="nothing",
+)
+def test_a_study_is_terminated(config, tmp_path):
+    steps = study_stopped([], signal.SIGTERM, tmp_path, "--workers", "2")
+    assert len(steps) in (1, 2)  # the second run may not have begun its training
+    assert all(0 < step < 100 for step in steps)
+
+
+@pytest.mark.fault(
+    "signal",
+    "SIGUSR1 to torchrun, which runs a study",
+    moment="in a run of all ranks",
+    outcome="the ranks write a checkpoint; exit code 85 and one line; the same command goes on",
+    lost="nothing",
+)
+def test_a_study_under_torchrun_is_stopped(config, tmp_path):
+    launcher = ["-m", "syncbn.train.torchrun", "--standalone", "--nproc-per-node", "2"]
+    (step,) = study_stopped(launcher, signal.SIGUSR1, tmp_path)
+    assert 0 < step < 100
