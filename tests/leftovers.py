@@ -11,7 +11,7 @@ MARK = "SYNCBN_TEST_SESSION"
 """Environment variable by which the processes of a session are known after their parent has ended."""
 POOL = "pool-of-the-tests"
 """Begins the names of the workers that live for a whole session."""
-SECONDS = 15.0
+SECONDS = 30.0
 """How long processes may take to end, such as a worker whose parent was killed."""
 _LIVE_FOR_THE_SESSION = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
@@ -52,10 +52,13 @@ def files_in(folder: Path, temporary: Path) -> list[Path]:
     """Entries of the folder for temporary files, and in ``folder`` files under the name of a write that has not ended.
 
     Some temporary files are those of a session: a rendezvous of a pool, a socket of multiprocessing, torch's cache.
+    torchrun leaves a folder of its own each time, but not where this package starts it.
     """
     unfinished = [path for path in folder.rglob(".*") if path.name != ".lock"]
     return unfinished + [
-        path for path in temporary.iterdir() if not path.name.startswith((POOL, "pymp-", "torchinductor_"))
+        path
+        for path in temporary.iterdir()
+        if not path.name.startswith((POOL, "pymp-", "torchinductor_", "torchelastic_"))
     ]
 
 

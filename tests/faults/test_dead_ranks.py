@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ def broken(out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
     mark = out.parent / "mark"
     task = {"name": "fault_tasks:AtMoment", "options": {**options, "mark": str(mark)}}
     save_config(config_from_dict({**RUN, "task": task}), out.parent / "run.yaml")
-    code, output = finish(start("torchrun.sh", out.parent / "run.yaml", out, NPROC="2"))
+    code, output = finish(start("torchrun.sh", out.parent / "run.yaml", out, NPROC="2"), 240)
     assert mark.exists(), "nothing happened"
     assert code == 1
     assert workers_of(out) == []
+    assert not [*Path(tempfile.gettempdir()).glob("torchelastic_*")], "torchrun's folder of logs"
     assert not (out / "result.json").exists()
     return output
 

@@ -260,10 +260,12 @@ def study_stopped(launcher, how, tmp_path, *words):
     command = [sys.executable, *launcher, "-m", "syncbn", "study", "run", "--config", str(path), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True)
-    began = wait_for(lambda: [file for file in out.glob("runs/*/metrics.jsonl") if '"step": 2,' in file.read_text()])
+    began = wait_for(
+        lambda: [file for file in out.glob("runs/*/metrics.jsonl") if '"step": 2,' in file.read_text()], 120
+    )
     assert began
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 85, errors
     again = rf"syncbn study run --config {path} --out {out}$"
     said = rf"^syncbn: stopped by (?:{how.name}|a signal to another process) with 0 of 2 runs done; to go on: {again}"
