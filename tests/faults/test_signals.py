@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from syncbn.study.plan.grid import study_cells
 from syncbn.study.run.status import study_outcomes
 from syncbn.train import load_config, train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs
+from syncbn.train.stopping import STOP_SIGNALS
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launch scripts are for bash")
 
@@ -231,7 +233,8 @@ def test_a_loader_is_killed(config, tmp_path, capfd):
     assert main(["train", "--config", str(config), *words, "--budget.checkpoint_every_steps", "1"]) == 2
     error = capfd.readouterr().err
     assert mark.exists(), "no process died"
-    assert len(re.findall(r"^syncbn: error: .* DataLoader worker .* killed by signal", error, re.M)) == 1, error
+    said = r"^syncbn: error: .* DataLoader worker .*(?:killed by signal|exited unexpectedly)"
+    assert len(re.findall(said, error, re.M)) == 1, error
     assert "Traceback" not in error
     assert main(["train", "--out", str(out), "--resume", "--progress", "false"]) == 0
     check_whole(config, out)
@@ -253,48 +256,53 @@ seeds: [0]
 """
 
 
-def study_stopped(launcher, how, tmp_path, *words):
-    """Stop a study when its first run trains, run it again, and compare; returns the steps of the checkpoints."""
-    path, out = tmp_path / "study.yaml", tmp_path / "out"
-    path.write_text(STUDY)
-    command = [sys.executable, *launcher, "-m", "syncbn", "study", "run", "--config", str(path), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True)
-    began = wait_for(
-        lambda: [file for file in out.glob("runs/*/metrics.jsonl") if '"step": 2,' in file.read_text()], 120
-    )
-    assert began
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 85, errors
+def begun(out):
+    """Wait until a run of a study trains; returns whether one does."""
+    files = out.glob
+    return wait_for(lambda: any('"step": 2,' in file.read_text() for file in files("runs/*/metrics.jsonl")), 200)
+
+
+def check_study(path, out, errors, cause):
+    """The study was stopped within a run, says so in one line, and goes on to the numbers of an undisturbed one."""
     again = rf"syncbn study run --config {path} --out {out}$"
-    said = rf"^syncbn: stopped by (?:{how.name}|a signal to another process) with 0 of 2 runs done; to go on: {again}"
+    said = rf"^syncbn: stopped by (?:{cause}|a signal to another process) with 0 of 2 runs done; to go on: {again}"
     assert len(re.findall(said, errors, re.M)) == 1, errors
     steps = [int(file.read_text()[5:]) for file in out.glob("runs/*/checkpoint/latest")]
+    assert steps
+    assert all(0 < step < 100 for step in steps)
     log = "".join(file.read_text() for file in out.glob("logs/*.log"))
-    assert "stopped by" in log
+    assert f"stopped by {cause}" in log
     assert "failed" not in log
     cells = study_cells(load_study(path).plan)
     assert {outcome.state for outcome in study_outcomes(cells, out).values()} == {"missing"}
     assert run_study(str(path), out, workers=1) == 0
     for cell in cells:
-        train(cell.config, tmp_path / "whole" / cell.key)
+        train(cell.config, out.parent / "whole" / cell.key)
         ours = Trained.read(out / "runs" / cell.key)
-        assert compare_runs(Trained.read(tmp_path / "whole" / cell.key), ours).largest <= TOLERANCE
-    return steps
+        assert compare_runs(Trained.read(out.parent / "whole" / cell.key), ours).largest <= TOLERANCE
 
 
 @pytest.mark.fault(
     "signal",
     "SIGTERM to a study",
-    moment="in two of its runs",
-    outcome="the workers write checkpoints; exit code 85 and one line; the same command goes on",
+    moment="in a run",
+    outcome="its worker writes a checkpoint; exit code 85 and one line; the same command goes on",
     lost="nothing",
 )
-def test_a_study_is_terminated(config, tmp_path):
-    steps = study_stopped([], signal.SIGTERM, tmp_path, "--workers", "2")
-    assert len(steps) in (1, 2)  # the second run may not have begun its training
-    assert all(0 < step < 100 for step in steps)
+def test_a_study_is_terminated(config, tmp_path, capfd):
+    """This process is the study's."""
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(STUDY)
+    before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
+    killer = threading.Thread(target=lambda: begun(out) and os.kill(os.getpid(), signal.SIGTERM))
+    killer.start()
+    try:
+        assert run_study(str(path), out, workers=1) == 85
+    finally:
+        killer.join()
+        ignored = {each: signal.signal(each, handler) for each, handler in before.items()}
+    assert set(ignored.values()) == {signal.SIG_IGN}, "the process ends anyway"
+    check_study(path, out, capfd.readouterr().err, "SIGTERM")
 
 
 @pytest.mark.fault(
@@ -305,6 +313,17 @@ def test_a_study_is_terminated(config, tmp_path):
     lost="nothing",
 )
 def test_a_study_under_torchrun_is_stopped(config, tmp_path):
-    launcher = ["-m", "syncbn.train.torchrun", "--standalone", "--nproc-per-node", "2"]
-    (step,) = study_stopped(launcher, signal.SIGUSR1, tmp_path)
-    assert 0 < step < 100
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(STUDY)
+    launcher = [sys.executable, "-m", "syncbn.train.torchrun", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "syncbn", "study", "run", "--config", str(path), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert begun(out)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 85, errors
+    check_study(path, out, errors, "SIGUSR1")
