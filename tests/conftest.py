@@ -16,13 +16,15 @@ PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "write the rows of the tests marked `fault`, with their seconds, into this page (default: docs/faults.md)"
-    parser.addoption("--write-fault-table", nargs="?", const=str(PAGE), metavar="PAGE", help=words)
+    words = "write the rows of the tests marked `fault`, with their seconds, into the page"
+    parser.addoption("--write-fault-table", action="store_true", help=words)
+    parser.addoption("--fault-page", default=str(PAGE), help="the page; by default docs/faults.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", ROWS)
-    config.pluginmanager.register(FaultTable(config.getoption("--write-fault-table")), "fault-table")
+    page = config.getoption("--fault-page") if config.getoption("--write-fault-table") else None
+    config.pluginmanager.register(FaultTable(page), "fault-table")
 
 
 @pytest.fixture(autouse=True)

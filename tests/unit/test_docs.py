@@ -82,8 +82,11 @@ def test_the_table_of_faults_is_that_of_the_tests(tmp_path: Path) -> None:
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.fault(" in path.read_text()]
     page, copy = (ROOT / "docs" / "faults.md").read_text(), tmp_path / "faults.md"
     copy.write_text(START + END)
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "fault", f"--write-fault-table={copy}"]
-    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "fault"]
+    options = ["--write-fault-table", "--fault-page", str(copy)]
+    done = subprocess.run(
+        [*command, *options, *files], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout
     rows = rows_in(page)
     assert rows.keys() == rows_in(copy.read_text()).keys(), "run: make test-faults ARGS=--write-fault-table"
