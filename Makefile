@@ -3,7 +3,7 @@
 #   make lint     ruff and mypy                          make test-unit  the tests of one process
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
-#   make test-faults      the tests of kills, signals, damaged files and full disks; root may mount small ones for them
+#   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
 OUT ?= runs/quickstart
@@ -54,7 +54,7 @@ test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 test-faults: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/distributed tests/faults -m fault $(ARGS)
 
 test-ecosystem: setup
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)

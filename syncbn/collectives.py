@@ -263,7 +263,12 @@ def all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Reduction 
     return start_all_reduce_sum(tensor, group_name, reduction).wait()
 
 
-def max_over_ranks(value: int, group_name: str, device: torch.device) -> int:
-    """The largest of the ranks' values. One collective and a host synchronization, so it must be called rarely."""
-    result = functional_collectives.all_reduce(torch.tensor(value, device=device), "max", group_name)
-    return int(functional_collectives.wait_tensor(result).item())
+def max_over_ranks(value: int, group_name: str, device: torch.device, name: str) -> int:
+    """The largest of the ranks' values. One collective and a host synchronization, so it must be called rarely.
+
+    ``name`` tells a watchdog who waits for them.
+    """
+    own = torch.tensor(value, device=device)
+    with lockstep.watched(name, own, group_name):
+        result = functional_collectives.all_reduce(own, "max", group_name)
+        return int(functional_collectives.wait_tensor(result).item())

@@ -332,7 +332,9 @@ class SmallBatchNorm(_BatchNorm):
         if number is None:
             if torch.compiler.is_compiling():
                 return filled
-            number = self._agreed_groups = max_over_ranks(filled, group_name, x.device)
+            number = self._agreed_groups = max_over_ranks(
+                filled, group_name, x.device, f"{self._name()} (number of ghost groups)"
+            )
         if filled > number:
             remedy = f"pass max_ghost_groups={filled} (or more) when the first batch is not the largest"
             self._fail(x, f"{filled} ghost groups, but the ranks have agreed on {number}; {remedy}")

@@ -11,6 +11,8 @@ import threading
 import weakref
 import zlib
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -33,10 +35,11 @@ class Reduction(NamedTuple):
     """What is reduced."""
 
     layer: str
-    direction: Literal["forward", "backward"]
+    direction: Literal["forward", "backward"] | None = None
+    """None for what is no layer's pass, such as the counts of :func:`syncbn.uneven`."""
 
     def __str__(self) -> str:
-        return f"{self.layer} ({self.direction})"
+        return self.layer if self.direction is None else f"{self.layer} ({self.direction})"
 
 
 class Position(NamedTuple):
@@ -73,10 +76,7 @@ def begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> tuple
     """
     if tensor.device.type == "meta" or type(tensor) not in PLAIN_TYPES:  # nothing travels, perhaps on this rank alone
         return Position(reduction, 0, group_name), False
-    _calls[group_name, reduction] += 1
-    position = Position(reduction, _calls[group_name, reduction], group_name)
-    if DEBUG:
-        _compare(tensor, position)
+    position = _begin(tensor, group_name, reduction)
     world = dist.group.WORLD
     assert world is not None, "a group has a name only in an initialized world"
     counts = _counts.get(world)
@@ -84,9 +84,30 @@ def begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> tuple
         counts = _counts[world] = Counter()
     number = counts[group_name]
     counts[group_name] = number + 1
-    _waiting[threading.get_ident()] = position
     # On CUDA the tag would take as long as the reduction: four more kernels to launch.
     return position, tensor.is_cpu and tensor.dtype == torch.float64 and number % CHECK_EVERY == 0
+
+
+def _begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> Position:
+    _calls[group_name, reduction] += 1
+    position = Position(reduction, _calls[group_name, reduction], group_name)
+    if DEBUG:
+        _compare(tensor, position)
+    _waiting[threading.get_ident()] = position
+    return position
+
+
+@contextmanager
+def watched(name: str, tensor: Tensor, group_name: str) -> Iterator[None]:
+    """Note that this thread waits for the others, to reduce ``tensor`` in place, within this context.
+
+    It is for what is no layer's pass, and carries no tag.
+    """
+    position = _begin(tensor, group_name, Reduction(name))
+    try:
+        yield
+    finally:
+        end(position, tensor)
 
 
 def end(position: Position, result: Tensor | None = None) -> None:

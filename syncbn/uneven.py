@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn import lockstep
 from syncbn.trees import leaves, tree_map
 
 Batch = TypeVar("Batch")
+_NAME = "syncbn.uneven"
+"""What a watchdog calls the place where ranks wait for each other here."""
 
 
 def uneven(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = None) -> Iterator[tuple[Batch, float]]:
@@ -79,7 +82,8 @@ def _agree(empty: Any, group: dist.ProcessGroup | None) -> Any:
     """The empty batch of this rank, or another's if this one has no batch to make it from. One collective."""
     kind = None if empty is None else next(tensor for tensor in leaves(empty) if tensor.dim()).device.type
     everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, (kind, None if empty is None else tree_map(Tensor.cpu, empty)), group)
+    with lockstep.watched(_NAME, torch.empty(0), _name_of(group)):
+        dist.all_gather_object(everywhere, (kind, None if empty is None else tree_map(Tensor.cpu, empty)), group)
     kind, tree = next(pair for pair in everywhere if pair[1] is not None)
     return tree_map(lambda tensor: tensor.to(kind), tree) if empty is None else empty
 
@@ -91,7 +95,8 @@ def _count(batch: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[
         return lambda: here
     # Not the device of the batch: with NCCL alone, ranks exchange only what is on a GPU, and batches may be on the CPU.
     counts = torch.tensor(here, device="cpu" if "cpu" in dist.get_backend_config(group) else "cuda")
-    dist.all_reduce(counts, group=group)
+    with lockstep.watched(_NAME, counts, _name_of(group)):
+        dist.all_reduce(counts, group=group)
     if not counts.is_cuda:
         return lambda: tuple(counts.tolist())
     host, arrived = torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
@@ -104,3 +109,9 @@ def _count(batch: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[
         return samples, unfinished
 
     return read
+
+
+def _name_of(group: dist.ProcessGroup | None) -> str:
+    chosen = group or dist.group.WORLD
+    assert chosen is not None, "called only with an initialized world"
+    return chosen.group_name

@@ -56,9 +56,10 @@ class watchdog:  # a context manager, named like contextlib's
     end with exit code 86. They also end if a process gives no sign of life for ``silence`` seconds, as when its node is
     gone.
 
-    Only layers are watched, and not torch's own collectives. ``syncbn train`` and studies have a watchdog already. Call
-    it after ``init_process_group`` on every rank, once or as a context manager. A thread of each process then
-    tells the others where it is, through the store of the process group. With one process it does nothing.
+    Only layers and :func:`syncbn.uneven` are watched, and not torch's own collectives. ``syncbn train`` and studies
+    have a watchdog already. Call it after ``init_process_group`` on every rank, once or as a context manager. A thread
+    of each process then tells the others where it is, through the store of the process group. With one process it does
+    nothing.
 
     On CUDA a reduction lasts until its work on the device is done; capture CUDA graphs outside the context manager.
     There, reductions in compiled graphs are not watched.

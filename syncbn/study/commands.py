@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -33,12 +34,14 @@ from syncbn.study.run.parity import check_parity
 from syncbn.study.run.progress import duration
 from syncbn.study.run.records import Record, read_records
 from syncbn.study.run.runner import Executor, run_cells
+from syncbn.study.run.signals import StudyStopped, stopping
 from syncbn.study.run.status import Outcome, left_over, seconds_left, study_outcomes
 from syncbn.study.stages import left_words, recorded_stages, run_stages, stages
 from syncbn.study.user_code import changed_note, user_code
 from syncbn.train.config import ConfigError, require
 from syncbn.train.launch import LaunchError, placement
 from syncbn.train.result import RunResult
+from syncbn.train.stopping import STOPPED, leave_mark
 
 
 def plan_study(config: str, out: Path | None = None, workers: int | None = None) -> int:
@@ -81,7 +84,7 @@ def run_study(
     """Run the missing cells of a study and its parity check, and write its report; run again, it goes on.
 
     Under a launcher such as torchrun, all its processes train each cell together, one cell after another. The exit code
-    is 1 if a cell failed or the parity check did not hold.
+    is 1 if a cell failed or the parity check did not hold, and 85 if SIGTERM or SIGUSR1 stopped the study.
 
     Raises:
         ConfigError: a mistake in the study or in the arguments.
@@ -107,21 +110,38 @@ def run_study(
         print(f"tuning first: {len(unique_cells(trials))} runs, whose test scores have no part in it")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    if ranks.launched():
-        with ranks.process_group() as rank:
-            if rank:
-                ranks.follow(train)
-                return 0
-            cells, outcomes = run_stages(study, out, partial(run_and_warn, train=train, together=True))
-            ranks.share(None)
-    else:
-        run = partial(run_and_warn, train=train, workers=workers, executor=executor, options=slurm_options)
-        cells, outcomes = run_stages(study, out, run)
-    seconds = time.monotonic() - started
-    code = _ended(study, cells, outcomes, (config, out), seconds)
+    try:
+        with stopping() if placement().rank == 0 else nullcontext():  # the others end with it
+            if ranks.launched():
+                with ranks.process_group() as rank:
+                    if rank:
+                        ranks.follow(train)
+                        return 0
+                    cells, outcomes = run_stages(study, out, partial(run_and_warn, train=train, together=True))
+                    ranks.share(None)
+            else:
+                run = partial(run_and_warn, train=train, workers=workers, executor=executor, options=slurm_options)
+                cells, outcomes = run_stages(study, out, run)
+            code = _ended(study, cells, outcomes, (config, out), time.monotonic() - started)
+    except StudyStopped as error:
+        return _stopped(study, (config, out), str(error))
     trials, cells = recorded_stages(study, out)
     _warn_of_steps([*trials, *cells], read_records(out), warned)
     return code
+
+
+def _stopped(study: Study, place: tuple[str, Path], cause: str) -> int:
+    """Say that a signal has stopped the study, which goes on when it is run again; returns the exit code."""
+    leave_mark()
+    config, out = place
+    if placement().rank == 0:
+        trials, cells = recorded_stages(study, out)
+        runs = unique_cells([*trials, *cells])
+        records = read_records(out)
+        done = sum(cell.key in records for cell in runs)
+        words = f"stopped by {cause} with {done} of {len(runs)} runs done; to go on: {_again(config, out)}"
+        print(f"syncbn: {words}", file=sys.stderr)
+    return STOPPED
 
 
 def _ended(

@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,22 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from syncbn.train.config import RunConfig, require
+from syncbn.train.launcher_variables import meeting_point, rank_and_processes
 from syncbn.train.lifeline import PARENT
 from syncbn.train.logical_gpus import Placement
+from syncbn.train.trackers import check_trackers, ending_trackers
 from syncbn.watchdog import watchdog
+
+MEETING_SECONDS = 300.0
+"""How long processes wait for each other when they start."""
 
 
 class LaunchError(RuntimeError):
-    """The processes failed. The message ends with their last output, or is the ``mistake`` that they reported."""
+    """The processes failed. The message is what they reported, or ends with their last output.
+
+    Attributes:
+        mistake: whether it is a mistake of the user's, and not of the machine, such as a full disk.
+    """
 
     def __init__(self, message: str, mistake: bool = False) -> None:
         super().__init__(message)
@@ -44,12 +55,13 @@ def launch(
         LaunchError: they failed, or did not end within ``timeout`` seconds.
     """
     torchrun = "from syncbn.train.lifeline import torchrun; torchrun()"
-    command = [sys.executable, "-c", torchrun, "--standalone", f"--nproc-per-node={processes}"]
     outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {"OMP_NUM_THREADS": "1", **{k: v for k, v in os.environ.items() if k not in outer}}
     environment[PARENT] = str(os.getpid())
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
+    # torchrun leaves its own folder of logs behind.
+    with tempfile.TemporaryDirectory(prefix="syncbn-torchrun-") as logs, log.open("w") as output:
+        command = [sys.executable, "-c", torchrun, "--standalone", f"--nproc-per-node={processes}", "--log-dir", logs]
         process = subprocess.Popen(
             [*command, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
@@ -64,10 +76,13 @@ def launch(
             raise LaunchError(f"not finished after {timeout:.0f} s; see {log}\n{_tail(log)}") from None
         finally:
             _end(process)
-    if code and (said := re.findall(r"syncbn: error: (.+)", log.read_text(errors="replace"))):
-        raise LaunchError(said[0], mistake=True)  # what others say comes of it
-    if code:
-        raise LaunchError(f"{processes} processes ended with exit code {code}; see {log}\n{_tail(log)}")
+    if not code:
+        return
+    text = log.read_text(errors="replace")
+    if said := re.findall(r"syncbn: error: (.+)", text):
+        # What other processes say comes of it. torchrun itself ends with 1, and its summary has the process's own code.
+        raise LaunchError(said[0], mistake=re.search(r"^\s*exitcode\s*: 2\b", text, re.MULTILINE) is not None)
+    raise LaunchError(f"{processes} processes ended with exit code {code}; see {log}\n{_tail(log)}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -94,22 +109,15 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
 
-    known = list(map(str, LoggerType))
-    for name in trackers:
-        require(name in known, "trackers", name, f"one of {', '.join(known)}")
-        # Accelerate leaves out a tracker without its package, and says nothing.
-        installed = name == "all" or name in map(str, get_available_trackers())
-        require(installed, "trackers", name, f"a tracker whose package is installed: pip install {name}")
+    check_trackers(trackers)
     cpu = _use_cpu(config)
     had_world = dist.is_initialized()
     rng_devices = [] if cpu else [int(os.environ.get("LOCAL_RANK", "0"))]
     # Accelerate has one state per process, which refuses a second precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        if placement().processes > 1 and not had_world and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if placement().processes > 1 and not had_world:
             make_process_group("gloo" if cpu else "nccl")
         accelerator = Accelerator(
             cpu=cpu,
@@ -122,10 +130,8 @@ def open_session(config: RunConfig, out: Path | None, trackers: Sequence[str] = 
         )
         # The loop accumulates gradients itself. Accelerate would divide them, as an environment variable may ask for.
         accelerator.gradient_accumulation_steps = 1
-        with torch.random.fork_rng(devices=rng_devices), watchdog(_timeout()):
+        with torch.random.fork_rng(devices=rng_devices), watchdog(_timeout()), ending_trackers(accelerator):
             yield accelerator
-            for tracker in accelerator.trackers:  # end_training() would also destroy a process group that is not ours
-                tracker.finish()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         if not had_world and dist.is_initialized():
@@ -157,7 +163,12 @@ def make_process_group(backend: str) -> None:
 @lru_cache(maxsize=1)
 def _launchers_store() -> Store:
     # Kept: without torchrun the first process serves it, and could not open the port a second time.
-    store: Store = next(iter(rendezvous("env://")))[0]
+    place = meeting_point()
+    try:
+        store: Store = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))[0]
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise LaunchError(f"the processes cannot meet at {place} (MASTER_ADDR and MASTER_PORT): {reason}") from None
     return store
 
 
@@ -181,4 +192,4 @@ def restarts() -> int:
 
 def placement() -> Placement:
     """Rank and number of processes, as the launcher set them."""
-    return Placement(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return Placement(*rank_and_processes())

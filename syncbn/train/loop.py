@@ -19,7 +19,7 @@ from syncbn.accumulation import accumulate_statistics
 from syncbn.population import reconcile, restored
 from syncbn.train.batches import fetched, forward, loss_of
 from syncbn.train.checkpoint import check_same, locked, save_checkpoint, save_weights
-from syncbn.train.config import ConfigError, RunConfig, config_to_dict, flatten, require
+from syncbn.train.config import ConfigError, RunConfig, config_to_dict, require
 from syncbn.train.data.order import derive_seed
 from syncbn.train.data.samples import Key, batch_loader
 from syncbn.train.evaluate import evaluate, evaluate_statistics
@@ -38,6 +38,7 @@ from syncbn.train.stored import IncompleteFile
 from syncbn.train.task import Task
 from syncbn.train.tasks.named import BUILT_IN_NAMES, traceback_in
 from syncbn.train.tasks.source import digest_of
+from syncbn.train.trackers import begin_tracking, track
 
 
 def train(
@@ -91,8 +92,7 @@ def train(
         with open_session(config, out, trackers) as accelerator:
             reset_peak_memory(accelerator.device)
             run = prepare(config, partition, accelerator, out, resume=resume, progress=progress, given=task)
-            if trackers:
-                accelerator.init_trackers("syncbn", config=_shown(config), init_kwargs=_tracker_options(out))
+            begin_tracking(accelerator, config, out)
             check_selection(run)
             # Before this a signal ends the process, even one that waits for others: nothing is lost.
             with noting(stop_on) as run.noted:
@@ -114,18 +114,6 @@ def _train_to_the_end(run: Run, out: Path | None) -> RunResult | None:
         result.to_json(out / "result.json")
     run.accelerator.wait_for_everyone()
     return result
-
-
-def _shown(config: RunConfig) -> dict[str, Any]:
-    """The configuration as trackers take it: no lists, no None."""
-    values = flatten(config_to_dict(config))
-    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
-
-
-def _tracker_options(out: Path | None) -> dict[str, Any]:
-    """What accelerate does not tell a tracker: the name of the run, and where files go."""
-    assert out is not None, "checked before"
-    return {"wandb": {"name": out.name, "dir": str(out)}, "mlflow": {"run_name": out.name}}
 
 
 def _finished(config: RunConfig, task: str, out: Path, resume: bool) -> RunResult | None:
@@ -204,7 +192,7 @@ def _train_epoch(run: Run, out: Path | None) -> bool:
         due = pause(run)
         if judged:
             values = {"train_loss": run.progress.losses[-1], "lr": run.lr(run.progress.step - 1)}
-            run.accelerator.log(values, step=run.progress.step)
+            track(run.accelerator, values, run.progress.step)
             if run.progress.diverged:
                 return False
         if due.checkpoint or due.stop:
@@ -304,7 +292,7 @@ def _evaluate(run: Run) -> None:
     for part, samples in (("validation", run.data.validation), ("test", run.data.test)):
         if samples is not None:
             entry[part] = evaluate(run, samples)
-            run.accelerator.log({f"{part}_{name}": value for name, value in entry[part].items()}, step=done.step)
+            track(run.accelerator, {f"{part}_{name}": value for name, value in entry[part].items()}, done.step)
     done.history.append(entry)
     run.metrics.write([evaluation_record(entry)])
 

@@ -22,6 +22,7 @@ class Stopped(Exception):
 
     Attributes:
         step: the optimizer steps that were taken.
+        cause: who stopped it, in words.
         checkpoint: folder with the checkpoint; None if the run has no folder.
     """
 
@@ -30,7 +31,7 @@ class Stopped(Exception):
         if checkpoint is not None:
             where = f"the checkpoint is in {checkpoint}; --resume continues"
         super().__init__(f"stopped by {cause} at step {step}; {where}")
-        self.step, self.checkpoint = step, checkpoint
+        self.step, self.cause, self.checkpoint = step, cause, checkpoint
 
 
 class Noted:

@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> int:
         mark = Path(folder) / "stopped"
         os.environ[MARK] = str(mark)
         try:
-            run.main([f"--signals-to-handle={SIGNALS}", *arguments])
+            # torchrun leaves its own folder of logs behind.
+            run.main([f"--signals-to-handle={SIGNALS}", "--log-dir", str(Path(folder) / "logs"), *arguments])
         except (SignalException, ChildFailedError):
             if not mark.exists():
                 raise

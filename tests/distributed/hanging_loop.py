@@ -42,6 +42,9 @@ with syncbn.watchdog(timeout=5, silence=5):
         evaluate()
     elif fault == "train_alone" and not first:
         time.sleep(60)
+    elif fault == "uneven":
+        for _ in syncbn.uneven([images] * 4):
+            time.sleep(0 if first else 60)
     elif fault == "batch_fewer" and not first:
         dist.barrier()
     elif fault == "stopped" and not first:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from leftovers import POOL
 
 COLLECTIVE_TIMEOUT_S = 60
 START_TIMEOUT_S = 120
@@ -76,12 +77,13 @@ class Pool:
         if self._workers and all(process.is_alive() for process, _ in self._workers):
             return
         self._kill()
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory(prefix=POOL)
         context = mp.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             rendezvous = os.path.join(self._folder.name, "rendezvous")
-            process = context.Process(target=_serve, args=(rank, self.world_size, rendezvous, theirs), daemon=True)
+            arguments = (rank, self.world_size, rendezvous, theirs)
+            process = context.Process(target=_serve, args=arguments, name=f"{POOL}, rank {rank}", daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))

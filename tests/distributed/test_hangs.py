@@ -49,6 +49,13 @@ def errors(output: str) -> list[str]:
         ("batch_fewer", "        dist.barrier()", "<module>"),
     ],
 )
+@pytest.mark.fault(
+    "hang",
+    "one rank does something else (`{fault}`)",
+    moment="in training",
+    outcome="exit code 86 and one line: layer, call, rank and its line of code",
+    lost="the steps since a checkpoint of the loop",
+)
 def test_a_hang_names_layer_call_and_rank(fault: str, line: str, function: str) -> None:
     done = torchrun(fault)
     (sentence,) = errors(done.stderr)  # one rank speaks
@@ -63,6 +70,31 @@ def test_a_hang_names_layer_call_and_rank(fault: str, line: str, function: str) 
     assert sentence in done.stderr.splitlines()[-2]
 
 
+@pytest.mark.fault(
+    "hang",
+    "one rank is busy alone in a loop over `syncbn.uneven`",
+    moment="in training",
+    outcome="exit code 86 and one line: rank and its line of code",
+    lost="the steps since a checkpoint of the loop",
+)
+def test_a_hang_in_uneven_names_it() -> None:
+    done = torchrun("uneven")
+    (sentence,) = errors(done.stderr)
+    number = LOOP.read_text().splitlines().index("            time.sleep(0 if first else 60)") + 1
+    assert sentence == (
+        f"rank 0 has waited for {TIMEOUT} s in syncbn.uneven, call 3: rank 1 is in no layer (the last was "
+        f"syncbn.uneven, call 2), at hanging_loop.py:{number} (<module>) on {socket.gethostname()}"
+    )
+    assert re.search(rf"exitcode\s*: {EXIT_CODE}\b", done.stderr)
+
+
+@pytest.mark.fault(
+    "hang",
+    "a rank is stopped, as if its node were cut off",
+    moment="in training",
+    outcome="exit code 86 and one line that names the rank",
+    lost="the steps since a checkpoint of the loop",
+)
 def test_a_rank_that_is_gone() -> None:
     """It is stopped, so that its connections stay open and its threads are silent, as when its node is cut off."""
     done = torchrun("stopped")
@@ -72,6 +104,13 @@ def test_a_rank_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize("fault", ["slow", "suspended"])
+@pytest.mark.fault(
+    "hang",
+    "a rank is slow, or all are suspended (`{fault}`)",
+    moment="in training",
+    outcome="the training goes on",
+    lost="nothing",
+)
 def test_no_false_alarm(fault: str) -> None:
     """A rank may be slow, and all may be suspended for longer than the watchdog's seconds."""
     done = torchrun(fault)
@@ -79,6 +118,13 @@ def test_no_false_alarm(fault: str) -> None:
     assert done.stdout.count("done") == 2  # without spaces perhaps: two processes write to one pipe
 
 
+@pytest.mark.fault(
+    "hang",
+    "a loop of the user's raises an error on one rank",
+    moment="in training",
+    outcome="its traceback, and no sentence of the watchdog",
+    lost="the steps since a checkpoint of the loop",
+)
 def test_an_error_of_the_user_comes_through() -> None:
     done = torchrun("error")
     assert done.returncode == 1
@@ -87,6 +133,13 @@ def test_an_error_of_the_user_comes_through() -> None:
 
 
 @pytest.mark.parametrize("fault", ["other_layer", "skipped"])
+@pytest.mark.fault(
+    "hang",
+    "a rank runs another layer of the same size (`{fault}`)",
+    moment="in training",
+    outcome="`RuntimeError` names both layers after at most 17 reductions",
+    lost="the steps since a checkpoint of the loop",
+)
 def test_mixed_layers_are_found(fault: str) -> None:
     done = torchrun(fault)
     assert done.returncode == 1
@@ -98,6 +151,13 @@ def test_mixed_layers_are_found(fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["other_layer", "skipped"])
+@pytest.mark.fault(
+    "hang",
+    "the same with `SYNCBN_DEBUG=1` (`{fault}`)",
+    moment="in training",
+    outcome="`RuntimeError` before the statistics mix",
+    lost="the steps since a checkpoint of the loop",
+)
 def test_debug_mode_finds_them_before_they_mix(fault: str) -> None:
     done = torchrun(fault, SYNCBN_DEBUG="1")
     found = set(
@@ -143,6 +203,26 @@ def trained_beside_other_uses() -> bool:
         for _ in range(2 * lockstep.CHECK_EVERY):
             layer(x).sum().backward()
     return bool(layer.running_mean.isfinite().all())
+
+
+def position_of_a_ghost_layer() -> str:
+    """Where a watchdog would see a rank that waits for the others' number of ghost groups."""
+    seen = []
+    layer = syncbn.GhostBatchNorm(3, 2, sync=True)
+    layer.qualified_name = "a"
+    wait = collectives.functional_collectives.wait_tensor
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(str(lockstep.oldest()))
+        return wait(tensor)
+
+    with mock.patch.object(collectives.functional_collectives, "wait_tensor", noted):
+        layer(torch.randn(4, 3))
+    return seen[0]
+
+
+def test_a_wait_for_the_number_of_ghost_groups_is_seen(pools: Callable[[int], Pool]) -> None:
+    assert pools(2).run(position_of_a_ghost_layer) == ["GhostBatchNorm 'a' (number of ghost groups), call 1"] * 2
 
 
 def test_correct_programs_raise_nothing(pools: Callable[[int], Pool]) -> None:

@@ -83,6 +83,13 @@ def test_slurm_with_stand_ins_for_its_commands(config, tmp_path):
     check_run(config, tmp_path / "out", 2)
 
 
+@pytest.mark.fault(
+    "death",
+    "a rank is killed",
+    moment="in training",
+    outcome="all ranks end; `--resume` goes on, also on fewer processes",
+    lost="the steps since the last checkpoint",
+)
 def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(config, tmp_path):
     out = tmp_path / "out"
     process = start("torchrun.sh", config, out, "--budget.epochs", "400", NPROC="2")
@@ -100,6 +107,13 @@ def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(config, tmp_path):
     assert code == 0, output
 
 
+@pytest.mark.fault(
+    "death",
+    "torchrun is killed by SIGKILL",
+    moment="in training",
+    outcome="its ranks end with it",
+    lost="the steps since the last checkpoint",
+)
 def test_no_rank_trains_on_after_its_launcher_was_killed(config, tmp_path):
     out = tmp_path / "out"
     process = start("torchrun.sh", config, out, "--budget.epochs", "4000", NPROC="2")
@@ -112,6 +126,13 @@ def test_no_rank_trains_on_after_its_launcher_was_killed(config, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.fault(
+    "death",
+    "`syncbn parity` ends by {how.name}",
+    moment="while it trains",
+    outcome="torchrun and its ranks end with it",
+    lost="the check",
+)
 def test_a_command_ends_with_the_processes_it_started(config, tmp_path, how):
     words = ["parity", "--config", str(config), "--processes", "2,1", "--steps", "100000"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -130,6 +151,13 @@ def test_a_command_ends_with_the_processes_it_started(config, tmp_path, how):
         process.kill()
 
 
+@pytest.mark.fault(
+    "mistake",
+    "a configuration that the processes cannot run",
+    moment="before the first step",
+    outcome="one line, also at the end of torchrun's summary",
+    lost="nothing",
+)
 def test_a_mistake_is_said_once_by_all_processes(config, tmp_path):
     code, output = finish(start("torchrun.sh", config, tmp_path / "out", "--gpus", "3", NPROC="2"))
     assert code != 0
@@ -144,6 +172,13 @@ def check_said_once(output: str, start_of_sentence: str) -> None:
     assert output.splitlines()[-2].endswith(line)
 
 
+@pytest.mark.fault(
+    "mistake",
+    "a batch that a layer of one rank cannot normalize",
+    moment="in the second step",
+    outcome="that rank's line, also at the end of torchrun's summary",
+    lost="the steps since the last checkpoint",
+)
 def test_a_mistake_of_another_rank_is_said_by_it(config, tmp_path):
     """The second step has one 1x1 map on the last logical GPU, which the second process hosts."""
     words = ["--gpus", "2", "--norm.name", "batch", "--model.name", "resnet18", "--data.synthetic_samples", "25"]

@@ -57,6 +57,13 @@ def wait_for_work(out, process):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    "death",
+    "a study, a worker or both are killed, twelve times",
+    moment="at random moments",
+    outcome="run again, the records of an undisturbed study; no run is done twice",
+    lost="the steps since the last checkpoint",
+)
 def test_a_study_that_is_killed_again_and_again(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

@@ -51,6 +51,13 @@ def most_at_once(out):
     return max(sum(a <= moment < b for a, b in spans) for moment, _ in spans)
 
 
+@pytest.mark.fault(
+    "death",
+    "a job of a study is killed",
+    moment="in a run",
+    outcome="the run is `failed`, the others are done",
+    lost="the steps since the last checkpoint",
+)
 def test_jobs_on_this_machine(tmp_path):
     """One run raises, one kills its job, two diverge: the others are done all the same, and nothing hangs."""
     outcomes = run(tmp_path, study_fakes.train_with_accidents)
@@ -136,6 +143,13 @@ def running(pid):
         return False
 
 
+@pytest.mark.fault(
+    "signal",
+    "Ctrl-C on a study that submitit runs",
+    moment="in a run",
+    outcome="its jobs end",
+    lost="the steps since the last checkpoint",
+)
 def test_an_interrupt_ends_the_jobs(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
@@ -196,6 +210,13 @@ def test_no_slurm_here(tmp_path, monkeypatch):
         run(tmp_path, executor="slurm")
 
 
+@pytest.mark.fault(
+    "together",
+    "Slurm refuses a study's jobs",
+    moment="before the first run",
+    outcome="one line with Slurm's reason",
+    lost="nothing",
+)
 def test_slurm_does_not_take_the_jobs(tmp_path, monkeypatch):
     fake_slurm.install(tmp_path / "bin", tmp_path / "state")
     (tmp_path / "bin" / "sbatch").write_text(

@@ -13,6 +13,13 @@ SPLITS = [(8,), (4, 4), (7, 1), (0, 6), (5, 0), (3, 2, 4), (0, 0, 5), (2, 2, 2, 
 
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
+@pytest.mark.fault(
+    "data",
+    "ranks with batches of different sizes, or none",
+    moment="in training",
+    outcome="the result of one process on the whole batch",
+    lost="nothing",
+)
 def test_ragged_and_empty_ranks(pools, sizes):
     case = Case("SyncBatchNorm", sizes)
     check_against(pools(len(sizes)).run(train_layer, case), reference(case), **EXACT)

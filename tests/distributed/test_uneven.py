@@ -56,6 +56,13 @@ def train_on_ranks(sizes: list[list[int]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.fault(
+    "data",
+    "ranks with different numbers of batches",
+    moment="in training",
+    outcome="with `syncbn.uneven`, the result of one process on all batches",
+    lost="nothing",
+)
 def test_equals_one_process_on_the_union(pools: Callable[[int], Pool], sizes: list[list[int]]) -> None:
     parts = batches(sizes)
     union = []

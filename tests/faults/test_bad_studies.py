@@ -70,6 +70,13 @@ def with_value(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("content", [TUNED, OWN], ids=["tuned", "own"])
+@pytest.mark.fault(
+    "mistake",
+    "a value of the wrong kind in a study's file ({id})",
+    moment="before the study",
+    outcome="one line of bounded length",
+    lost="nothing",
+)
 def test_odd_values_are_a_study_or_one_line(content: dict[str, Any]) -> None:
     assert isinstance(study_from_dict(content), Study)
     for place in places(content):
@@ -120,6 +127,13 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
+@pytest.mark.fault(
+    "mistake",
+    "a file that is no study, such as binary, UTF-16 or a YAML bomb",
+    moment="before the study",
+    outcome="one line and exit code 2; nothing is written",
+    lost="nothing",
+)
 def test_a_file_that_is_no_study(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.yaml"
     path.write_bytes(FILES[kind])
@@ -160,6 +174,13 @@ def test_numbers_that_nothing_can_be_computed_with(values: dict[str, Any], messa
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.fault(
+    "mistake",
+    "memory does not hold the network",
+    moment="when it is built",
+    outcome="one line and exit code 2",
+    lost="the run",
+)
 def test_a_network_that_no_memory_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +201,13 @@ def test_a_network_that_no_memory_holds(
     "options",
     [{"name": "adamw", "lr": 3e38}, {"lr": 3e38, "lr_scaling": "linear", "lr_reference_batch_size": 1}],
     ids=lambda options: options.get("name", "scaled"),
+)
+@pytest.mark.fault(
+    "mistake",
+    "a learning rate outgrows the weights' type",
+    moment="in the first step",
+    outcome="one line that names `optimizer.lr`",
+    lost="the run",
 )
 def test_a_learning_rate_that_outgrows_the_weights(options: dict[str, Any]) -> None:
     config = config_from_dict({"per_gpu_batch_size": 32, "device": "cpu", "optimizer": options})

@@ -56,6 +56,13 @@ def one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("damage", NOT_WHOLE)
+@pytest.mark.fault(
+    "file",
+    "`result.json` is empty, cut off, zeros or other bytes",
+    moment="after the run",
+    outcome="`--resume` makes the same result again",
+    lost="the steps since the last checkpoint",
+)
 def test_a_result_that_is_not_whole_is_made_again(out: Path, damage: str) -> None:
     before = RunResult.from_json(out / "result.json")
     (out / "result.json").write_bytes(NOT_WHOLE[damage])
@@ -85,6 +92,13 @@ OTHER_RESULTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", OTHER_RESULTS)
+@pytest.mark.fault(
+    "file",
+    "`result.json` is of another version or kind",
+    moment="after the run",
+    outcome="one line; the file stays as it is",
+    lost="nothing",
+)
 def test_a_result_of_another_kind_is_not_overwritten(
     out: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +111,13 @@ def test_a_result_of_another_kind_is_not_overwritten(
     assert (out / "result.json").read_text() == content
 
 
+@pytest.mark.fault(
+    "file",
+    "`config.yaml` of a run is damaged",
+    moment="before `--resume`",
+    outcome="one line that says how to go on",
+    lost="nothing",
+)
 def test_the_configuration_in_the_folder_of_a_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in (b"gpus: [", bytes(range(256)), b"gpus: 2\ncolour: red\n", b"gpus: no\n", b"x"):
         (out / "config.yaml").write_bytes(content)
@@ -109,6 +130,13 @@ def test_the_configuration_in_the_folder_of_a_run(out: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("damage", NOT_WHOLE)
+@pytest.mark.fault(
+    "file",
+    "`model.safetensors` is damaged",
+    moment="before `syncbn diagnose`",
+    outcome="one line that names it",
+    lost="the final weights",
+)
 def test_weights_that_are_not_whole(out: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = out / "model.safetensors"
     path.write_bytes(NOT_WHOLE[damage])
@@ -119,6 +147,13 @@ def test_weights_that_are_not_whole(out: Path, damage: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("damage", NOT_WHOLE)
+@pytest.mark.fault(
+    "file",
+    "a line of a user's `metrics.jsonl` is damaged",
+    moment="before a report",
+    outcome="the other lines are read",
+    lost="the line",
+)
 def test_reported_metrics_lose_only_the_lines_that_are_damaged(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 1, "x": 0.1}', NOT_WHOLE[damage], b'{"step": 2, "x": null}', b'{"x": 1}', b"[3]", b"7"]
@@ -132,6 +167,13 @@ def test_reported_metrics_lose_only_the_lines_that_are_damaged(tmp_path: Path, d
 
 
 @pytest.mark.parametrize("damage", NOT_WHOLE)
+@pytest.mark.fault(
+    "file",
+    "a line of a study's records is damaged",
+    moment="after the run",
+    outcome="the run counts as missing, the others as done",
+    lost="the record, if the run's folder is gone too",
+)
 def test_a_damaged_line_of_a_record_file_is_no_record(tmp_path: Path, damage: str) -> None:
     cells = study_cells(small_study())
     records = Records(tmp_path)
@@ -143,7 +185,43 @@ def test_a_damaged_line_of_a_record_file_is_no_record(tmp_path: Path, damage: st
     assert read_records(tmp_path).keys() == {cells[0].key, cells[2].key}
 
 
+@pytest.mark.fault(
+    "file",
+    "a bit of a study's record is turned, in a number perhaps",
+    moment="after the run",
+    outcome="a warning; the run counts as missing, and is recorded again from its folder",
+    lost="the record, if the run's folder is gone too",
+)
+def test_a_turned_bit_in_a_record_is_never_another_result(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cell = study_cells(small_study())[0]
+    Records(tmp_path).add(cell.key, NOON, 1.0, fake_result(cell.config))
+    whole, path = read_records(tmp_path), next((tmp_path / "records").iterdir())
+    line, lost, refused = path.read_bytes(), 0, []
+    places = range(0, len(line) - 1, 3)
+    for place in places:
+        path.write_bytes(line[:place] + bytes([line[place] ^ 1 << place % 8]) + line[place + 1 :])
+        try:
+            found = read_records(tmp_path)
+        except ConfigError as error:
+            refused.append(str(error))
+            continue
+        assert found in ({}, whole), place
+        lost += not found
+    assert lost > 0.95 * len(places)
+    assert all("a newer version of syncbn wrote them" in words for words in refused)
+    assert f"the record at byte 0 of {path} is not what was written" in caplog.text
+    path.write_bytes(line[: line.rindex(b', "digest"')] + b"}\n")
+    assert read_records(tmp_path) == whole, "records of earlier versions have no digest"
+
+
 @pytest.mark.parametrize("damage", NOT_WHOLE)
+@pytest.mark.fault(
+    "file",
+    "`parity.json` of a study is damaged",
+    moment="after the study",
+    outcome="the check is made again",
+    lost="the check",
+)
 def test_a_damaged_parity_check_is_made_again(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     study = small_study(parity={"arm": "sync", "processes": [1, 2], "steps": 3})
     cells, calls = study_cells(study), []
@@ -166,6 +244,13 @@ def test_a_parity_check_of_another_kind_is_none(tmp_path: Path) -> None:
         assert read_parity(tmp_path) is None
 
 
+@pytest.mark.fault(
+    "file",
+    "`study.yaml` in a study's folder is damaged",
+    moment="before `study compare`",
+    outcome="one line that says how to go on",
+    lost="nothing",
+)
 def test_the_file_of_a_study_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = small_study()
     for name in "ab":
@@ -178,6 +263,13 @@ def test_the_file_of_a_study_in_its_folder(tmp_path: Path, capsys: pytest.Captur
         assert "or name the study with --config-b" in error
 
 
+@pytest.mark.fault(
+    "file",
+    "a folder has the name of a file",
+    moment="when it is read",
+    outcome="one line with the path",
+    lost="nothing",
+)
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     for name in ("result.json", "parity.json"):
         (tmp_path / name).mkdir()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ CONFIG = config_from_dict(
 )
 RUN = ["--data.name", "synthetic", "--data.synthetic_samples", "32", "--data.image_size", "8", "--model.width", "4"]
 RUN += ["--gpus", "2", "--per_gpu_batch_size", "4", "--budget.epochs", "3", "--device", "cpu", "--progress", "false"]
+PARITY_KILOBYTES = 128
+"""Room for the logs of ``parity`` and the files with which a run begins, and none for its weights."""
 Mount = Callable[[int], SmallDisk]
 
 
@@ -57,6 +61,13 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
+@pytest.mark.fault(
+    "disk",
+    "no space is left",
+    moment="while a checkpoint is written: {write}",
+    outcome="the error names the checkpoint; a whole one is kept",
+    lost="the steps since the last checkpoint",
+)
 def test_whatever_fails_the_last_good_checkpoint_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
@@ -85,6 +96,13 @@ def test_a_copy_of_a_checkpoint_is_the_users(tmp_path: Path) -> None:
     assert whole_checkpoint(tmp_path) == tmp_path / "step-00000004"
 
 
+@pytest.mark.fault(
+    "disk",
+    "a run fills the disk",
+    moment="at its third checkpoint",
+    outcome="the second one is kept; with room, `--resume` ends as an undisturbed run",
+    lost="the steps since the last checkpoint",
+)
 def test_a_run_fills_a_disk_and_goes_on_when_there_is_room(tmp_path: Path, small_disk: Mount) -> None:
     """The third checkpoint does not fit beside the other two. The run ends, and later it is as if nothing had been."""
     disk = small_disk(1024)
@@ -100,7 +118,14 @@ def test_a_run_fills_a_disk_and_goes_on_when_there_is_room(tmp_path: Path, small
     assert (resumed.losses, resumed.test, resumed.history) == (whole.losses, whole.test, whole.history)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO], ids=os.strerror)
+@pytest.mark.fault(
+    "disk",
+    "a checkpoint cannot be written: {id}",
+    moment="at the second checkpoint",
+    outcome="exit code 1 and one line; the first one is kept",
+    lost="the steps since the last checkpoint",
+)
 def test_the_command_ends_with_1_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
@@ -124,6 +149,13 @@ def test_the_command_ends_with_1_and_one_line(
     assert main(["train", "--out", str(tmp_path), "--resume", "--progress", "false"]) == 0
 
 
+@pytest.mark.fault(
+    "disk",
+    "the disk is full, then read-only",
+    moment="before the first step",
+    outcome="exit code 1 and one line with the path",
+    lost="the run",
+)
 def test_a_disk_that_is_full_or_read_only_from_the_start(small_disk: Mount, capsys: pytest.CaptureFixture[str]) -> None:
     disk = small_disk(16)
     assert main(["train", *RUN, "--out", str(disk.path / "run")]) == 1
@@ -139,6 +171,13 @@ def test_a_disk_that_is_full_or_read_only_from_the_start(small_disk: Mount, caps
         assert error.count("\n") == 1
 
 
+@pytest.mark.fault(
+    "disk",
+    "no space is left",
+    moment="when metrics are written",
+    outcome="the error names `metrics.jsonl`",
+    lost="the steps since the last checkpoint",
+)
 def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_lines", lambda records: full() if records else "")
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -146,6 +185,50 @@ def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.fault(
+    "disk",
+    "no space is left for TensorBoard's files",
+    moment="when its writer starts",
+    outcome="exit code 1 and one line; no traceback of its thread",
+    lost="the steps since the last checkpoint",
+)
+def test_a_trackers_files_do_not_fit(tmp_path: Path, small_disk: Mount, capfd: pytest.CaptureFixture[str]) -> None:
+    disk, out, hook = small_disk(4), tmp_path / "out", threading.excepthook
+    out.mkdir()
+    (out / "syncbn").symlink_to(disk.path)
+    assert main(["train", *RUN, "--out", str(out), "--trackers", "[tensorboard]"]) == 1
+    error = capfd.readouterr().err
+    assert f"syncbn: error: {out}: No space left on device; a tracker could not write its files\n" in error
+    assert "Traceback" not in error
+    assert threading.excepthook is hook
+    assert main(["train", "--out", str(out), "--resume", "--progress", "false"]) == 0
+
+
+@pytest.mark.fault(
+    "disk",
+    "no space is left in the folder for temporary files",
+    moment="while `syncbn parity` trains",
+    outcome="exit code 1 and one line, as with `train`; the folder that it names is kept",
+    lost="the check",
+    keeps=["syncbn-parity-*"],
+)
+def test_parity_on_a_full_disk(
+    small_disk: Mount, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk(PARITY_KILOBYTES).path))
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
+    assert main(["parity", *RUN[:-2], "--processes", "1,2", "--steps", "4"]) == 1
+    (error,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("syncbn: error: "))
+    assert "No space left on device" in error
+
+
+@pytest.mark.fault(
+    "disk",
+    "no space is left for a traceback",
+    moment="after an error in a task",
+    outcome="the task's error is the one that is told",
+    lost="the traceback",
+)
 def test_a_tasks_own_error_is_not_lost_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Sign):
         def loss(self, outputs: Any, targets: Any) -> Any:
@@ -156,6 +239,13 @@ def test_a_tasks_own_error_is_not_lost_with_its_traceback(tmp_path: Path, monkey
         train(CONFIG, tmp_path, task=Wrong())
 
 
+@pytest.mark.fault(
+    "disk",
+    "a study fills the disk",
+    moment="when a run ends",
+    outcome="what does not fit is `failed`, and what was recorded is kept",
+    lost="the runs that do not fit",
+)
 def test_a_study_on_a_full_disk_says_so_of_each_run_and_goes_on_later(small_disk: Mount) -> None:
     def fake(config: Any, out: Path, *, resume: bool = False) -> RunResult:
         out.mkdir(parents=True, exist_ok=True)

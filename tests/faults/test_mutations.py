@@ -79,6 +79,13 @@ STUDY = {
 }
 
 
+@pytest.mark.fault(
+    "file",
+    "a YAML file with random damage",
+    moment="before a run or a study",
+    outcome="it is read right, or one line",
+    lost="nothing",
+)
 def test_yaml_files(tmp_path: Path) -> None:
     run, study = yaml_text(config_to_dict(config_from_dict(RUN))).encode(), yaml_text(STUDY).encode()
     path, read = tmp_path / "c.yaml", 0
@@ -96,6 +103,13 @@ def test_yaml_files(tmp_path: Path) -> None:
     assert 0 < read < 80, "some damage leaves a file that is right, and most does not"
 
 
+@pytest.mark.fault(
+    "file",
+    "a checkpoint with random damage, such as a turned bit",
+    moment="before `--resume`",
+    outcome="the checkpoint before it is used, with the weights that belong to it",
+    lost="the steps between the two",
+)
 def test_checkpoints(tmp_path: Path) -> None:
     """The state that is loaded is always that of a whole checkpoint, with the weights that belong to it."""
     model, config, template = Sign().model(), config_from_dict(RUN), tmp_path / "template"
@@ -121,6 +135,13 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert used[1] > 40
 
 
+@pytest.mark.fault(
+    "file",
+    "records, results and metrics with random damage",
+    moment="before a report",
+    outcome="they are read right, count as missing, or one line",
+    lost="what was damaged",
+)
 def test_records_results_and_metrics(tmp_path: Path) -> None:
     """A run that is read is the recorded one or has another valid content; a study's summary never fails on it."""
     study = small_study()
@@ -172,13 +193,14 @@ def test_every_value_of_a_record_may_be_another(tmp_path: Path) -> None:
     path = next((tmp_path / "records").iterdir())
     lines = path.read_text().splitlines()
     whole, read, refused = json.loads(lines[0]), 0, 0
+    del whole["digest"]  # with which any other value would be noticed
     for place in list(_places(whole)):
         for value in (*ODD, GONE):
             path.write_text("\n".join([json.dumps(_with(whole, place, value)), *lines[1:], ""]))
             with seed_named(0, f"{place}: {value!r}"):
                 found = read_or_refused(lambda: read_records(tmp_path))
                 refused += found is None
-                if found is not None and json.dumps(_with(whole, place, value)) != lines[0]:
+                if found is not None and _with(whole, place, value) != whole:
                     read += 1
                     results = {key: record.result for key, record in found.items()}
                     read_or_refused(lambda: _summarized(study, results))  # noqa: B023
@@ -230,6 +252,13 @@ def _damaged_metrics(path: Path, seed: int) -> None:
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
 
+@pytest.mark.fault(
+    "file",
+    "an image with random damage",
+    moment="when it is read",
+    outcome="it is read, or one line",
+    lost="nothing",
+)
 def test_images(tmp_path: Path) -> None:
     image_module = pytest.importorskip("PIL.Image", reason="Pillow reads images")
     pixels = torch.arange(24 * 20 * 3).remainder(251).to(torch.uint8).view(24, 20, 3)

@@ -73,6 +73,13 @@ def wholes(pools, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("norm", "world"), CASES)
+@pytest.mark.fault(
+    "death",
+    "all processes are killed",
+    moment="before any step, on {world} process(es)",
+    outcome="`--resume` ends with the bits of an unbroken run",
+    lost="the steps since the last checkpoint",
+)
 def test_killed_anywhere(pools, wholes, norm, world, tmp_path):
     """Kills at random steps, with checkpoints as far apart as chance has it: none of them changes a bit."""
     draw = random.Random(f"{norm} on {world}")
@@ -85,6 +92,13 @@ def test_killed_anywhere(pools, wholes, norm, world, tmp_path):
 
 
 @pytest.mark.parametrize(("norm", "world"), [("batch", 1), ("batch", 2), ("frozen", 2), ("batch", 3)])
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to one of {world} process(es)",
+    moment="in any step",
+    outcome="all stop after the same step; resumed, the bits of an unbroken run",
+    lost="nothing",
+)
 def test_stopped_by_a_signal(pools, wholes, norm, world, tmp_path):
     """A process alone stops after the step. Several stop at the same one, though only the last is told to."""
     steps = sorted(random.Random(f"{norm} {world}").sample(range(STEPS - 1), 3))
@@ -105,6 +119,13 @@ def test_stopped_by_a_signal(pools, wholes, norm, world, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "then"), [(3, 1), (1, 3)])
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM; resumed on {then} process(es), not {first}",
+    moment="within an epoch",
+    outcome="the numbers of an unbroken run, to 1e-10",
+    lost="nothing",
+)
 def test_another_number_of_processes_goes_on_within_an_epoch(pools, wholes, first, then, tmp_path):
     """Each process had its own running statistics: another number of processes takes their mean."""
     config, out = configured("batch"), tmp_path / "out"
@@ -114,6 +135,13 @@ def test_another_number_of_processes_goes_on_within_an_epoch(pools, wholes, firs
     assert difference.largest <= TOLERANCE, difference
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM",
+    moment="in the last step of an epoch",
+    outcome="stops before the evaluation, which is done when the run goes on",
+    lost="nothing",
+)
 def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
     """The evaluation is not waited for, which may take longer than there is time: it is done when the run goes on."""
     config = configured("batch", budget={"epochs": 2})
@@ -123,6 +151,13 @@ def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
     check_same_bits(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.fault(
+    "death",
+    "the process is killed",
+    moment="while a checkpoint replaces another one of its step",
+    outcome="`--resume` finds the one that was to be replaced",
+    lost="nothing",
+)
 def test_killed_while_the_only_checkpoint_is_replaced(tmp_path, monkeypatch):
     """That of an epoch's last step is replaced after the evaluation: at each moment there is a whole one."""
     config, out = configured("batch", budget={"epochs": 2}), tmp_path / "out"
@@ -146,6 +181,13 @@ def test_killed_while_the_only_checkpoint_is_replaced(tmp_path, monkeypatch):
     check_same_bits(tmp_path / "whole", out)
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to `train()` without a folder",
+    moment="in a step",
+    outcome="`Stopped` says that nothing was saved",
+    lost="the run",
+)
 def test_stopped_without_a_folder():
     handler = signal.getsignal(signal.SIGTERM)
     with at_steps([3], terminate), pytest.raises(loop.Stopped, match="at step 4; nothing was saved, as the run has no"):
@@ -214,6 +256,13 @@ def test_slow_steps_are_followed_by_more_pauses(step, wanted, monkeypatch):
 
 
 @pytest.mark.parametrize("every", [0, 1, 7])
+@pytest.mark.fault(
+    "data",
+    "the loss is infinite",
+    moment="after any step",
+    outcome="the run ends with status `diverged`; resumed, it diverges at the same step",
+    lost="nothing",
+)
 def test_a_run_diverges_at_the_same_step_with_checkpoints(tmp_path, every):
     config = configured("nf", optimizer={"lr": 3e38}, budget={"checkpoint_every_steps": every})
     result = train(config, tmp_path)
@@ -273,6 +322,13 @@ def test_buffers_that_differ_between_processes(pools):
     assert pools(2).run(buffers_there_and_back) == [[], []]
 
 
+@pytest.mark.fault(
+    "death",
+    "the process is killed",
+    moment="in an evaluation",
+    outcome="the evaluation is made again, and recorded once",
+    lost="the evaluation",
+)
 def test_a_checkpoint_that_is_replaced_by_that_of_its_evaluation(tmp_path):
     """Both are of the last step of an epoch. The evaluation is recorded once, wherever the run is killed between."""
     config = config_from_dict(

@@ -8,13 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from scripts import finish, running, start, wait_for, workers_of
 
+from syncbn.cli import main
+from syncbn.study import load_study
+from syncbn.study.commands import run_study
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.run.status import study_outcomes
 from syncbn.train import load_config, train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs
+from syncbn.train.stopping import STOP_SIGNALS
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launch scripts are for bash")
 
@@ -63,6 +70,13 @@ def step_of(output, cause, out):
     return int(found[1])
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to torchrun",
+    moment="in training",
+    outcome="exit code 85 and one line; `--resume` goes on",
+    lost="nothing",
+)
 def test_torchrun_is_terminated(config, tmp_path):
     """As `kill`, Kubernetes and Docker do it: torchrun tells its processes."""
     out = tmp_path / "out"
@@ -78,6 +92,13 @@ def test_torchrun_is_terminated(config, tmp_path):
     check_whole(config, out)
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to a process and its loaders",
+    moment="in training",
+    outcome="the loaders work on until the checkpoint is written; exit code 85",
+    lost="nothing",
+)
 def test_one_process_and_its_loaders_are_terminated(config, tmp_path):
     """As Slurm does it: every process of the job gets the signal. The loaders work on, as the step needs them."""
     out = tmp_path / "out"
@@ -97,6 +118,13 @@ def test_one_process_and_its_loaders_are_terminated(config, tmp_path):
     check_whole(config, out)
 
 
+@pytest.mark.fault(
+    "signal",
+    "SIGUSR1 from Slurm to all processes",
+    moment="in training",
+    outcome="the job is queued again, and goes on",
+    lost="nothing",
+)
 def test_slurm_warns_of_the_time_limit(config, tmp_path):
     """All processes of the job's step get SIGUSR1; the job is queued again, and goes on by itself."""
     out = tmp_path / "out"
@@ -124,6 +152,13 @@ def test_slurm_warns_of_the_time_limit(config, tmp_path):
     check_whole(config, out)
 
 
+@pytest.mark.fault(
+    "death",
+    "a rank is killed, with `MAX_RESTARTS=1`",
+    moment="while it loads data",
+    outcome="all start again, and go on without `--resume`",
+    lost="the steps since the last checkpoint",
+)
 def test_torchrun_starts_the_processes_again(config, tmp_path):
     """A process dies once. All of them are started again, and go on without being told to."""
     out = tmp_path / "out"
@@ -134,3 +169,161 @@ def test_torchrun_starts_the_processes_again(config, tmp_path):
     assert (tmp_path / "mark").exists(), "no process died"
     assert "nothing to resume" not in output
     check_whole(config, out)
+
+
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to accelerate",
+    moment="in training",
+    outcome="accelerate ends with 1, and the file of `SYNCBN_STOPPED` tells that the run was stopped",
+    lost="nothing",
+)
+def test_accelerate_is_terminated(config, tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "stopped"
+    process = start("accelerate.sh", config, out, NPROC="2", SYNCBN_STOPPED=str(mark))
+    assert trains(out)
+    assert not mark.exists()
+    process.terminate()
+    code, output = finish(process)
+    assert code == 1, output
+    assert 1 < step_of(output, "SIGTERM", out) < 100
+    assert mark.exists()
+    assert workers_of(out) == []
+    train(load_config(config), out, resume=True)
+    check_whole(config, out)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, -signal.SIGHUP)])
+@pytest.mark.fault(
+    "signal",
+    "{how.name} to `syncbn train`, as by Ctrl-C (SIGINT) or a closed terminal (SIGHUP)",
+    moment="in training",
+    outcome="the process ends at once; `--resume` goes on",
+    lost="the steps since the last checkpoint",
+)
+def test_a_signal_that_ends_a_run_at_once(config, tmp_path, how, code):
+    out = tmp_path / "out"
+    words = ["train", "--config", str(config), "--out", str(out), "--budget.checkpoint_every_steps", "1"]
+    before = [(each, signal.signal(each, signal.SIG_DFL)) for each in (signal.SIGINT, signal.SIGHUP)]
+    try:  # a process inherits that a signal is ignored, as in the background or with nohup
+        process = subprocess.Popen([sys.executable, "-m", "syncbn", *words], stderr=subprocess.PIPE, text=True)
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+    assert trains(out)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert not (out / "result.json").exists()
+    train(load_config(config), out, resume=True)
+    check_whole(config, out)
+
+
+@pytest.mark.fault(
+    "death",
+    "a loader process is killed",
+    moment="while it loads data",
+    outcome="one line; `--resume` goes on",
+    lost="the steps since the last checkpoint",
+)
+def test_a_loader_is_killed(config, tmp_path, capfd):
+    out, mark = tmp_path / "out", tmp_path / "mark"
+    options = f"{{samples: 1600, seconds: 0.0, deadly: 17, mark: {mark}}}"
+    words = ["--task.options", options, "--data.workers", "1", "--progress", "false", "--out", str(out)]
+    assert main(["train", "--config", str(config), *words, "--budget.checkpoint_every_steps", "1"]) == 2
+    error = capfd.readouterr().err
+    assert mark.exists(), "no process died"
+    said = r"^syncbn: error: .* DataLoader worker .*(?:killed by signal|exited unexpectedly)"
+    assert len(re.findall(said, error, re.M)) == 1, error
+    assert "Traceback" not in error
+    assert main(["train", "--out", str(out), "--resume", "--progress", "false"]) == 0
+    check_whole(config, out)
+
+
+# ---- studies
+
+STUDY = """\
+name: stopped
+title: Stopped
+question: What?
+base:
+  {gpus: 2, per_gpu_batch_size: 8, precision: fp64, device: cpu, budget: {epochs: 1},
+   task: {name: "fault_tasks:Faulty", options: {samples: 1600, seconds: 0.005}}}
+arms:
+  batch: {overrides: {norm: {name: batch}}}
+  sync: {overrides: {norm: {name: sync}}, reference: true}
+seeds: [0]
+"""
+
+
+def begun(out):
+    """Wait until a run of a study trains; returns whether one does."""
+    files = out.glob
+    return wait_for(lambda: any('"step": 2,' in file.read_text() for file in files("runs/*/metrics.jsonl")), 200)
+
+
+def check_study(path, out, errors, cause):
+    """The study was stopped within a run, says so in one line, and goes on to the numbers of an undisturbed one."""
+    again = rf"syncbn study run --config {path} --out {out}$"
+    said = rf"^syncbn: stopped by (?:{cause}|a signal to another process) with 0 of 2 runs done; to go on: {again}"
+    assert len(re.findall(said, errors, re.M)) == 1, errors
+    steps = [int(file.read_text()[5:]) for file in out.glob("runs/*/checkpoint/latest")]
+    assert steps
+    assert all(0 < step < 100 for step in steps)
+    log = "".join(file.read_text() for file in out.glob("logs/*.log"))
+    assert f"stopped by {cause}" in log
+    assert "failed" not in log
+    cells = study_cells(load_study(path).plan)
+    assert {outcome.state for outcome in study_outcomes(cells, out).values()} == {"missing"}
+    assert run_study(str(path), out, workers=1) == 0
+    for cell in cells:
+        train(cell.config, out.parent / "whole" / cell.key)
+        ours = Trained.read(out / "runs" / cell.key)
+        assert compare_runs(Trained.read(out.parent / "whole" / cell.key), ours).largest <= TOLERANCE
+
+
+@pytest.mark.fault(
+    "signal",
+    "SIGTERM to a study",
+    moment="in a run",
+    outcome="its worker writes a checkpoint; exit code 85 and one line; the same command goes on",
+    lost="nothing",
+)
+def test_a_study_is_terminated(config, tmp_path, capfd):
+    """This process is the study's."""
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(STUDY)
+    before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
+    killer = threading.Thread(target=lambda: begun(out) and os.kill(os.getpid(), signal.SIGTERM))
+    killer.start()
+    try:
+        assert run_study(str(path), out, workers=1) == 85
+    finally:
+        killer.join()
+        ignored = {each: signal.signal(each, handler) for each, handler in before.items()}
+    assert set(ignored.values()) == {signal.SIG_IGN}, "the process ends anyway"
+    check_study(path, out, capfd.readouterr().err, "SIGTERM")
+
+
+@pytest.mark.fault(
+    "signal",
+    "SIGUSR1 to torchrun, which runs a study",
+    moment="in a run of all ranks",
+    outcome="the ranks write a checkpoint; exit code 85 and one line; the same command goes on",
+    lost="nothing",
+)
+def test_a_study_under_torchrun_is_stopped(config, tmp_path):
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(STUDY)
+    launcher = [sys.executable, "-m", "syncbn.train.torchrun", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "syncbn", "study", "run", "--config", str(path), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert begun(out)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 85, errors
+    check_study(path, out, errors, "SIGUSR1")

@@ -99,6 +99,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("name", [*checkpoint._FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.fault(
+    "file",
+    "a file of a checkpoint has a turned bit, is cut off, empty, longer or gone",
+    moment="before `--resume`",
+    outcome="a warning; the checkpoint before it is used",
+    lost="the steps between the two",
+)
 def test_the_checkpoint_before_a_damaged_one_is_used(
     cut: Path, whole: Any, damage: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -114,6 +121,13 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     assert names(cut) == ["step-00000016", "step-00000020"], "of the resumed run"
 
 
+@pytest.mark.fault(
+    "file",
+    "weights of another seed in a checkpoint",
+    moment="before `--resume`",
+    outcome="a warning; the checkpoint before it is used",
+    lost="the steps between the two",
+)
 def test_another_runs_weights_are_not_used(cut: Path, whole: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
     train(config_from_dict({**BASE, "seed": 1}), other, task=Sign())
@@ -122,6 +136,13 @@ def test_another_runs_weights_are_not_used(cut: Path, whole: Any, tmp_path_facto
     assert resumed(cut).losses == whole.losses
 
 
+@pytest.mark.fault(
+    "file",
+    "all checkpoints are damaged",
+    moment="before `--resume`",
+    outcome="one line",
+    lost="the run",
+)
 def test_no_whole_checkpoint(cut: Path) -> None:
     for path in (cut / "checkpoint").glob("step-*/state.json"):
         flip(path)
@@ -132,6 +153,13 @@ def test_no_whole_checkpoint(cut: Path) -> None:
     assert "step-00000016/state.json is not what was written; step-00000012/state.json is not" in str(error.value)
 
 
+@pytest.mark.fault(
+    "death",
+    "the process is killed",
+    moment="while a checkpoint is written",
+    outcome="the checkpoint before it is used",
+    lost="the steps between the two",
+)
 def test_a_checkpoint_that_was_not_finished(cut: Path, whole: Any) -> None:
     """As a kill leaves it: some files in a folder of another name, newer than the last checkpoint."""
     unfinished = cut / "checkpoint/.step-00000020"

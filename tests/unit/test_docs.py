@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_table import END, START, rows_in
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,6 +74,23 @@ def test_the_studys_file_is_one(tmp_path: Path) -> None:
     for text, number in ((whole, 3), (whole[: whole.index("contrasts:")] + contrasts, 4)):
         file.write_text(text)
         assert len(load_study(file).contrasts) == number
+
+
+@pytest.mark.slow  # it imports the files of the tests of faults
+def test_the_table_of_faults_is_that_of_the_tests(tmp_path: Path) -> None:
+    """The same rows; only the seconds may be those of another day."""
+    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.fault(" in path.read_text()]
+    page, copy = (ROOT / "docs" / "faults.md").read_text(), tmp_path / "faults.md"
+    copy.write_text(START + END)
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "fault"]
+    options = ["--write-fault-table", "--fault-page", str(copy)]
+    done = subprocess.run(
+        [*command, *options, *files], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    rows = rows_in(page)
+    assert rows.keys() == rows_in(copy.read_text()).keys(), "run: make test-faults ARGS=--write-fault-table"
+    assert len(rows) >= 40
 
 
 def test_guarantees_name_tests_that_exist() -> None:

@@ -297,6 +297,13 @@ def test_any_mix_of_dtypes(layer_dtype, input_dtype, training):
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.fault(
+    "data",
+    "an empty batch in `{kind}`",
+    moment="in training or evaluation",
+    outcome="an empty output; the statistics stay as they are",
+    lost="nothing",
+)
 def test_empty_batch(kind, training, shape):
     if kind == "ghost":
         layer = GhostBatchNorm(3, 2)
@@ -322,6 +329,13 @@ def test_no_features(training):
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.fault(
+    "data",
+    "a batch with {bad} in it",
+    moment="in training",
+    outcome="the running statistics stay as they are, and it is counted",
+    lost="nothing",
+)
 def test_nonfinite_batch_never_reaches_the_buffers(kind, bad):
     layer = PLAIN[kind](3)
     layer(sample((6, 3), dtype=torch.float32))

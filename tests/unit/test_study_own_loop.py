@@ -181,6 +181,13 @@ def test_a_corrected_direction_counts_from_then_on(tmp_path):
         summary_of(renamed, study_cells(renamed), results)
 
 
+@pytest.mark.fault(
+    "mistake",
+    "a user's loop has changed since runs that are kept",
+    moment="before the study goes on",
+    outcome="a note that names the file",
+    lost="nothing",
+)
 def test_a_changed_file_is_noted(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_loop.py").write_text("def run(setting):\n    return {'error': 0.5}\n")
     monkeypatch.syspath_prepend(tmp_path)

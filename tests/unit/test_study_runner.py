@@ -83,6 +83,13 @@ def test_results_of_the_trainer_are_recorded_without_running_again(tmp_path):
 
 
 @pytest.mark.parametrize("change", [('"steps"', '"paces"'), ('"status": "ok",', '"status": "ok", "more": 1,'), None])
+@pytest.mark.fault(
+    "file",
+    "a run's result is of another version",
+    moment="before the study goes on",
+    outcome="one line; the file stays as it is",
+    lost="nothing",
+)
 def test_a_result_of_another_version_is_kept_and_named(tmp_path, change):
     path = tmp_path / "runs" / CELLS[0].key / "result.json"
     path.parent.mkdir(parents=True)
@@ -97,6 +104,13 @@ def test_a_result_of_another_version_is_kept_and_named(tmp_path, change):
     assert path.read_text() == text
 
 
+@pytest.mark.fault(
+    "disk",
+    "no space is left",
+    moment="when a run of a study is recorded",
+    outcome="the run is `failed`; the next study run records it",
+    lost="nothing",
+)
 def test_a_record_that_cannot_be_written_is_a_failure_of_its_run_alone(tmp_path, monkeypatch):
     """Results that are to be recorded by the study itself, at its beginning and after a worker died."""
     path = tmp_path / "runs" / CELLS[0].key
@@ -117,6 +131,13 @@ def test_a_record_that_cannot_be_written_is_a_failure_of_its_run_alone(tmp_path,
     assert ends(run(tmp_path)) == {("done", False)}
 
 
+@pytest.mark.fault(
+    "death",
+    "a worker of a study is killed",
+    moment="between its result and its record",
+    outcome="the run is recorded, and not done again",
+    lost="nothing",
+)
 def test_a_worker_that_dies_after_its_result_has_done_its_run(tmp_path):
     outcomes = run(tmp_path, study_fakes.train_then_killed)
     assert ends(outcomes) == {("done", True)}
@@ -124,6 +145,13 @@ def test_a_worker_that_dies_after_its_result_has_done_its_run(tmp_path):
     assert sorted(calls(tmp_path).values()) == [1] * JOBS
 
 
+@pytest.mark.fault(
+    "death",
+    "a worker of a study is killed",
+    moment="in a run",
+    outcome="the run is `failed`, the others are done",
+    lost="the steps since the last checkpoint",
+)
 def test_accidents_are_outcomes(tmp_path, monkeypatch, capsys):
     """One run raises, one kills its worker, two diverge: the others are done all the same."""
     outcomes = run(tmp_path, study_fakes.train_with_accidents)
@@ -251,6 +279,13 @@ def test_a_cluster_needs_submitit(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "syncbn: error: submitit is not installed; pip install 'syncbn[slurm]'\n"
 
 
+@pytest.mark.fault(
+    "file",
+    "records of a newer version",
+    moment="before the study goes on",
+    outcome="one line",
+    lost="nothing",
+)
 def test_records_of_a_newer_version_stop_the_study(tmp_path):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "w.jsonl").write_text('{"schema": 2, "key": "a"}\n')
@@ -258,6 +293,13 @@ def test_records_of_a_newer_version_stop_the_study(tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.fault(
+    "together",
+    "two studies in one folder",
+    moment="after a kill of the study",
+    outcome="each run is done once, by one of them",
+    lost="the steps since the last checkpoint",
+)
 def test_killed_and_two_at_once(tmp_path):
     """A study killed half-way leaves whole records; then two go on with it together and run each cell once."""
     # Forked from a server that has imported torch, a runner starts at once; its workers are new processes, as always.

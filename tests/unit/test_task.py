@@ -270,6 +270,13 @@ def test_a_mean_over_nothing_in_evaluation_asks_for_a_sum():
         train(config(gpus=1, per_gpu_batch_size=16), task=Masked())
 
 
+@pytest.mark.fault(
+    "mistake",
+    "another task at `--resume`",
+    moment="before the first step",
+    outcome="one line",
+    lost="nothing",
+)
 def test_another_task_is_another_run(tmp_path):
     train(config(), tmp_path, task=Sign())
     with pytest.raises(ConfigError, match=r"task: got 'Weighted', expected Sign, the task of the run in"):
@@ -527,6 +534,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.fault(
+    "mistake",
+    "a user's error in a model, data, an item, a loss or metrics",
+    moment="in training or before",
+    outcome="one line that names the method",
+    lost="the steps since the last checkpoint",
+)
 def test_a_mistake_in_a_task_is_one_line(name, tmp_path):
     task, words = BAD[name]
     if words is None:

@@ -88,6 +88,13 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, monkeypatch, model):
     assert whole == broken
 
 
+@pytest.mark.fault(
+    "mistake",
+    "another option at `--resume`",
+    moment="before the first step",
+    outcome="one line that names the key and both values",
+    lost="nothing",
+)
 def test_resume_of_a_finished_run_returns_its_result(tmp_path):
     first = train(small(), tmp_path)
     stamp = (tmp_path / "model.safetensors").stat().st_mtime_ns
@@ -99,6 +106,13 @@ def test_resume_of_a_finished_run_returns_its_result(tmp_path):
         train(small(optimizer={"lr": 0.2}), tmp_path, resume=True)
 
 
+@pytest.mark.fault(
+    "together",
+    "two runs in one folder",
+    moment="when the second one starts",
+    outcome="one line; the first goes on",
+    lost="nothing",
+)
 def test_two_runs_in_one_folder(tmp_path):
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -107,6 +121,13 @@ def test_two_runs_in_one_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
 
 
+@pytest.mark.fault(
+    "data",
+    "a learning rate makes the loss NaN",
+    moment="in training",
+    outcome="the run ends with status `diverged`, which is a result",
+    lost="nothing",
+)
 def test_divergence_is_a_result(tmp_path):
     result = train(small(norm={"name": "none"}, optimizer={"lr": 1e30}), tmp_path)
     assert result.status == "diverged"
@@ -150,6 +171,13 @@ def test_a_damaged_result_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.fault(
+    "data",
+    "an image cannot be read, with {workers} loader(s)",
+    moment="in training",
+    outcome="one line with its path",
+    lost="the steps since the last checkpoint",
+)
 def test_an_image_that_cannot_be_read(tmp_path, monkeypatch, workers):
     """In a folder too large to be held, where each process meets its own images, and in a small one."""
     for split in ("train", "test"):

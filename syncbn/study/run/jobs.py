@@ -28,6 +28,7 @@ from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError, LocalError
 from syncbn.train.launch import LaunchError
 from syncbn.train.result import RunResult
+from syncbn.train.stopping import Stopped
 from syncbn.train.stored import IncompleteFile
 
 TrainFunction = Callable[..., object]
@@ -77,9 +78,9 @@ class Event:
     job: Job
     state: State
     """``running``: it was begun. ``missing``: it was left to another study run that is working on it or has just done
-    it. Otherwise how it ended."""
+    it, or a signal has stopped it. Otherwise how it ended."""
     message: str = ""
-    """Why it failed, in one line."""
+    """Why it failed or was stopped, in one line."""
     mistake: bool = False
     """Whether it failed by the user's code or configuration, and not by the machine: others may fail alike."""
 
@@ -100,6 +101,8 @@ def attempt(job: Job, train: TrainFunction, records: Records) -> Event:
     """
     try:
         return Event(job, _train_once(job, train, records))
+    except Stopped as error:
+        return Event(job, "missing", str(error))
     except Exception as error:  # whatever a run raises, the study goes on
         message = error_line(error)
         note_failure(job.log, message)
@@ -118,6 +121,9 @@ def _train_once(job: Job, train: TrainFunction, records: Records) -> State:
             note_begin(job.label)
             try:
                 train(job.cell.config, job.directory, resume=True)
+            except Stopped as error:
+                print(error)
+                raise
             except Exception:
                 traceback.print_exc()
                 raise

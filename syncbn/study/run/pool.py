@@ -21,6 +21,7 @@ import torch
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
 from syncbn.study.run.logs import note_failure
 from syncbn.study.run.records import Records
+from syncbn.study.run.signals import stoppable
 
 POLL_SECONDS = 0.5
 """Longest time between two looks at the workers."""
@@ -100,7 +101,7 @@ def _stop(workers: list[_Worker], at_once: bool) -> None:
     for worker in workers:
         worker.connection.close()  # an idle worker ends by this
         if at_once:
-            worker.process.terminate()
+            worker.process.terminate()  # by SIGTERM, after which the trainer writes a checkpoint
     for worker in workers:
         worker.process.join(STOP_SECONDS)
         if worker.process.is_alive():
@@ -127,14 +128,13 @@ def _work(connection: Connection, train: TrainFunction) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_threads(1)
+    train = stoppable(train)
     records: Records | None = None
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):  # the runner wants no more
+        while True:
             job: Job = connection.recv()
-        except EOFError:
-            return
-        records = records or Records(job.out)
-        connection.send(attempt(job, train, records))
+            records = records or Records(job.out)
+            connection.send(attempt(job, train, records))
 
 
 def _end_with_parent() -> None:

@@ -75,10 +75,12 @@ class Display:
     def began(self, job: Job) -> None:
         self._running[job.key] = _Running(job.label, time.monotonic(), News(job))
 
-    def waiting(self, job: Job) -> None:
-        """Another study run is working on this cell."""
+    def waiting(self, job: Job, stopped: str = "") -> None:
+        """Another study run is working on this cell, or it was ``stopped``."""
         self._running.pop(job.key, None)
-        if job.key not in self._announced:
+        if stopped:
+            self._print(f"{job.label}: {stopped}")
+        elif job.key not in self._announced:
             self._announced.add(job.key)
             self._print(f"{job.label}: another study run is working on it; waiting for its result")
 

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from syncbn.study.run.jobs import Event, Events, Job, TrainFunction, attempt
 from syncbn.study.run.logs import error_line, failure, note_failure, output_to
 from syncbn.study.run.records import Records
+from syncbn.study.run.signals import StudyStopped, stoppable
 from syncbn.train import loop
 from syncbn.train.config import RunConfig
 from syncbn.train.launch import make_process_group
+from syncbn.train.stopping import Stopped
 
 FIRST_WORD_SECONDS = 5.0
 """How long the other processes wait before they report a failure, as the first one may have the same to report."""
@@ -73,7 +75,10 @@ def share(job: Job | None) -> Job | None:
 def _train(job: Job, train: TrainFunction) -> None:
     """Train a cell together with the others; an error ends this process with one line."""
     try:
-        train(job.cell.config, job.directory, resume=True)
+        stoppable(train)(job.cell.config, job.directory, resume=True)
+    except Stopped as error:  # all of them
+        print(error)
+        raise StudyStopped(error.cause) from None
     except Exception as error:  # whatever it is, the others cannot go on
         traceback.print_exc()
         if dist.get_rank():

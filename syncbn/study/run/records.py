@@ -2,21 +2,25 @@
 
 ``OUT/records/WORKER.jsonl`` holds one line per finished run::
 
-    {"schema": 1, "key", "worker", "started", "ended", "seconds", "result": the fields of RunResult}
+    {"schema": 1, "key", "worker", "started", "ended", "seconds", "result": the fields of RunResult, "digest"}
 
-Each file has one writer, so lines of different processes never mix. A process killed while it writes leaves a last line
-without its end, which counts as no record; the next worker records that run again from its own folder. A whole line is
-never changed.
+The digest is that of the line before it: a line in which a disk has turned a bit is no record. Lines of earlier
+versions have none. Each file has one writer, so lines of different processes never mix. A process killed while it
+writes leaves a last line without its end, which counts as no record; the next worker records that run again from its
+own folder. A whole line is never changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +29,9 @@ from syncbn.train.result import RunResult, jsonable, naming
 
 SCHEMA = 1
 """Version of a line."""
+_DIGEST = b', "digest": "%s"}\n'
+"""The end of a line."""
+_log = logging.getLogger("syncbn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,8 @@ def append(path: Path, record: Record) -> None:
     values = {"schema": SCHEMA, **asdict(record), "seconds": round(record.seconds, 3)}
     for name in ("started", "ended"):
         values[name] = values[name].astimezone(UTC).isoformat(timespec="milliseconds")
-    data = (json.dumps(jsonable(values), allow_nan=False) + "\n").encode()
+    data = json.dumps(jsonable(values), allow_nan=False).encode()[:-1]
+    data += _DIGEST % _digest(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), path.open("a+b") as file:
         if file.tell():
@@ -56,6 +64,10 @@ def append(path: Path, record: Record) -> None:
             if file.read(1) != b"\n":
                 data = b"\n" + data  # a full disk cut off the line before
         file.write(data)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).hexdigest().encode()
 
 
 def read_records(out: Path) -> dict[str, Record]:
@@ -138,6 +150,8 @@ class Records:
                 if not line.endswith(b"\n"):
                     break  # being written, or cut off by a kill
                 record = _record(line, path)
+                if record is None and b'"digest"' in line:
+                    _warn(path, offset)
                 if record is not None:
                     place = _Place(record.ended, path, offset)
                     known = self._places.setdefault(record.key, place)
@@ -145,6 +159,18 @@ class Records:
                         self._places[record.key] = min(known, place)
                 offset += len(line)
         self._read[path] = offset
+
+
+@cache
+def _warn(path: Path, offset: int) -> None:
+    """Once for each line, as a command reads the records several times."""
+    _log.warning("the record at byte %d of %s is not what was written, and does not count", offset, path)
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a line ends with its digest."""
+    data = line[: -len(_DIGEST % _digest(b""))]
+    return line == data + _DIGEST % _digest(data)
 
 
 def _record(line: bytes, path: Path) -> Record | None:
@@ -159,6 +185,8 @@ def _record(line: bytes, path: Path) -> Record | None:
     if schema > SCHEMA:
         raise ConfigError(where, f"schema {schema}", f"schema {SCHEMA} at most: a newer version of syncbn wrote them")
     if not {"key", "worker", "result"} <= values.keys():
+        return None
+    if "digest" in values and not _whole(line):
         return None
     try:
         return Record(

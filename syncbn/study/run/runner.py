@@ -111,7 +111,7 @@ def _collect(events: Events, jobs: Mapping[str, Job], records: Records, display:
             if outcome is None and event.state == "failed":
                 outcome = Outcome(job=job, state="failed", message=event.message, mistake=event.mistake)
             if outcome is None:
-                display.waiting(job)
+                display.waiting(job, event.message)
             else:
                 outcomes[job.key] = outcome
                 display.ended(outcome)
