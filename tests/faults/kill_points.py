@@ -7,6 +7,7 @@ sends as the file comes to a given size: what is on the disk then is the first p
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing as mp
 import os
@@ -48,6 +49,8 @@ PHASES = {
     "_train_step": "step",
     "prepare": "preparation",
 }
+IMPORTED_LATE = ("accelerate", "safetensors.torch", "torch._dynamo")
+"""What a training imports when it needs it."""
 TIMEOUT_S = 240
 GRACE_S = 5
 """For the other processes to notice that one is gone."""
@@ -222,7 +225,7 @@ def _attempted(attempt: Attempt, number: int) -> Outcome:
         for pid in pids if time.monotonic() > deadline else []:
             if pid not in codes:
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)
+        time.sleep(0.005)
     said = [(attempt.scratch / f"said-{rank}.txt") for rank, pid in enumerate(pids) if codes[pid] > 0]
     notes = [json.loads(path.read_text()) for path in sorted(attempt.scratch.glob("note-*.json"))]
     killed = None if attempt.record or not notes else (Event(*notes[0][:-1]), notes[0][-1])
@@ -233,11 +236,8 @@ def _attempted(attempt: Attempt, number: int) -> Outcome:
 def _serve(pipe: Connection) -> NoReturn:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    # A training imports these when it needs them.
-    import accelerate  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import torch._dynamo  # noqa: F401
-
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
     number = 0
     while True:
         try:
