@@ -227,7 +227,9 @@ class Truth:
             length = self.u * (ROUNDINGS + min(self._longest(k), LONGEST_SUM))
             errors = (
                 dz.error + length * size,
-                dz.error * at["xhat"].detach().abs() + size * (at["xhat_error"] + length * away) + length * product.abs(),
+                dz.error * at["xhat"].detach().abs()
+                + size * (at["xhat_error"] + length * away)
+                + length * product.abs(),
             )
             pairs = [(dz.value, errors[0]), (product, errors[1])]
             found.append([Bounded(*(self._summed(k, t) for t in pair)) for pair in pairs])
@@ -264,10 +266,13 @@ class Truth:
         return found
 
     def _dx_error(self, k: int, forward: list[dict[str, Tensor]], sums: list[list[Bounded]]) -> Tensor:
-        """dx = invstd * (scale * dz - m1 - xhat * m2); m1, m2 are the group's means of scale * dz and scale * dz * xhat."""
+        """The error of invstd * (scale * dz - m1 - xhat * m2) with the group's means of scale * dz and scale * dz * xhat."""
         at, u = forward[k], self.u
         scaled = (at["scale"] * at["dz"]).abs()
-        error = at["scale"].abs() * at["dz_error"] + (at["scale_error"] + ROUNDINGS * u * at["scale"].abs()) * at["dz"].abs()
+        error = (
+            at["scale"].abs() * at["dz_error"]
+            + (at["scale_error"] + ROUNDINGS * u * at["scale"].abs()) * at["dz"].abs()
+        )
         xhat, size = at["xhat"].detach().abs(), scaled
         if not self.by_running:
             (m1, e1), (m2, e2) = (self._mean_of(k, forward, [each[i] for each in sums]) for i in (0, 1))
@@ -301,7 +306,9 @@ class Truth:
         buffers = {"running_mean": (held.running_mean, 0), "running_var": (held.running_var, 1)}
         found: dict[str, Any] = {}
         for name, (buffer, i) in buffers.items():
-            error = errors[i] + (rounding(new[i], buffer.dtype) + rounding(self.old[i], buffer.dtype) if updates else 0.0)
+            error = errors[i] + (
+                rounding(new[i], buffer.dtype) + rounding(self.old[i], buffer.dtype) if updates else 0.0
+            )
             found[name] = Bounded(new[i].detach(), error.expand_as(new[i]))
         counts = {"num_batches_tracked": case.tracked + updates, "num_nonfinite_batches": int(not finite)}
         return found | counts
@@ -379,4 +386,6 @@ def _difference(name: str, found: Tensor, wanted: Bounded, skipped: Tensor | Non
         return []
     first = tuple(wrong.nonzero()[0].tolist())
     at, bound = (float(t[first]) for t in (mine, wanted.error))
-    return [f"{name}{list(first)} is {at!r}, expected {float(value[first])!r} to {bound:.3g} ({int(wrong.sum())} wrong)"]
+    return [
+        f"{name}{list(first)} is {at!r}, expected {float(value[first])!r} to {bound:.3g} ({int(wrong.sum())} wrong)"
+    ]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-pytest.importorskip("hypothesis", reason="the extra `test` has it")
-
 from collections import Counter
 from collections.abc import Callable
 

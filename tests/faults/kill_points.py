@@ -1,8 +1,8 @@
 """Trainings that are killed at any moment: real processes, forked from one that has imported what a training needs.
 
-A *moment* is the n-th event of a step in one process. Events are the calls of this package's functions, and what happens to
-files: opened for writing, renamed, removed, made. A process dies by SIGKILL; within a write, by SIGXFSZ, which the kernel
-sends as the file comes to a given size: what is on the disk then is the first part of the write.
+A moment is the n-th event of a step in one process. Events are the calls of this package's functions, and what happens
+to files: they are opened for writing, renamed, removed or made. A process dies by SIGKILL, or within a write by SIGXFSZ,
+which the kernel sends when the file comes to a given size. The disk then has the first part of the write.
 """
 
 from __future__ import annotations

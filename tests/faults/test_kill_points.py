@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def drawn_kill(draw: random.Random, log: list[Event], sizes: dict[str, int], wor
     events = [event for event in log if kind == kind_of(event)]
     phase = draw.choice(sorted({event.phase for event in events}))
     event = draw.choice([event for event in events if event.phase == phase])
-    size = draw.randrange(max(1, sizes.get(event.what.removeprefix("write "), 100))) if kind == "write" else None
+    size = draw.randrange(sizes.get(event.what.removeprefix("write ")) or 1) if kind == "write" else None
     return Kill(rank, event, everyone=draw.random() < 0.5, size=size)
 
 
@@ -75,7 +76,7 @@ def sizes_in(out: Path) -> dict[str, int]:
 
 
 def last_state(out: Path) -> tuple[bytes, bytes, str]:
-    """The checkpoint of the last step: weights and running statistics, the optimizer's state, and what is no tensor but the time."""
+    """The last checkpoint: weights and running statistics, the optimizer's state, and all else but the time."""
     folder = out / "checkpoint" / (out / "checkpoint/latest").read_text()
     state = re.sub(r'\["seconds", [^]]+\]', "", (folder / "state.json").read_text())
     return (folder / "model.safetensors").read_bytes(), (folder / "state.safetensors").read_bytes(), state
@@ -95,19 +96,32 @@ def test_killed_at_any_moment(nursery: Nursery, world: int, tmp_path: Path) -> N
     deaths, seen, trainings = 0, Counter[str](), 0
     while deaths < KILLS // len(NORM):
         out, trainings = tmp_path / f"killed-{trainings}", trainings + 1
-        chain = [drawn_kill(draw, recorded.events, sizes, world) for _ in range(min(CHAIN, KILLS // len(NORM) - deaths))]
+        length = min(CHAIN, KILLS // len(NORM) - deaths)
+        chain = [drawn_kill(draw, recorded.events, sizes, world) for _ in range(length)]
         for kill in sorted(chain, key=lambda kill: kill.event[:2]):
             outcome = nursery.run(Attempt(config, out, world, tmp_path, kill))
-            if ended(outcome):  # it was killed after its result was written
+            if ended(outcome):  # the kill before came when the result was written
                 break
             assert outcome.death is not None, outcome.said
             assert outcome.codes[kill.rank] < 0, outcome.said
-            event, saved = outcome.death
             deaths += 1
-            seen.update([kind_of(event), f"in {event.phase}", "after a checkpoint" if saved else "before any checkpoint"])
-            seen.update(["one process" if not kill.everyone else "all processes", f"signal {-outcome.codes[kill.rank]}"])
+            seen.update(described(kill, outcome))
         outcome = nursery.run(Attempt(config, out, world, tmp_path))
         assert ended(outcome), outcome.said
         check_same_bits(whole, out)
         assert last_state(out) == last_state(whole)
     print(f"{world} processes: {deaths} kills of {trainings} trainings: {dict(sorted(seen.items()))}")
+
+
+def described(kill: Kill, outcome: Outcome) -> list[str]:
+    """The kinds that a death counts to."""
+    assert outcome.death is not None
+    event, saved = outcome.death
+    cut = outcome.codes[kill.rank] == -signal.SIGXFSZ
+    what = (
+        "cut within a write"
+        if cut
+        else {"write": "around a write", "file": "at a file", "call": "in a call"}[kind_of(event)]
+    )
+    when = "after a checkpoint" if saved else "before the first checkpoint"
+    return [what, f"during: {event.phase}", when, "all processes" if kill.everyone else "one process"]
