@@ -266,7 +266,7 @@ class Truth:
         return found
 
     def _dx_error(self, k: int, forward: list[dict[str, Tensor]], sums: list[list[Bounded]]) -> Tensor:
-        """The error of invstd * (scale * dz - m1 - xhat * m2) with the group's means of scale * dz and scale * dz * xhat."""
+        """Of invstd * (scale * dz - m1 - xhat * m2), with the group's means of scale * dz and scale * dz * xhat."""
         at, u = forward[k], self.u
         scaled = (at["scale"] * at["dz"]).abs()
         error = (

@@ -1,7 +1,7 @@
 """Trainings that are killed at any moment: real processes, forked from one that has imported what a training needs.
 
 A moment is the n-th event of a step in one process. Events are the calls of this package's functions, and what happens
-to files: they are opened for writing, renamed, removed or made. A process dies by SIGKILL, or within a write by SIGXFSZ,
+to files: they are opened for writing, renamed, removed, made. A process dies by SIGKILL, or within a write by SIGXFSZ,
 which the kernel sends when the file comes to a given size. The disk then has the first part of the write.
 """
 
