@@ -84,7 +84,7 @@ def cases(draw: Any, ranks: int) -> Case:
     if options.pop("enough_groups", False):
         options["max_ghost_groups"] = max(1, -(-max(sizes) // size)) + draw(st.integers(0, 2))
     length = st.one_of(st.integers(1, 5), st.sampled_from([0, 1, 2, 17, 33]))
-    spatial = draw(st.lists(length, max_size=3).filter(lambda found: math.prod(found) <= 300))
+    spatial = draw(st.lists(length, max_size=3).filter(lambda found: math.prod(found) <= 128))
     dtype = draw(st.sampled_from(DTYPES))
     poison = st.tuples(st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**5))
     return Case(

@@ -142,7 +142,7 @@ class Truth:
         options, steps, found = self.case.options, self.case.tracked, []
         for name in ("r_ramp_end", "d_ramp_end"):
             start, end = options["warmup_steps"], options[name]
-            found.append(1.0 if steps >= end else max(0.0, (steps - start) / (end - start)))
+            found.append(1.0 if steps >= end else 0.0 if steps <= start else (steps - start) / (end - start))
         return 1 + (options["r_max"] - 1) * found[0], options["d_max"] * found[1]
 
     # -- from the statistics to what a rank finds ----------------------------------------------------------------------
