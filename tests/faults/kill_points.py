@@ -125,8 +125,10 @@ class Watch:
             self.events.append(happened)
             return
         kill, due = self.kill, (self.step, self.number) >= self.kill.event[:2]
-        if self.armed:  # the write was shorter
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.armed:
+            if what != "call":  # the write was shorter
+                os.kill(os.getpid(), signal.SIGKILL)
+            return
         if not due or (kill.size is not None and not what.startswith("write ")):
             return
         self.kill = None  # what follows are events too

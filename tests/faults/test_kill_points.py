@@ -59,9 +59,11 @@ def drawn_kill(draw: random.Random, log: list[Event], sizes: dict[str, int], wor
     kind = draw.choice(["write", "write", "file", "call", "call"])
     rank = 0 if kind != "call" else draw.randrange(world)
     events = [event for event in log if kind == kind_of(event)]
+    if kind == "write":
+        events = [event for event in events if sizes.get(event.what.removeprefix("write "))]
     phase = draw.choice(sorted({event.phase for event in events}))
     event = draw.choice([event for event in events if event.phase == phase])
-    size = draw.randrange(sizes.get(event.what.removeprefix("write ")) or 1) if kind == "write" else None
+    size = draw.randrange(sizes[event.what.removeprefix("write ")]) if kind == "write" else None
     return Kill(rank, event, everyone=draw.random() < 0.5, size=size)
 
 
