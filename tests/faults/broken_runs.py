@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterable
@@ -34,6 +35,10 @@ NORMS: dict[str, dict[str, Any]] = {
     "mabn": {"name": "mabn", "warmup_steps": 3, "window": 3},
     "nf": {"name": "nf"},  # has no buffers
 }
+
+
+EXACT = ("losses", "history", "evaluations", "layers", "test", "samples", "steps")
+"""Of a result: what has the same bits in a run that was resumed."""
 
 
 class Killed(BaseException):
@@ -109,3 +114,11 @@ def stop_once(config: RunConfig, out: Path) -> int:
         except Stopped as error:
             return error.step
     raise AssertionError("not stopped")
+
+
+def check_same_bits(whole: Path, broken: Path) -> None:
+    """Two runs have computed and written the same."""
+    first, second = (json.loads((out / "result.json").read_text()) for out in (whole, broken))
+    assert {name: second[name] for name in EXACT} == {name: first[name] for name in EXACT}
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()

@@ -32,6 +32,7 @@ SLOW = {
     "test_moving_average.py": "it trains networks",
     "test_norms.py::test_residual_networks": "it runs whole models with each norm",
     "test_openmp.py": "it imports torch in a process of its own",
+    "test_properties.py": "it checks hundreds of random layers",
     "test_segmentation.py::test_a_short_training_learns": "it trains networks",
     "test_segmentation.py::test_a_short_training_on_volumes_learns": "it trains networks",
     "test_segmentation.py::test_torchvision_models": "it runs whole models of torchvision",
