@@ -1,7 +1,7 @@
 """Nodes of this machine: each has its own network, host name and processes, and all share one file system.
 
-A node is a set of Linux namespaces that one process holds open. If that process ends, the kernel kills all others of the
-node. It ends with the tests, as it waits for the end of its standard input.
+A node is a set of Linux namespaces that one process holds open. If that process ends, the kernel kills all others of
+the node. It ends with the tests, as it waits for the end of its standard input.
 """
 
 from __future__ import annotations

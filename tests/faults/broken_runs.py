@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterable
@@ -34,6 +35,9 @@ NORMS: dict[str, dict[str, Any]] = {
     "mabn": {"name": "mabn", "warmup_steps": 3, "window": 3},
     "nf": {"name": "nf"},  # has no buffers
 }
+
+
+EXACT = ("losses", "history", "evaluations", "layers", "test", "samples", "steps")
 
 
 class Killed(BaseException):
@@ -109,3 +113,11 @@ def stop_once(config: RunConfig, out: Path) -> int:
         except Stopped as error:
             return error.step
     raise AssertionError("not stopped")
+
+
+def check_same_bits(whole: Path, broken: Path) -> None:
+    """Two folders of runs hold the same."""
+    first, second = (json.loads((out / "result.json").read_text()) for out in (whole, broken))
+    assert {name: second[name] for name in EXACT} == {name: first[name] for name in EXACT}
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()

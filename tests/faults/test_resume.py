@@ -16,6 +16,7 @@ from broken_runs import (
     STEPS,
     Killed,
     at_steps,
+    check_same_bits,
     configured,
     stop_once,
     terminate,
@@ -37,7 +38,6 @@ KILLS = int(os.environ.get("SYNCBN_KILLS", "3"))
 # Three processes show the order in which gradients are added, two what each process has for itself.
 CASES = [(norm, 1) for norm in NORMS] + [(norm, 2) for norm in NORMS if norm != "sync"]
 CASES += [("batch", 3), ("sync", 3), ("batch", 4)]
-EXACT = ("losses", "history", "evaluations", "layers", "test", "samples", "steps")
 
 
 def run_on(pools, world, function, *args):
@@ -48,13 +48,6 @@ def run_on(pools, world, function, *args):
 def gpus_for(world):
     """As many samples in a step, on a number of logical GPUs that the processes divide."""
     return {"gpus": 4, "per_gpu_batch_size": 3} if world == 4 else {}
-
-
-def check_same_bits(whole, broken):
-    first, second = (json.loads((out / "result.json").read_text()) for out in (whole, broken))
-    assert {name: second[name] for name in EXACT} == {name: first[name] for name in EXACT}
-    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
