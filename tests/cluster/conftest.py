@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from network import Network
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[1:1] = [str(ROOT / "tests" / "distributed"), str(ROOT / "tests" / "faults")]
-
-from network import Network
 
 # One epoch of 50 steps, which takes at least 2 seconds.
 CONFIG = """\
