@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 from broken_runs import check_same_bits
 from network import Network
-from scripts import finish, start, wait_for, workers_of
+from scripts import ROOT, finish, start, wait_for, workers_of
 
 from syncbn.train import load_config, train
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs
@@ -63,6 +66,36 @@ def test_two_nodes_and_a_slow_link_give_the_answer_of_one_process(config: Path, 
     check_answer(config, whole, processes=2)
 
 
+def test_the_command_for_kubernetes(network: Network, config: Path, tmp_path: Path) -> None:
+    """Kubeflow's variables say where the nodes meet. --resume is there for a restart, and starts a new run as well."""
+    (job,) = [
+        document
+        for document in yaml.safe_load_all((ROOT / "launch/k8s/trainjob.yaml").read_text())
+        if document["kind"] == "TrainJob"
+    ]
+    out = tmp_path / "out"
+    trainer = job["spec"]["trainer"]
+    here = {"python": sys.executable, "/config/run.yaml": str(config), "/workspace/runs/syncbn-run": str(out)}
+    words = [here.get(word, word) for word in [*trainer["command"], *trainer["args"]]]
+    assert set(here.values()) < set(words)
+    given = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "node0", "PET_MASTER_PORT": "29500"}
+    nodes = [
+        subprocess.Popen(
+            [*node.enter, *words],
+            env={**os.environ, **given, "PET_NODE_RANK": str(rank), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank, node in enumerate(network.nodes)
+    ]
+    for code, output in map(finish, nodes, [300, 300]):
+        assert code == 0, output
+    check_answer(config, out, processes=2)
+
+
+@pytest.mark.slow  # silence is noticed after 50 seconds
 def test_a_link_that_is_cut_ends_all_ranks_within_a_minute(network: Network, config: Path, tmp_path: Path) -> None:
     """Each side says whom it hears no more, and the launchers end too."""
     out = tmp_path / "out"
@@ -83,9 +116,10 @@ def test_a_link_that_is_cut_ends_all_ranks_within_a_minute(network: Network, con
     *ranks, launcher = errors(second[1])
     assert ranks
     assert all(any(said.startswith(silent.format(rank)) for rank in (2, 3)) for said in ranks)
-    assert launcher.startswith("torchrun on node1 needs the store at node0:29500, where the nodes meet, and waits")
+    assert launcher.startswith("torchrun on node1 needs the store where the nodes meet (node0:29500), and waits")
 
 
+@pytest.mark.slow  # two runs of two nodes
 def test_a_node_that_is_killed_is_named_and_the_run_can_be_resumed(
     network: Network, config: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -118,6 +152,7 @@ def test_the_node_of_the_store_is_killed(network: Network, config: Path, tmp_pat
     assert not workers_of(out)
 
 
+@pytest.mark.slow  # torchrun waits for the lost node
 def test_an_elastic_run_survives_the_loss_of_a_node(network: Network, config: Path, tmp_path: Path) -> None:
     """It goes on with the other node from the checkpoint, and ends with the same answer: one process has both GPUs."""
     out = tmp_path / "out"
