@@ -47,12 +47,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _no_store(what: str) -> int:
+def _no_store(endpoint: str, what: str) -> int:
+    store = f"the store where the nodes meet{endpoint and f' ({endpoint})'}"
     gone = "the process or node that serves it is gone, or cannot be reached"
     place = f"torchrun on {socket.gethostname()}"
-    print(
-        f"syncbn: error: {place} needs the store where the nodes meet, and {what}: {gone}", file=sys.stderr, flush=True
-    )
+    print(f"syncbn: error: {place} needs {store}, and {what}: {gone}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -42,7 +42,10 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 PluginDir={plugins}
 NodeName=node[0-1] CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=node[0-1] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=node[0-1] Default=YES PriorityTier=1 GraceTime=10
+PartitionName=urgent Nodes=node[0-1] PriorityTier=2
 """
 
 

@@ -64,9 +64,10 @@ def submit(slurm: Slurm, config: Path, out: Path, *arguments: str, **environment
         (["scancel", "--signal=TERM"], "COMPLETED", True),
         (["scancel", "--signal=USR1"], "COMPLETED", True),
         (["scontrol", "requeue"], "COMPLETED", True),
+        (["srun", "--partition=urgent", "--nodes=2", "--exclusive", "echo"], "COMPLETED", True),
         (["scancel"], "CANCELLED", False),
     ],
-    ids=lambda value: "-".join(value).replace("--signal=", "") if isinstance(value, list) else "",
+    ids=["terminated", "warned", "put back", "preempted", "cancelled"],
 )
 def test_what_slurm_does_to_a_job(slurm: Slurm, tmp_path: Path, ends: list[str], state: str, resumes: bool) -> None:
     marks, python = tmp_path / "marks", tmp_path / "python"
