@@ -4,6 +4,8 @@
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
 #   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
+#   make test-cluster     the tests on two nodes of this machine and on Slurm, for root, who gets Slurm from apt for them
+#   make test-cluster-fast   of these, the fast ones
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
 OUT ?= runs/quickstart
@@ -16,11 +18,13 @@ STAMP := $(VENV)/.installed
 ECOSYSTEM := $(VENV)/.installed-ecosystem
 # Compiled by the installation.
 KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
+# Debian's names; without these packages the tests are skipped.
+CLUSTER := iproute2 munge procps slurm-client slurmctld slurmd util-linux
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-faults test-ecosystem docs lint format clean
+.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-ecosystem docs lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -55,6 +59,14 @@ test-fast: setup
 
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/distributed tests/faults -m fault $(ARGS)
+
+test-cluster: setup
+	@[ "$$(id -u)" != 0 ] || (command -v slurmctld && command -v slurmd && command -v munged && command -v ip) > /dev/null \
+	  || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(CLUSTER)) || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
+
+test-cluster-fast:
+	@$(MAKE) --no-print-directory test-cluster ARGS='-m "not slow" $(ARGS)'
 
 test-ecosystem: setup
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)

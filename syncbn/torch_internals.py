@@ -94,6 +94,16 @@ def store_of_world() -> Store:
     return dist.distributed_c10d._get_default_store()
 
 
+def host_of_store(store: Any) -> str | None:
+    """The name or address of the machine that serves a store; None for one in files or of an unknown class.
+
+    Private: torch does not export the class of a store with prefixed keys.
+    """
+    while isinstance(store, dist.distributed_c10d.PrefixStore):
+        store = store.underlying_store
+    return store.host if isinstance(store, dist.TCPStore) else None
+
+
 functional_collectives: Any = torch.ops._c10d_functional
 """Collectives that take a group's name and return a new tensor; ``wait_tensor`` waits for it.
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import sysconfig
@@ -19,11 +20,13 @@ import torch.distributed as dist
 
 from syncbn import lockstep
 from syncbn.error_report import report_error
-from syncbn.torch_internals import group_of, store_of_world
+from syncbn.torch_internals import group_of, host_of_store, store_of_world
 
 EXIT_CODE = 86
 """Of a process that a watchdog ends."""
-_END, _ENDS = "syncbn-watchdog/end", "syncbn-watchdog/ends"
+_END, _ENDS, _LOST = (f"syncbn-watchdog/{name}" for name in ("end", "ends", "lost"))
+_CONNECTION = re.compile(r"gloo.transport|connection (closed|reset|was closed)|broken pipe", re.IGNORECASE)
+"""In the errors of torch's backends and stores when another process is gone."""
 
 
 class Status(NamedTuple):
@@ -54,7 +57,7 @@ class watchdog:  # a context manager, named like contextlib's
     a watchdog, a process that has waited for ``timeout`` seconds in one reduction prints one line with the layer, the
     number of its call and the ranks that are not there, each with the line of Python that it is at. All processes then
     end with exit code 86. They also end if a process gives no sign of life for ``silence`` seconds, as when its node is
-    gone.
+    gone, and if an error of a broken connection leaves the context because of such a process.
 
     Only layers and :func:`syncbn.uneven` are watched, and not torch's own collectives. ``syncbn train`` and studies
     have a watchdog already. Call it after ``init_process_group`` on every rank, once or as a context manager. A thread
@@ -94,11 +97,15 @@ class watchdog:  # a context manager, named like contextlib's
         self._rank, world_size = dist.get_rank(), dist.get_world_size()
         if world_size == 1:
             return
-        self._neighbour = (self._rank + 1) % world_size
+        self._world_size, self._neighbour = world_size, (self._rank + 1) % world_size
         # Each round makes four calls of the one store.
         self._interval = max(min(1.0, timeout / 5), world_size / 200)
         # A connection of its own: whoever waits in a call of a store keeps all others from it.
         self._store: Any = store_of_world().clone()  # type: ignore[attr-defined]  # its stub lacks it
+        host = host_of_store(self._store)
+        # torch lets the first rank, or its launcher, serve a store that has a host.
+        served = "the process or node that serves" if host is None else f"rank 0 or its node, {host}, which serves"
+        self._server_gone = f"{served} the store of the process group, is gone, or cannot be reached"
         self._main, self._process = threading.get_ident(), os.getpid()
         self._beat = 0
         self._clock = 0.0  # seconds of watching: a suspended process has waited for nobody
@@ -124,8 +131,14 @@ class watchdog:  # a context manager, named like contextlib's
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        watches = bool(self._threads) and not self._stopped.is_set()
+        sentence = self._lost() if watches and _broken_connection(error) else None
+        if sentence is not None:
+            report_error(sentence, self._first_to_end(sentence))
         self.stop()
+        if sentence is not None:
+            raise SystemExit(EXIT_CODE) from error
 
     # -- the threads ---------------------------------------------------------------------------------------------------
 
@@ -158,8 +171,8 @@ class watchdog:  # a context manager, named like contextlib's
         while not self._stopped.wait(self._interval):
             beat, rounds = self._beat, rounds + 1 if self._beat == beat else 0
             if rounds * self._interval > self._silence:
-                where = "the process or node that serves the store of the process group is gone, or cannot be reached"
-                _exit(f"rank {self._rank} has heard nothing of the other ranks for {self._silence:g} s: {where}")
+                silent = f"rank {self._rank} has heard nothing of the other ranks for {self._silence:g} s"
+                _exit(f"{silent}: {self._server_gone}")
 
     def _follow(self) -> None:
         """End if another rank has said so, or if the next rank is silent."""
@@ -217,14 +230,51 @@ class watchdog:  # a context manager, named like contextlib's
             f"{'; '.join(said) or 'all ranks are there, but the network does not carry their data'}"
         )
 
-    def _end(self, sentence: str) -> None:
-        """End this process; the first of all ranks to do so says why."""
+    def _lost(self) -> str | None:
+        """The sentence about ranks that are gone, after a connection broke; None if all live or have said farewell."""
+        start, wait = f"rank {self._rank} has lost its connection to another rank", 5 * self._interval
         first = True
         with contextlib.suppress(RuntimeError, AttributeError):
-            first = self._store.add(_ENDS, 1) == 1
+            first = self._store.add(_LOST, 1) == 1
+        others = [rank for rank in range(self._world_size) if rank != self._rank] if first else []
+        before = {rank: self._status(rank) for rank in others}
+        # Who is not the first waits for what the first says, and then ends in its other thread.
+        time.sleep(wait if first else 2 * wait)
+        after = {rank: self._status(rank) for rank in others}
+        if self._store is None:
+            return f"{start}: {self._server_gone}"
+        gone = [
+            f"rank {rank} on {status.host}"
+            for rank, status in after.items()
+            if status is not None and status.beat >= 0 and before[rank] == status
+        ]
+        if not gone:
+            return None
+        return (
+            f"{start}: {', '.join(gone)} gives no sign of life; the process or its node is gone, or cannot be reached"
+        )
+
+    def _first_to_end(self, sentence: str) -> bool:
+        """Tell the other ranks why all end; whether no other rank has done so."""
+        with contextlib.suppress(RuntimeError, AttributeError):
+            first: bool = self._store.add(_ENDS, 1) == 1
             self._store.set(_END, sentence)
+            return first
+        return True
+
+    def _end(self, sentence: str) -> None:
+        """End this process; the first of all ranks to do so says why."""
         # This process may serve the store, in which the others look once in each round.
-        _exit(sentence, speaks=first, after=2 * self._interval)
+        _exit(sentence, speaks=self._first_to_end(sentence), after=2 * self._interval)
+
+
+def _broken_connection(error: BaseException | None) -> bool:
+    """Whether this error, or one that it comes of, is of torch's connections to other processes."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and _CONNECTION.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _key(rank: int) -> str:

@@ -1,27 +1,38 @@
 """``python -m syncbn.train.torchrun``: torchrun, with the exit code 85 if its processes were stopped by a signal.
 
 torchrun sends SIGTERM on to its processes, and SIGKILL after ``--shutdown-timeout`` seconds. Here it does the same with
-SIGUSR1. It always ends with code 1, which does not tell a run that can be continued from one that failed.
+SIGUSR1. It always ends with code 1, which does not tell a run that can be continued from one that failed. And it waits
+for as long as the network does, 15 minutes and more, if the node is gone that serves the store where the nodes meet.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
+import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from syncbn.train.stopping import MARK, STOPPED
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+STUCK_SECONDS = 20
+"""torchrun looks at its processes ten times in a second. If one has ended for so long unnoticed, it waits elsewhere."""
 
 
 def main(arguments: list[str]) -> int:
     """torchrun with these arguments; returns its exit code."""
+    endpoint = dict(itertools.pairwise(arguments)).get("--rdzv-endpoint", "")
+    threading.Thread(target=_guard, args=[endpoint], name="syncbn.guard", daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
         mark = Path(folder) / "stopped"
         os.environ[MARK] = str(mark)
@@ -32,7 +43,36 @@ def main(arguments: list[str]) -> int:
             if not mark.exists():
                 raise
             return STOPPED
+        except RendezvousConnectionError as error:
+            return _no_store(endpoint, f"has no connection to it ({error.__cause__ or error})")
     return 0
+
+
+def _no_store(endpoint: str, what: str) -> int:
+    store = f"the store where the nodes meet{endpoint and f' ({endpoint})'}"
+    gone = "the process or node that serves it is gone, or cannot be reached"
+    place = f"torchrun on {socket.gethostname()}"
+    print(f"syncbn: error: {place} needs {store}, and {what}: {gone}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _guard(endpoint: str) -> None:
+    """End torchrun if it does not notice that a process of it has ended; the others end with it.
+
+    It counts its own rounds, as the time that a suspended process sleeps does not count.
+    """
+    rounds = 0
+    while rounds < STUCK_SECONDS:
+        time.sleep(1)
+        rounds = rounds + 1 if _has_uncollected_children() else 0
+    os._exit(_no_store(endpoint, "waits for its answer"))
+
+
+def _has_uncollected_children() -> bool:
+    try:
+        return any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process().children())
+    except psutil.NoSuchProcess:  # a child was collected meanwhile
+        return False
 
 
 if __name__ == "__main__":

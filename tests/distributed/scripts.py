@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(script, config, out, *arguments, **environment):
+def start(script, config, out, *arguments, place=(), **environment):
+    """``place`` is a command that runs another one elsewhere."""
     return subprocess.Popen(
-        ["bash", f"launch/{script}", "--out", str(out), *arguments],
+        [*place, "bash", f"launch/{script}", "--out", str(out), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, "CONFIG": str(config), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,

@@ -129,7 +129,11 @@ def test_slurm_warns_of_the_time_limit(config, tmp_path):
     """All processes of the job's step get SIGUSR1; the job is queued again, and goes on by itself."""
     out = tmp_path / "out"
     for name, body in {
-        "scontrol": '[[ $1 == show ]] && echo 127.0.0.1 || echo "scontrol $*"',
+        "scontrol": """case "$1 $2" in
+            "show hostnames") echo 127.0.0.1 ;;
+            "show job") echo JobState=RUNNING ;;
+            *) echo "scontrol $*" ;;
+        esac""",
         "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     }.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
