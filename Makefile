@@ -5,6 +5,7 @@
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
 #   make test-faults      the tests of kills, signals, damaged files and full disks; root may mount small ones for them
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
+#   make test-cluster     the tests with what only root, and other programs, can set up; without them they are skipped
 PYTHON ?= python3
 OUT ?= runs/quickstart
 # Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
@@ -20,7 +21,7 @@ KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-faults test-ecosystem docs lint format clean
+.PHONY: help setup study test test-unit test-fast test-faults test-ecosystem test-cluster docs lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -59,6 +60,9 @@ test-faults: setup
 test-ecosystem: setup
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem $(ARGS)
+
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
