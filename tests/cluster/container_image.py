@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,18 +24,14 @@ class Buildah:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        places = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
-        self._start = ["buildah", *places, "--storage-driver", "vfs"]
+        self._start = ["buildah", "--root", str(folder / "storage"), "--runroot", str(folder / "run")]
+        # Without a driver that shares layers each step copies them, which takes minutes, but works everywhere.
+        shares = self.try_run("--storage-driver", "overlay", "info").returncode == 0
+        self._start += ["--storage-driver", "overlay" if shares else "vfs"]
 
     def try_run(self, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self._start, *words],
-            env={**os.environ, "TMPDIR": str(self.folder), "BUILDAH_ISOLATION": "chroot"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        environment = {**os.environ, "TMPDIR": str(self.folder), "BUILDAH_ISOLATION": "chroot"}
+        return _run_group([*self._start, *words], environment, timeout)
 
     def __call__(self, *words: str, timeout: float = 120) -> str:
         """The output of a command, which has to succeed."""
@@ -47,8 +44,26 @@ class Buildah:
         return json.loads(self("inspect", "--type", "image", image))["Docker"]["config"]
 
     def remove(self) -> None:
-        self.try_run("rm", "--all")
+        """Remove the folder, but not what a killed command has left mounted in it, such as /proc."""
+        mounted = [Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
+        for path in reversed(mounted):
+            if path.is_relative_to(self.folder):
+                subprocess.run(["umount", "--lazy", str(path)], timeout=30, check=True)
         shutil.rmtree(self.folder)
+
+
+def _run_group(words: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a command. If that takes too long or is interrupted, the processes that it started end too."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def make_base(buildah: Buildah, name: str) -> None:
@@ -56,13 +71,8 @@ def make_base(buildah: Buildah, name: str) -> None:
     container = buildah("from", "scratch")
     root = buildah("mount", container)
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    done = subprocess.run(
-        ["debootstrap", "--variant=minbase", "--include=python3", suite, root],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    words = ["debootstrap", "--variant=minbase", "--include=python3", suite, root]
+    done = _run_group(words, dict(os.environ), timeout=600)
     if done.returncode:
         pytest.skip(f"debootstrap made no {suite}: {' '.join(done.stdout.splitlines()[-2:])} {done.stderr.strip()}")
     for package in Path(root, "var/cache/apt/archives").glob("*.deb"):
