@@ -4,7 +4,7 @@
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
 #   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
-#   make test-cluster     the tests on two nodes of this machine and on Slurm, for root, who gets Slurm from apt for them
+#   make test-cluster     the tests on two nodes of this machine, on Slurm and of the image; root gets what they need from apt
 #   make test-cluster-fast   of these, the fast ones
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
@@ -19,7 +19,7 @@ ECOSYSTEM := $(VENV)/.installed-ecosystem
 # Compiled by the installation.
 KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 # Debian's names; without these packages the tests are skipped.
-CLUSTER := iproute2 munge procps slurm-client slurmctld slurmd util-linux
+CLUSTER := buildah debootstrap iproute2 munge procps slurm-client slurmctld slurmd util-linux
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
@@ -61,7 +61,7 @@ test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/distributed tests/faults -m fault $(ARGS)
 
 test-cluster: setup
-	@[ "$$(id -u)" != 0 ] || (command -v slurmctld && command -v slurmd && command -v munged && command -v ip) > /dev/null \
+	@[ "$$(id -u)" != 0 ] || command -v slurmctld slurmd munged ip buildah debootstrap | wc -l | grep -qx 6 \
 	  || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(CLUSTER)) || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
 
