@@ -95,13 +95,14 @@ def store_of_world() -> Store:
 
 
 def host_of_store(store: Any) -> str | None:
-    """The name or address of the machine that serves a store; None for one in files or of an unknown class.
+    """The name or address of the machine that serves a store; None for one that has no such machine, as in a file.
 
     Private: torch does not export the class of a store with prefixed keys.
     """
     while isinstance(store, dist.distributed_c10d.PrefixStore):
         store = store.underlying_store
-    return store.host if isinstance(store, dist.TCPStore) else None
+    host: str | None = getattr(store, "host", None)
+    return host
 
 
 functional_collectives: Any = torch.ops._c10d_functional
