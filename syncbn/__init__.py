@@ -4,6 +4,7 @@ from syncbn.accumulation import accumulate_statistics
 from syncbn.agreement import verify_ranks
 from syncbn.convert import convert, revert
 from syncbn.convert_layer import register_batchnorm
+from syncbn.fold import fold
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.population import reconcile, update_population_statistics
 from syncbn.recompute import checkpoint_contexts
@@ -20,6 +21,7 @@ __all__ = [
     "accumulate_statistics",
     "checkpoint_contexts",
     "convert",
+    "fold",
     "reconcile",
     "register_batchnorm",
     "revert",
