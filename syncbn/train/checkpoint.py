@@ -96,6 +96,25 @@ def _write(folder: Path, step: int, model: nn.Module, state: dict[str, Any], con
     (folder / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
 
 
+def tidy(out: Path, step: int | None) -> None:
+    """Remove what killed processes have left unfinished in a run's folder, which this process has locked.
+
+    ``latest`` is made to name the checkpoint of ``step``, with which the run goes on: the process may have been killed
+    between a checkpoint and its name.
+    """
+    folder = out / "checkpoint"
+    for path in (*out.glob(".*"), *folder.glob(".*")):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            path.unlink()
+        elif re.fullmatch(r"\.step-[0-9]{8,18}", path.name):
+            shutil.rmtree(path)
+    if step is not None:
+        found = next(each.name for each in _checkpoints(folder) if _step(each) == step)
+        latest = folder / "latest"
+        if not latest.is_file() or latest.read_text(errors="replace") != found:
+            write_atomically(latest, found)
+
+
 def load_checkpoint(folder: Path, model: nn.Module, config: RunConfig) -> dict[str, Any] | None:
     """Load the newest whole checkpoint's weights into ``model`` and return its state; None if there is none yet.
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.layers import BatchRenorm, SmallBatchNorm
 from syncbn.population import RunningStatistics
-from syncbn.train.checkpoint import load_checkpoint
+from syncbn.train.checkpoint import load_checkpoint, tidy
 from syncbn.train.config import ConfigError, LocalError, RunConfig, RunWarning, require, save_config
 from syncbn.train.data.datasets import Images
 from syncbn.train.data.generators import generators_kept, seed_generators
@@ -182,6 +182,7 @@ def prepare(
             accelerator.scaler.load_state_dict(state["scaler"])
         load_own_buffers(model, state.get("own_buffers", {}), partition.placement)
     if out is not None and first:
+        tidy(out, state["progress"]["step"] if state else None)
         save_config(config, out / "config.yaml")
     done = Progress(**state.get("progress", {}))
     past = past_records(done.losses, done.history, schedule.steps_per_epoch, partial(learning_rate, scheduler))

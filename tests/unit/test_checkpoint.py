@@ -169,6 +169,21 @@ def test_a_checkpoint_that_was_not_finished(cut: Path, whole: Any) -> None:
     assert not unfinished.exists()
 
 
+def test_what_kills_have_left_is_removed(cut: Path, whole: Any) -> None:
+    """A kill between a checkpoint and its name, and others within writes; a file of the user's stays."""
+    (cut / "checkpoint/latest").write_text("step-00000012")
+    left = [cut / "checkpoint/.latest.", cut / ".result.json.", cut / ".model.safetensors."]
+    left = [path.with_name(path.name + "0123456789abcdef" * 2) for path in left]
+    for path in (*left, cut / ".mine"):
+        path.write_text("half")
+    assert resumed(cut).losses == whole.losses
+    assert not any(path.exists() for path in left)
+    assert (cut / ".mine").read_text() == "half"
+    (cut / "checkpoint/latest").write_text("step-00000012")
+    checkpoint.tidy(cut, 16)
+    assert (cut / "checkpoint/latest").read_text() == "step-00000016"
+
+
 def test_a_damaged_checkpoint_takes_no_whole_ones_place(cut: Path) -> None:
     """The run goes on from step 12, and saves at 14 what it has: 12 has to stay, though 16 is the newer one."""
     folder, model = cut / "checkpoint", Sign().model()
