@@ -95,13 +95,11 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
     and ``momentum`` (also for ``"renorm"``, whose paper uses 0.01) unless the options name them. An
     ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind, unless ``sync=False``.
 
-    Calling it again with the same kind and options changes nothing. With other options, layers are converted from what
-    they were at first.
-
-    Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's ``FrozenBatchNormAct2d``) stay as they
-    are. If no layer is a batch normalization, a warning says so. A converted ``nn.BatchNorm2d`` still is an instance of
-    that class, so that code which looks for it (parameter groups without weight decay, functions that freeze) finds it;
-    so are 1-D and 3-D layers.
+    Calling it again with the same kind and options changes nothing. With others, layers are converted from what they
+    were at first. Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's
+    ``FrozenBatchNormAct2d``) stay as they are. If no layer is a batch normalization, a warning says so. A converted
+    ``nn.BatchNorm2d`` still is an instance of that class, so that code which looks for it (parameter groups without
+    weight decay, functions that freeze) finds it; so are 1-D and 3-D layers.
 
     timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
     without dropout is applied in the same pass over memory as the normalization; to replace it afterwards,

@@ -106,8 +106,8 @@ def _is_known(norm: _BatchNorm) -> bool:
 
 def _takes(layer: nn.Module, norm: _BatchNorm) -> bool:
     if type(layer) in _CONVOLUTIONS or type(layer) in _TRANSPOSED:
-        return layer.out_channels == norm.num_features
-    return type(layer) is nn.Linear and layer.out_features == norm.num_features
+        return norm.num_features == layer.out_channels
+    return type(layer) is nn.Linear and norm.num_features == layer.out_features
 
 
 def _fused(layer: nn.Module, norm: _BatchNorm) -> nn.Module:

@@ -227,4 +227,7 @@ def take_step(case: Case, held: Tensors, rank: int) -> dict[str, Any]:
         found |= {"y": y.detach(), "strides": y.stride() == torch.empty_like(x).stride(), "dx": x.grad}
         found["dresidual"] = None if residual is None else residual.grad
         found |= {f"d{name}": parameter.grad for name, parameter in layer.named_parameters()}
-    return found | {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    found |= {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    return found | (
+        {} if layer.running_mean is None else {"num_nonfinite_batches": layer.num_nonfinite_batches.clone()}
+    )

@@ -168,10 +168,10 @@ class Truth:
         case, u, rank, x = self.case, self.u, self.scope[k], self.x[k]
         shape = (-1, *(1,) * (x.dim() - 2))
         weight, bias = (
-            torch.full((case.shape[0],), default, dtype=torch.float64) if t is None else t.double()
+            torch.full((case.shape[0],), default, dtype=torch.float64) if t is None else t.detach().double().clone()
             for t, default in ((self.held.weight, 1.0), (self.held.bias, 0.0))
         )
-        weight, bias = weight.requires_grad_(), bias.requires_grad_()
+        weight, bias = weight.requires_grad_(), bias.requires_grad_()  # each rank's own, as are their gradients
         residual = self.held.residual[rank]
         residual = torch.zeros_like(x) if residual is None else residual.double().contiguous()
         residual = residual.requires_grad_()

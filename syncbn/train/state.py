@@ -156,7 +156,7 @@ def prepare(
 ) -> Run:
     """Everything a run needs, restored from the checkpoint in ``out`` if ``resume`` and there is one.
 
-    The task is ``given`` or the one that the configuration names.
+    The task is ``given`` or that of the configuration.
     """
     name = config.task.name if given is None else type(given).__name__
     task = load_task(config, accelerator.device) if given is None else check_task(given, name)
@@ -176,10 +176,9 @@ def prepare(
     state = (load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None) or {}
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if state:
-        prepared.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+        for key, part in (("optimizer", prepared), ("scheduler", scheduler), ("scaler", accelerator.scaler)):
+            if part is not None:
+                part.load_state_dict(state[key])
         load_own_buffers(model, state.get("own_buffers", {}), partition.placement)
     if out is not None and first:
         tidy(out, state["progress"]["step"] if state else None)

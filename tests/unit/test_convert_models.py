@@ -116,7 +116,7 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
 
     convert(model, "sync")
     layers = list(batchnorms(model))
-    assert {type(m) for m in layers} == {SyncBatchNorm}
+    assert all(isinstance(m, SyncBatchNorm) for m in layers)
     assert len(layers) == number
     named = dict(model.named_modules())
     assert all(named[m.qualified_name] is m for m in layers)
@@ -227,7 +227,8 @@ def test_frozen_layers_stay_frozen() -> None:
     torchvision_frozen = import_torchvision("ops").FrozenBatchNorm2d
     model = nn.Sequential(norm_act.FrozenBatchNormAct2d(3), torchvision_frozen(3), nn.BatchNorm2d(3))
     convert(model, "sync")
-    assert [type(m) for m in model] == [norm_act.FrozenBatchNormAct2d, torchvision_frozen, SyncBatchNorm]
+    assert [type(m) for m in model[:2]] == [norm_act.FrozenBatchNormAct2d, torchvision_frozen]
+    assert isinstance(model[2], SyncBatchNorm)
 
 
 def test_timm_split_layer_is_not_known() -> None:

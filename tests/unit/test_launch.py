@@ -56,7 +56,7 @@ def arguments(done: subprocess.CompletedProcess[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.is_file()))
 def test_script_is_well_formed(script: str) -> None:
     assert BASH is not None
     path = LAUNCH / script
@@ -144,7 +144,10 @@ def test_slurm_runs_torchrun_once_a_node(fake: Path) -> None:
 @pytest.mark.parametrize(("code", "queued"), [(0, False), (1, False), (85, True)])
 def test_slurm_queues_a_stopped_job_again(fake: Path, code: int, queued: bool) -> None:
     (fake / "srun").write_text(f"#!{BASH}\nexit {code}\n")
-    (fake / "scontrol").write_text(f'#!{BASH}\n[[ $1 == show ]] && echo here || echo "scontrol $*"\n')
+    answer = (
+        """case "$1 $2" in "show job") echo JobState=RUNNING ;; show*) echo here ;; *) echo "scontrol $*" ;; esac"""
+    )
+    (fake / "scontrol").write_text(f"#!{BASH}\n{answer}\n")
     done = slurm_job(fake, "7")
     assert (done.returncode, done.stdout) == ((0, "scontrol requeue 7\n") if queued else (code, ""))
 
