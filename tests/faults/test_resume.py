@@ -68,7 +68,7 @@ def wholes(pools, tmp_path_factory):
 @pytest.mark.fault(
     "death",
     "all processes are killed",
-    moment="before any step, on {world} process(es)",
+    moment="before any step, on 1 to 4 processes",
     outcome="`--resume` ends with the bits of an unbroken run",
     lost="the steps since the last checkpoint",
 )
@@ -86,7 +86,7 @@ def test_killed_anywhere(pools, wholes, norm, world, tmp_path):
 @pytest.mark.parametrize(("norm", "world"), [("batch", 1), ("batch", 2), ("frozen", 2), ("batch", 3)])
 @pytest.mark.fault(
     "signal",
-    "SIGTERM to one of {world} process(es)",
+    "SIGTERM to one of 1 to 3 processes",
     moment="in any step",
     outcome="all stop after the same step; resumed, the bits of an unbroken run",
     lost="nothing",
@@ -113,7 +113,7 @@ def test_stopped_by_a_signal(pools, wholes, norm, world, tmp_path):
 @pytest.mark.parametrize(("first", "then"), [(3, 1), (1, 3)])
 @pytest.mark.fault(
     "signal",
-    "SIGTERM; resumed on {then} process(es), not {first}",
+    "SIGTERM; resumed with {then} in place of {first} processes",
     moment="within an epoch",
     outcome="the numbers of an unbroken run, to 1e-10",
     lost="nothing",
