@@ -35,8 +35,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     folder: Path = request.getfixturevalue("tmp_path")
-    temporary = folder / "temporary"
-    temporary.mkdir()
+    temporary: Path = request.getfixturevalue("tmp_path_factory").mktemp("temporary")
     before = processes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
