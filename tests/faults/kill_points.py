@@ -176,6 +176,7 @@ def _rank(rank: int, attempt: Attempt, rendezvous: Path) -> None:
         world = str(attempt.world)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=attempt.world)
+        dist.barrier()  # a rank whose run is finished already would end before the others are connected
     kill = attempt.kill if attempt.kill is not None and attempt.kill.rank == rank else None
     note = attempt.scratch / f"note-{rank}.json"
     records = attempt.record and rank == 0
