@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     """torchrun with these arguments; returns its exit code."""
     endpoint = dict(itertools.pairwise(arguments)).get("--rdzv-endpoint", "")
     threading.Thread(target=_guard, args=[endpoint], name="syncbn.guard", daemon=True).start()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="syncbn-torchrun-") as folder:
         mark = Path(folder) / "stopped"
         os.environ[MARK] = str(mark)
         try:

@@ -111,8 +111,9 @@ def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(config, tmp_path):
     "death",
     "torchrun is killed by SIGKILL",
     moment="in training",
-    outcome="its ranks end with it",
+    outcome="its ranks end with it; a folder of its logs stays among the temporary files",
     lost="the steps since the last checkpoint",
+    keeps=("syncbn-torchrun-*",),
 )
 def test_no_rank_trains_on_after_its_launcher_was_killed(config, tmp_path):
     out = tmp_path / "out"
