@@ -358,9 +358,9 @@ def problems(case: Case, found: dict[str, Any], wanted: dict[str, Any]) -> list[
         lost = ~torch.isfinite(wanted["y"].value)
         of_channel = lost.transpose(0, 1).flatten(1).any(1)
         skipped = {"dx": lost, "dresidual": lost, "dweight": of_channel, "dbias": of_channel}
-    if case.poison is not None and "y" in wanted and wanted["y"].value.numel() == 0:
-        # 0, or 0 times an invstd of NaN: the sum over the ranks is NaN either way.
-        skipped["dweight"] = torch.ones(case.shape[0], dtype=torch.bool)
+    if case.poison is not None and found.get("dweight") is not None:
+        # A group that is empty on a rank adds 0, or 0 times an invstd of NaN: the sum over the ranks is NaN either way.
+        skipped["dweight"] = skipped.get("dweight", False) | found["dweight"].isnan()
     for name, value in wanted.items():
         if name == "error":
             continue

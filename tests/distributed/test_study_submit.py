@@ -214,8 +214,9 @@ def test_no_slurm_here(tmp_path, monkeypatch):
     "together",
     "Slurm refuses a study's jobs",
     moment="before the first run",
-    outcome="one line with Slurm's reason",
+    outcome="one line with Slurm's reason; the script that was to be submitted stays beside the study's logs",
     lost="nothing",
+    keeps=(".submission_file_*.sh",),
 )
 def test_slurm_does_not_take_the_jobs(tmp_path, monkeypatch):
     fake_slurm.install(tmp_path / "bin", tmp_path / "state")
