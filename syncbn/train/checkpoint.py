@@ -191,8 +191,11 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def check_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
-    """Raise ConfigError if two configurations differ in a key that enters the training; the error names the key."""
-    theirs, ours = flatten(theirs), flatten(ours)
+    """Raise ConfigError if two configurations differ in a key that enters the training; the error names the key.
+
+    A key that is younger than the run in ``folder`` has its default there.
+    """
+    theirs, ours = flatten(config_to_dict(RunConfig())) | flatten(theirs), flatten(ours)
     for key in sorted((theirs.keys() | ours.keys()).difference(_MAY_CHANGE)):
         expected = f"{shown(theirs.get(key))}, the value of the run that was started in {folder}; use another --out"
         require(theirs.get(key) == ours.get(key), key, ours.get(key), expected)

@@ -184,6 +184,17 @@ def test_what_kills_have_left_is_removed(cut: Path, whole: Any) -> None:
     assert (cut / "checkpoint/latest").read_text() == "step-00000016"
 
 
+def test_a_key_that_is_younger_than_the_run(cut: Path, whole: Any) -> None:
+    for path in cut.glob("checkpoint/step-*"):
+        config = json.loads((path / "config.json").read_text())
+        del config["norm"]["update_per"]
+        (path / "config.json").write_text(json.dumps(config))
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"]["config.json"] = checkpoint._digest(path / "config.json")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    assert resumed(cut).losses == whole.losses
+
+
 def test_a_damaged_checkpoint_takes_no_whole_ones_place(cut: Path) -> None:
     """The run goes on from step 12, and saves at 14 what it has: 12 has to stay, though 16 is the newer one."""
     folder, model = cut / "checkpoint", Sign().model()

@@ -304,6 +304,8 @@ def cell_key(config: RunConfig) -> str:
     values = json.loads(json.dumps(config_to_dict(config), allow_nan=False), parse_float=number)
     for name in ("checkpoint_every_steps", "checkpoint_every_minutes"):
         del values["budget"][name]
+    if values["norm"]["update_per"] == "forward":  # younger than many studies, in which it is so
+        del values["norm"]["update_per"]
     content = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
 
