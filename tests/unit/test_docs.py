@@ -91,6 +91,7 @@ def test_the_table_of_faults_is_that_of_the_tests(tmp_path: Path) -> None:
     rows = rows_in(page)
     assert rows.keys() == rows_in(copy.read_text()).keys(), "run: make test-faults ARGS=--write-fault-table"
     assert len(rows) >= 40
+    assert "not run" not in rows.values()
 
 
 def test_guarantees_name_tests_that_exist() -> None:
