@@ -44,7 +44,7 @@ class Container:
         self._name = buildah("from", IMAGE)
 
     def try_run(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        return self._buildah.try_run("run", *options, self._name, "--", *command, timeout=300)
+        return self._buildah.try_run("run", *options, self._name, "--", *command, timeout=900)
 
     def run(self, *command: str, options: tuple[str, ...] = ()) -> str:
         done = self.try_run(*command, options=options)
