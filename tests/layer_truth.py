@@ -260,6 +260,11 @@ class Truth:
         if self.case.residual and self.case.needs[0]:
             found["dresidual"] = Bounded(dresidual, at["dz_error"] + rounding(dresidual, self.dtype))
         errors = {"weight": (dweight, weight_error.sum(0)), "bias": (dbias, of_dz.error.sum(0))}
+        if self.by_running:  # torch's own operation, which may add up in the dtype of the input
+            unit = (self._longest(k) + 1) * torch.finfo(self.dtype).eps
+            sizes = (dz := at["dz"].detach().abs()) * at["xhat"].detach().abs(), dz
+            added = [unit * size.transpose(0, 1).flatten(1).sum(1) for size in sizes]
+            errors = {key: (pair[0], pair[1] + more) for (key, pair), more in zip(errors.items(), added, strict=True)}
         for (name, (value, error)), needs in zip(errors.items(), self.case.needs[1:], strict=True):
             if getattr(own, name) is not None and needs:
                 found[f"d{name}"] = Bounded(value, error + rounding(value, getattr(own, name).dtype))
