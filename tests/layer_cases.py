@@ -209,6 +209,11 @@ def make_layer(case: Case, held: Tensors) -> SmallBatchNorm:
     return layer.train(case.training)
 
 
+def _strides(t: Tensor) -> list[int]:
+    """Of the dimensions that have more than one element: the others' have no meaning."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def take_step(case: Case, held: Tensors, rank: int) -> dict[str, Any]:
     """What the rank's layer makes of its batch: output, gradients, buffers; or the error that it raises."""
     layer = make_layer(case, held)
@@ -224,7 +229,7 @@ def take_step(case: Case, held: Tensors, rank: int) -> dict[str, Any]:
     else:
         if y.requires_grad:
             y.backward(held.dy[rank])
-        found |= {"y": y.detach(), "strides": y.stride() == torch.empty_like(x).stride(), "dx": x.grad}
+        found |= {"y": y.detach(), "strides": _strides(y) == _strides(torch.empty_like(x)), "dx": x.grad}
         found["dresidual"] = None if residual is None else residual.grad
         found |= {f"d{name}": parameter.grad for name, parameter in layer.named_parameters()}
     found |= {name: buffer.clone() for name, buffer in layer.named_buffers()}
