@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.collectives import resolve
+from syncbn.collectives import gathered, resolve
 from syncbn.layers import SmallBatchNorm
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,12 +44,12 @@ def verify_ranks(model: nn.Module) -> None:
     if not tensors:
         return
     own = torch.stack([_digest(tensor) for tensor in tensors.values()])
-    found = own.new_empty(dist.get_world_size(), len(own))
-    dist.all_gather(list(found.unbind()), own)
+    found = gathered(own)
     other = (found != found[0]).cpu()
     if bool(other.any()):
-        name = list(tensors)[int(other.any(0).int().argmax())]
-        ranks = other[:, list(tensors).index(name)].nonzero().flatten().tolist()
+        first = int(other.any(0).int().argmax())
+        name = list(tensors)[first]
+        ranks = other[:, first].nonzero().flatten().tolist()
         also = int(other.any(0).sum()) - 1
         more = f", and {also} more tensor{'s' * (also > 1)} differ{'s' * (also == 1)}" if also else ""
         raise RuntimeError(

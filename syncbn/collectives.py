@@ -263,6 +263,13 @@ def all_reduce_sum(tensor: Tensor, group_name: str | None, reduction: Reduction 
     return start_all_reduce_sum(tensor, group_name, reduction).wait()
 
 
+def gathered(own: Tensor) -> Tensor:
+    """The tensors of all ranks of the default process group, (ranks, *), which have one shape. One collective."""
+    found = own.new_empty(dist.get_world_size(), *own.shape)
+    dist.all_gather(list(found.unbind()), own)
+    return found
+
+
 def max_over_ranks(value: int, group_name: str, device: torch.device, name: str) -> int:
     """The largest of the ranks' values. One collective and a host synchronization, so it must be called rarely.
 

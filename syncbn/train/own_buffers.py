@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncbn.collectives import gathered
 from syncbn.train.logical_gpus import Placement
 
 
@@ -24,12 +25,12 @@ def differing_buffers(model: nn.Module, device: torch.device) -> dict[str, Tenso
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
         return {}
     digests = torch.tensor([_digest(each) for each in buffers.values()], dtype=torch.int64, device=device)
-    found = _gathered(digests)
+    found = gathered(digests)
     same = (found == found[0]).all(0).tolist()
     differing = {name: each for (name, each), equal in zip(buffers.items(), same, strict=True) if not equal}
     if not differing:
         return {}
-    values = _gathered(torch.cat([_as_bytes(each) for each in differing.values()])).cpu()
+    values = gathered(torch.cat([_as_bytes(each) for each in differing.values()])).cpu()
     parts = values.split([each.nbytes for each in differing.values()], dim=1)
     return {
         # A copy, because a view as wider numbers has to begin where such a number may.
@@ -58,10 +59,3 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 def _digest(tensor: Tensor) -> int:
     content = _as_bytes(tensor).cpu().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
-def _gathered(own: Tensor) -> Tensor:
-    """The tensors of all processes, (processes, n)."""
-    found = own.new_empty(dist.get_world_size(), len(own))
-    dist.all_gather(list(found.unbind()), own)
-    return found

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from syncbn.agreement import verify_ranks
+from syncbn.collectives import gathered
 from syncbn.train.config import ConfigError
 from syncbn.train.metrics import step_records
 
@@ -80,8 +80,7 @@ def pause(run: Run) -> Due:
     everywhere = pairs.unsqueeze(0)
     if run.partition.placement.processes > 1:
         # Not a reduction: on three processes or more, how it rounds depends on how many losses travel together.
-        everywhere = pairs.new_empty(run.partition.placement.processes, *pairs.shape)
-        dist.all_gather(list(everywhere.unbind()), pairs)
+        everywhere = gathered(pairs)
     *sums, (signals, late_first), (steps, _) = [
         [sum(column) for column in zip(*each, strict=True)] for each in zip(*everywhere.tolist(), strict=True)
     ]

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from syncbn.collectives import gathered
 from syncbn.functional.normalize import Affine, backward_sums, grad_input, normalize
 from syncbn.functional.statistics import WIRE_DTYPE, Groups, group_sums
 from syncbn.layers import SampleGroups
@@ -223,8 +224,7 @@ def exchange_rows(model: nn.Module) -> None:
     buffers = [(buffer, layer.hosted) for layer in layers for buffer in layer.rows()]
     # float64 represents float32 and counts exactly.
     own = torch.cat([buffer[hosted.start : hosted.stop].to(WIRE_DTYPE).flatten() for buffer, hosted in buffers])
-    found = own.new_empty(dist.get_world_size(), len(own))
-    dist.all_gather(list(found.unbind()), own)
+    found = gathered(own)
     # The processes host consecutive GPUs in the order of their ranks.
     parts = found.split([buffer.numel() // len(found) for buffer, _ in buffers], dim=1)
     for (buffer, _), part in zip(buffers, parts, strict=True):
