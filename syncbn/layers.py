@@ -141,7 +141,7 @@ class SmallBatchNorm(_BatchNorm):
             new = getattr(self, name)
             if new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
                 setattr(self, name, old.to(new.device))
-        self.nonfinite_counter()
+        self.nonfinite_counter()  # which takes it to where the statistics are now
         return self
 
     def nonfinite_counter(self) -> Tensor | None:

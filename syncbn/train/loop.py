@@ -215,7 +215,7 @@ def _train_step(run: Run, step: list[list[Key]], loaded: Iterator[tuple[Any, Any
             run.tell_groups(len(batch))
             inputs, targets = next(loaded)
             counted += _forward_backward(run, inputs, targets, step, last=batch is step[-1])
-    if once and run.shares_late:
+    if once and run.averages_running:
         run.shared.start()
         run.shared.finish()
     _divide_gradients(run, counted, samples)
@@ -258,7 +258,7 @@ def _forward_backward(run: Run, inputs: Any, targets: Any, step: list[list[Key]]
         outputs = forward(run, run.wrapped, inputs, targets)
         total, count = loss_of(run, outputs, targets, run.partition.local_sizes(len(batch)))
         run.agree_on_counts(count)
-        overlap = run.shares_late and run.config.norm.update_per == "forward"
+        overlap = run.averages_running and run.config.norm.update_per == "forward"
         if overlap:
             run.shared.start()
         # DDP averages gradients over the processes, but the loss is a sum over them. The gradients are those of a mean

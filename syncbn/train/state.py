@@ -107,8 +107,8 @@ class Run:
         return learning_rate(self.scheduler, step)
 
     @property
-    def shares_late(self) -> bool:
-        """Whether training forwards read running statistics that the processes have to average first."""
+    def averages_running(self) -> bool:
+        """Whether training reads running statistics, which the processes then have to average after each update."""
         return self.config.norm.name == "renorm" and len(self.partition.ranks) < self.partition.placement.processes
 
     @property
