@@ -142,7 +142,7 @@ def test_a_machine_without_a_known_name(how: str, tmp_path: Path) -> None:
     config.write_text("data: {name: synthetic, synthetic_samples: 32, image_size: 8}\nmodel: {width: 4}\ngpus: 2\n")
     words = ["bash", f"launch/{how}", "--out", str(tmp_path / "out")]
     if how == "parity":
-        words = [sys.executable, "-m", "syncbn", *"parity --processes 1,2 --steps 2 --config".split(), str(config)]
+        words = [sys.executable, "-m", "syncbn", "parity", "--processes=1,2", "--steps=2", f"--config={config}"]
     done = subprocess.run(
         ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh", *words],
         cwd=Path(syncbn.__file__).parents[1],
