@@ -84,9 +84,9 @@ class ConvertBatchNorm(_Callback, _LayerSync):  # type: ignore[misc]  # the type
         self._convert = functools.partial(convert, kind=kind, where=where, **options)
         self._model: nn.Module | None = None
         self._layers: list[nn.Module] = []
-        for name in _PACKAGES:
-            if name in sys.modules:  # each package's Trainer takes plugins of its own class only
-                sys.modules[name].plugins.LayerSync.register(type(self))
+        for package in map(sys.modules.get, _PACKAGES):
+            if package is not None:  # each package's Trainer takes plugins of its own class only
+                package.plugins.LayerSync.register(type(self))
 
     # -- a plugin ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
+import pickle
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +70,18 @@ def test_local_statistics_give_another_result() -> None:
     """The comparisons above can fail: on the data of one process, layers of two processes are not those of one."""
     whole, halves = lightning_jobs.alone(None, {}), lightning_jobs.alone("ghost", {"ghost_batch_size": 4}, 2)
     assert (whole["4.running_mean"] - halves["4.running_mean"]).abs().max() > 1e-3
+
+
+def test_without_the_package_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)  # its import raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, "syncbn.integrations.lightning")
+    monkeypatch.setattr(syncbn.integrations, "lightning", integration)  # brings it back after the import below
+    found = importlib.import_module("syncbn.integrations.lightning").ConvertBatchNorm
+    pytorch_lightning = importlib.import_module("pytorch_lightning")
+    assert found is not ConvertBatchNorm
+    assert issubclass(found, pytorch_lightning.Callback)
+    assert isinstance(found("sync"), pytorch_lightning.plugins.LayerSync)
 
 
 # -- on one process ----------------------------------------------------------------------------------------------------
@@ -135,7 +150,7 @@ class Replaces(TorchSyncBatchNorm):
     """What `sync_batchnorm=True` does, and back at once: under DDP, `nn.SyncBatchNorm` refuses the CPU."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        return super().revert(super().apply(model))
+        return TorchSyncBatchNorm().revert(TorchSyncBatchNorm().apply(model))
 
     def revert(self, model: nn.Module) -> nn.Module:
         return model
@@ -163,6 +178,12 @@ def test_a_model_that_was_converted_by_hand() -> None:
     with pytest.raises(ValueError, match=r"such as 'network\.1': convert it by hand or by ConvertBatchNorm"):
         trainer(callbacks=[ConvertBatchNorm("sync")]).fit(module, loader())
     assert layers(module) == {"GhostBatchNorm"}
+
+
+def test_it_can_be_pickled() -> None:
+    """Which the strategies that spawn processes do."""
+    convert = pickle.loads(pickle.dumps(ConvertBatchNorm("ghost", ghost_batch_size=2, process_group=[0, 1])))
+    assert convert.apply(nn.Sequential(nn.BatchNorm1d(3)))[0].scope.ranks == (0, 1)
 
 
 def test_where_and_layers_that_were_made_as_ours() -> None:
