@@ -38,11 +38,11 @@ class ConvertBatchNorm(_Callback, _LayerSync):  # type: ignore[misc]  # the type
 
     Give it to the Trainer in one of two ways:
 
-    - ``Trainer(callbacks=[...])`` works with every strategy, also on one device. Layers that ``configure_model`` makes
-      come too late for it.
-    - ``Trainer(plugins=[...])`` is a ``LayerSync`` in place of ``sync_batchnorm=True``. Lightning asks such a plugin
-      under DDP and FSDP only. With other strategies, such as that of one device, **it leaves the model as it is** and
-      says nothing.
+    - ``Trainer(callbacks=[...])``: Lightning calls callbacks with every strategy, also on one device, but before
+      ``configure_model``, whose layers come too late.
+    - ``Trainer(plugins=[...])``, as a ``LayerSync`` in place of ``sync_batchnorm=True``: Lightning calls it after
+      ``configure_model``, but with DDP and FSDP only. With other strategies, such as that of one device, **the model
+      stays as it is**, and nothing says so.
 
     If FSDP has wrapped or sharded the layers, they stay converted after training, and a warning says so.
 
