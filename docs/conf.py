@@ -32,6 +32,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["lightning", "pytorch_lightning"]  # a page about our class needs no Lightning
 python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
 

@@ -32,6 +32,7 @@ def run(setting):
     samples = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels.tolist(), strict=True)]
     budget = {"max_steps": setting.options.get("steps", 250), "learning_rate": setting.config.optimizer.lr}
     where = {"use_cpu": setting.device.type == "cpu", "ddp_broadcast_buffers": False, "seed": setting.seed}
+    where["average_tokens_across_devices"] = False  # it would multiply the loss by the number of processes
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     steps = {"per_device_train_batch_size": setting.batch_size, "eval_strategy": "steps", "eval_steps": 50}
     arguments = TrainingArguments(str(setting.out), **budget, **where, **quiet, **steps)

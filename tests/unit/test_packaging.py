@@ -47,9 +47,12 @@ NEVER: dict[str, tuple[str, ...]] = {
     "study.analysis": ("study.run", "study.report", "matplotlib", "rich", "jinja2"),
     "study.report": ("study.run",),
     "bench": ("study", "cli"),
+    "integrations": ("train", "study", "bench", "cli"),
+    "face": ("integrations",),
 }
 """By part of the package, what it never imports, inside a function either: other parts of it (`any`: all of them), or
 other packages."""
+FRAMEWORKS = ("lightning", "lightning_fabric", "pytorch_lightning", "transformers")
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 
@@ -329,6 +332,12 @@ def test_no_part_imports_what_it_never_should() -> None:
                 hits = [name for name in never if within(imported, name) or (name == "any" and ours)]
                 found |= {(relative(path), name) for name in hits}
     assert not found
+
+
+def test_frameworks_are_imported_by_their_integration_alone() -> None:
+    found = {(importer, imported.partition(".")[0]) for _, importer, imported, ours in imports() if not ours}
+    outside = {(part, name) for part, name in found if name in FRAMEWORKS and not within(part, "integrations")}
+    assert not outside
 
 
 def test_parts_import_each_other_in_one_direction() -> None:
