@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import syncbn
 from syncbn.error_report import report_error
@@ -110,7 +110,7 @@ def _run(words: list[str]) -> int:
         return 2 if error.mistake else 1
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"syncbn: {interrupt or 'stopped by Ctrl-C'}", file=sys.stderr)
+            print(f"syncbn: {str(interrupt) or 'stopped by Ctrl-C'}", file=sys.stderr)
         return 130
 
 
@@ -371,6 +371,6 @@ COMMANDS: dict[str, Command] = {
     "completion": Command(
         _completion,
         "Print the script with which a shell completes commands and options (pip install 'syncbn[completion]').",
-        {"shell": {"type": str, "help": "bash or zsh."}},
+        {"shell": {"type": Literal["bash", "zsh"], "help": "Of which shell."}},
     ),
 }

@@ -7,10 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from syncbn.train.config import require
-
-SHELLS = ("bash", "zsh")
-
 
 def completion_script(shell: str, commands: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]]) -> str:
     """The script for a shell.
@@ -20,10 +16,8 @@ def completion_script(shell: str, commands: Mapping[str, tuple[str, Mapping[str,
         commands: by the words of each command, its help and, by option, arguments of ``add_argument``.
 
     Raises:
-        ConfigError: another shell.
         ImportError: shtab is not installed.
     """
-    require(shell in SHELLS, "shell", shell, "bash or zsh")
     try:
         import shtab
     except ImportError as error:
@@ -50,9 +44,10 @@ def _add(parser: argparse.ArgumentParser, option: str, details: Mapping[str, Any
     if "action" in details:
         parser.add_argument(option, action=details["action"], help=text)
         return
-    values = [option for part in (kind, *get_args(kind)) if get_origin(part) is Literal for option in get_args(part)]
+    kinds = (kind, *get_args(kind))  # the second may be that of `Literal["a", "b"] | None`
+    values = [str(value) for each in kinds if get_origin(each) is Literal for value in get_args(each)]
     if kind is bool:
         values = ["true", "false"]
-    action = parser.add_argument(option, choices=[str(value) for value in values] or None, help=text)
-    if Path in (kind, *get_args(kind)) or option.startswith("--config"):
+    action = parser.add_argument(option, choices=values or None, help=text)
+    if Path in kinds or option.startswith("--config"):
         action.complete = file  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Public names that are imported when they are first used: ``import syncbn`` and the command line then start without torch."""
+"""Public names that are imported when they are first used, so that the command line starts without torch."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
     pins = constraints()
     wrong = [
         f"{requirement}: pinned {pins.get(canonicalize_name(requirement.name))}"
-        for extra in ("dev", "ecosystem")
+        for extra in ("dev", "dist", "ecosystem")
         for requirement in requirements(extra)
         if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
     ]
