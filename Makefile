@@ -3,6 +3,7 @@
 #   make lint     ruff and mypy                          make test-unit  the tests of one process
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
+#   make dist     the sdist and the wheel, checked, in dist
 #   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
 #   make test-cluster     the tests on two nodes of this machine, on Slurm and of the image; root gets what they need from apt
 #   make test-cluster-fast   of these, the fast ones
@@ -16,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ECOSYSTEM := $(VENV)/.installed-ecosystem
+DIST := $(VENV)/.installed-dist
 # Compiled by the installation.
 KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
 # Debian's names; without these packages the tests are skipped.
@@ -24,7 +26,7 @@ CLUSTER := buildah debootstrap iproute2 munge procps slurm-client slurmctld slur
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-ecosystem docs lint format clean
+.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-ecosystem docs dist lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -43,6 +45,11 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 $(ECOSYSTEM): $(STAMP)
 	echo "adding the frameworks of tests/ecosystem (once)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
+	touch $@
+
+$(DIST): $(STAMP)
+	echo "adding what builds and checks the distributions (once)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
 	touch $@
 
 study: setup
@@ -75,6 +82,18 @@ test-ecosystem: setup
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 	@echo "the site begins at build/docs/index.html"
+
+# torch brings libgomp: a second copy in the wheel would double the threads. A wheel without kernels has no tag to get.
+dist: setup
+	@$(LOCK) $(MAKE) --silent --no-print-directory $(DIST)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir dist
+	for wheel in dist/*-linux_*.whl; do [ ! -e "$$wheel" ] || { \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist "$$wheel" && rm "$$wheel"; } || exit 1; done
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH="$$PWD" ../../$(BIN)/python ../../examples/ghost.py && PYTHONPATH="$$PWD" ../../$(BIN)/python -m syncbn env
+	@ls -l dist
 
 lint: setup
 	$(BIN)/ruff check .
