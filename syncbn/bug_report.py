@@ -17,10 +17,14 @@ PACKAGES = (
     *("jsonargparse", "scipy", "pandas"),
 )
 """Packages that this one works with, or may be used through."""
-PREFIXES = ("ACCELERATE_", "ATEN_", "CUDA_", "GLOO_", "GOMP_", "KMP_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "SYNCBN_")
-PREFIXES += ("TORCH", "TRITON_")
-VARIABLES = ("CXX", "CXXFLAGS", "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ONEDNN_MAX_CPU_ISA")
-VARIABLES += ("RANK", "SLURM_NNODES", "SLURM_NTASKS", "WORLD_SIZE", "XDG_CACHE_HOME")
+PREFIXES = (
+    *("ACCELERATE_", "ATEN_", "CUDA_", "GLOO_", "GOMP_", "KMP_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "SYNCBN_"),
+    *("TORCH", "TRITON_"),
+)
+VARIABLES = (
+    *("CXX", "CXXFLAGS", "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ONEDNN_MAX_CPU_ISA"),
+    *("RANK", "SLURM_NNODES", "SLURM_NTASKS", "WORLD_SIZE", "XDG_CACHE_HOME"),
+)
 """Environment variables, besides those with the prefixes, that change what the package or torch does."""
 SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 
@@ -107,7 +111,7 @@ def _cuda() -> str:
 
     if torch.version.cuda is None:
         return "this build of torch has none"
-    driver = collect_env.get_nvidia_driver_version(collect_env.run)  # type: ignore[no-untyped-call]
+    driver = collect_env.get_nvidia_driver_version(collect_env.run)
     return f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, driver {driver or 'not found'}"
 
 
