@@ -7,9 +7,12 @@
 #   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
 #   make test-cluster     the tests on two nodes of this machine, on Slurm and of the image; root gets what they need from apt
 #   make test-cluster-fast   of these, the fast ones
+#   make test-layers TORCH=2.11.0   the tests of the layers with that version of torch, in an environment of its own
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
 OUT ?= runs/quickstart
+# The version of torch for test-layers
+TORCH ?= 2.11.0
 # Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
 ARGS ?=
 
@@ -20,13 +23,14 @@ ECOSYSTEM := $(VENV)/.installed-ecosystem
 DIST := $(VENV)/.installed-dist
 # Compiled by the installation.
 KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
+LAYERS := $(patsubst %,tests/unit/test_%.py,layers convert functional layer_gradients)
 # Debian's names; without these packages the tests are skipped.
 CLUSTER := buildah debootstrap iproute2 munge procps slurm-client slurmctld slurmd util-linux
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-ecosystem docs dist lint format clean
+.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-layers test-ecosystem docs dist lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -75,6 +79,11 @@ test-cluster: setup
 test-cluster-fast:
 	@$(MAKE) --no-print-directory test-cluster ARGS='-m "not slow" $(ARGS)'
 
+test-layers:
+	$(PYTHON) -m venv $(VENV)-torch$(TORCH)
+	$(VENV)-torch$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==$(TORCH)' hypothesis numpy pytest pytest-timeout -e .
+	OMP_NUM_THREADS=1 $(VENV)-torch$(TORCH)/bin/python -m pytest $(LAYERS) $(ARGS)
+
 test-ecosystem: setup
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem $(ARGS)
@@ -105,6 +114,6 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-torch* .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
 	rm -rf syncbn/kernels/cpu/*.so syncbn/kernels/cpu/.build-* syncbn/kernels/cpu/.operators.lock
 	find configs docs examples launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +
