@@ -3,12 +3,16 @@
 #   make lint     ruff and mypy                          make test-unit  the tests of one process
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
+#   make dist     the sdist and the wheel, checked, in dist
 #   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
 #   make test-cluster     the tests on two nodes of this machine, on Slurm and of the image; root gets what they need from apt
 #   make test-cluster-fast   of these, the fast ones
+#   make test-layers TORCH=2.11.0   the tests of the layers with that version of torch, in an environment of its own
 #   make test-ecosystem   the tests with other frameworks and of the notebook; it installs these first
 PYTHON ?= python3
 OUT ?= runs/quickstart
+# The version of torch for test-layers
+TORCH ?= 2.11.0
 # Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
 ARGS ?=
 
@@ -16,15 +20,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ECOSYSTEM := $(VENV)/.installed-ecosystem
+DIST := $(VENV)/.installed-dist
 # Compiled by the installation.
 KERNELS := $(wildcard $(addprefix syncbn/kernels/cpu/*.,cpp h py))
+LAYERS := $(patsubst %,tests/unit/test_%.py,layers convert functional layer_gradients)
 # Debian's names; without these packages the tests are skipped.
 CLUSTER := buildah debootstrap iproute2 munge procps slurm-client slurmctld slurmd util-linux
 # Two runs of make at once: the second waits, then finds the stamp (without flock they are not kept apart).
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-ecosystem docs lint format clean
+.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-layers test-ecosystem docs dist lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -43,6 +49,11 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 $(ECOSYSTEM): $(STAMP)
 	echo "adding the frameworks of tests/ecosystem (once)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
+	touch $@
+
+$(DIST): $(STAMP)
+	echo "adding what builds and checks the distributions (once)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
 	touch $@
 
 study: setup
@@ -68,6 +79,11 @@ test-cluster: setup
 test-cluster-fast:
 	@$(MAKE) --no-print-directory test-cluster ARGS='-m "not slow" $(ARGS)'
 
+test-layers:
+	$(PYTHON) -m venv $(VENV)-torch$(TORCH)
+	$(VENV)-torch$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==$(TORCH)' hypothesis numpy pytest pytest-timeout -e .
+	OMP_NUM_THREADS=1 $(VENV)-torch$(TORCH)/bin/python -m pytest $(LAYERS) $(ARGS)
+
 test-ecosystem: setup
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(ECOSYSTEM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem $(ARGS)
@@ -75,6 +91,18 @@ test-ecosystem: setup
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 	@echo "the site begins at build/docs/index.html"
+
+# torch brings libgomp: a second copy in the wheel would double the threads. A wheel without kernels has no tag to get.
+dist: setup
+	@$(LOCK) $(MAKE) --silent --no-print-directory $(DIST)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir dist
+	for wheel in dist/*-linux_*.whl; do [ ! -e "$$wheel" ] || { \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist "$$wheel" && rm "$$wheel"; } || exit 1; done
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH="$$PWD" ../../$(BIN)/python ../../examples/ghost.py && PYTHONPATH="$$PWD" ../../$(BIN)/python -m syncbn env
+	@ls -l dist
 
 lint: setup
 	$(BIN)/ruff check .
@@ -86,6 +114,6 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-torch* .venv.lock build dist .mypy_cache .ruff_cache .pytest_cache
 	rm -rf syncbn/kernels/cpu/*.so syncbn/kernels/cpu/.build-* syncbn/kernels/cpu/.operators.lock
 	find configs docs examples launch syncbn tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,14 @@
-"""The command line: a table from each command to its function, its options and its help."""
+"""The command line: a table from each command to its function, its options and its help.
+
+What only reads the words of a command does not import torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,11 +16,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import syncbn
 from syncbn.error_report import report_error
-from syncbn.options import read_options
+from syncbn.options import read_options, run_options
 from syncbn.train.config import (
     ConfigError,
     LocalError,
@@ -27,7 +31,8 @@ from syncbn.train.config import (
     load_config,
     require,
 )
-from syncbn.train.launch import LaunchError, restarts
+from syncbn.train.launch_error import LaunchError
+from syncbn.train.launcher_variables import restarts
 from syncbn.train.lifeline import end_with_parent
 
 
@@ -103,13 +108,17 @@ def _run(words: list[str]) -> int:
     except LaunchError as error:
         report_error(str(error))
         return 2 if error.mistake else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"syncbn: {str(interrupt) or 'stopped by Ctrl-C'}", file=sys.stderr)
         return 130
 
 
 def _parse(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments for a command's function."""
     command = COMMANDS[name]
+    if not (words or command.options or command.takes_run):
+        return {}  # without the parser, which may not be installed
     given = read_options(name, command.help, command.options, words, command.takes_run)
     values: dict[str, Any] = {}
     for option, details in command.options.items():
@@ -185,12 +194,24 @@ def _train(run: RunConfig, out: Path | None, resume: bool, trackers: list[str], 
         if first:
             print(f"syncbn: {error}", file=sys.stderr)
         return STOPPED
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; {_how_to_resume(out, trackers)}") from None
     if first:
         metric = result.metric
         score = "diverged" if result.test is None else f"test {metric.name} {metric.shown(result.score)}"
         speed = f"{result.samples_per_second:.0f} samples/s on {result.processes} process(es)"
         print(f"{score} after {result.steps} steps, {speed}; everything is in {out}")
     return 0
+
+
+def _how_to_resume(out: Path, trackers: Sequence[str]) -> str:
+    if not (out / "config.yaml").is_file():
+        return "the run had not begun"
+    if "RANK" in os.environ:
+        return "to go on from the last checkpoint, add --resume to the command"
+    words = ["syncbn", "train", "--resume", "--out", str(out)]
+    words += ["--trackers", f"[{','.join(trackers)}]"] * bool(trackers)
+    return f"to go on from the last checkpoint: {shlex.join(words)}"
 
 
 def _parity(run: RunConfig, processes: str, steps: int) -> int:
@@ -221,6 +242,25 @@ def _study(function: Callable[[Any], Callable[..., int]]) -> Callable[..., int]:
         return function(commands)(**options)
 
     return call
+
+
+def _env() -> int:
+    from syncbn.bug_report import lines
+
+    for line in lines():
+        print(line, flush=True)
+    return 0
+
+
+def _completion(shell: str) -> int:
+    from syncbn.completion import completion_script
+
+    commands = {
+        name: (command.help, {**command.options, **(run_options() if command.takes_run else {})})
+        for name, command in COMMANDS.items()
+    }
+    print(completion_script(shell, commands))
+    return 0
 
 
 def _bench(words: Sequence[str]) -> int:
@@ -327,4 +367,10 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "bench": Command(_bench, "Time the layers beside their peers."),
+    "env": Command(_env, "Print what a bug report needs: versions, processor, kernels, GPUs, variables."),
+    "completion": Command(
+        _completion,
+        "Print the script with which a shell completes commands and options (pip install 'syncbn[completion]').",
+        {"shell": {"type": Literal["bash", "zsh"], "help": "Of which shell."}},
+    ),
 }

@@ -76,6 +76,12 @@ def read_options(
         raise ConfigError(wrong, given[wrong], described_type(_hint(wrong, hints))) from error
 
 
+def run_options() -> dict[str, Details]:
+    """The options of a command that takes a run: ``--config``, ``--print-config`` and every key."""
+    keys = {f"--{key}": hint for key, hint in _hints(RunConfig).items() if not is_dataclass(hint)}
+    return {**_RUN_OPTIONS, **{option: {"type": hint, "help": described_type(hint)} for option, hint in keys.items()}}
+
+
 def _check_section(key: str, text: str | None, kind: type, parse: Callable[[str], Any]) -> None:
     """Check the keys of a section that is given as a whole: the parser would name no key."""
     try:

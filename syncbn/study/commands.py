@@ -39,7 +39,8 @@ from syncbn.study.run.status import Outcome, left_over, seconds_left, study_outc
 from syncbn.study.stages import left_words, recorded_stages, run_stages, stages
 from syncbn.study.user_code import changed_note, user_code
 from syncbn.train.config import ConfigError, require
-from syncbn.train.launch import LaunchError, placement
+from syncbn.train.launch import placement
+from syncbn.train.launch_error import LaunchError
 from syncbn.train.result import RunResult
 from syncbn.train.stopping import STOPPED, leave_mark
 
@@ -124,24 +125,24 @@ def run_study(
                 cells, outcomes = run_stages(study, out, run)
             code = _ended(study, cells, outcomes, (config, out), time.monotonic() - started)
     except StudyStopped as error:
-        return _stopped(study, (config, out), str(error))
+        leave_mark()
+        if placement().rank == 0:
+            print(f"syncbn: {_left_off(study, (config, out), str(error))}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left_off(study, (config, out), "Ctrl-C")) from None
     trials, cells = recorded_stages(study, out)
     _warn_of_steps([*trials, *cells], read_records(out), warned)
     return code
 
 
-def _stopped(study: Study, place: tuple[str, Path], cause: str) -> int:
-    """Say that a signal has stopped the study, which goes on when it is run again; returns the exit code."""
-    leave_mark()
-    config, out = place
-    if placement().rank == 0:
-        trials, cells = recorded_stages(study, out)
-        runs = unique_cells([*trials, *cells])
-        records = read_records(out)
-        done = sum(cell.key in records for cell in runs)
-        words = f"stopped by {cause} with {done} of {len(runs)} runs done; to go on: {_again(config, out)}"
-        print(f"syncbn: {words}", file=sys.stderr)
-    return STOPPED
+def _left_off(study: Study, place: tuple[str, Path], cause: str) -> str:
+    """What has stopped the study, how far it has come, and the command that goes on with it."""
+    trials, cells = recorded_stages(study, place[1])
+    runs = unique_cells([*trials, *cells])
+    records = read_records(place[1])
+    done = sum(cell.key in records for cell in runs)
+    return f"stopped by {cause} with {done} of {len(runs)} runs done; to go on: {_again(*place)}"
 
 
 def _ended(

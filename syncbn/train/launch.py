@@ -22,7 +22,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from syncbn.train.config import RunConfig, require
-from syncbn.train.launcher_variables import meeting_point, rank_and_processes
+from syncbn.train.launch_error import LaunchError
+from syncbn.train.launcher_variables import meeting_point, rank_and_processes, restarts
 from syncbn.train.lifeline import PARENT
 from syncbn.train.logical_gpus import Placement
 from syncbn.train.trackers import check_trackers, ending_trackers
@@ -33,18 +34,6 @@ MEETING_SECONDS = 300.0
 
 ONE_NODE = ("--standalone", "--local-addr", "localhost")
 """torchrun's options. By default the processes meet at the machine's own name, which some containers cannot look up."""
-
-
-class LaunchError(RuntimeError):
-    """The processes failed. The message is what they reported, or ends with their last output.
-
-    Attributes:
-        mistake: whether it is a mistake of the user's, and not of the machine, such as a full disk.
-    """
-
-    def __init__(self, message: str, mistake: bool = False) -> None:
-        super().__init__(message)
-        self.mistake = mistake
 
 
 def launch(
@@ -186,11 +175,6 @@ def _use_cpu(config: RunConfig) -> bool:
     expected = "bf16, fp32 or fp64 on a CPU (fp16 needs CUDA's loss scaling)"
     require(not cpu or config.precision != "fp16", "precision", "fp16", expected)
     return cpu
-
-
-def restarts() -> int:
-    """How many times torchrun has started the processes again, after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def placement() -> Placement:

@@ -29,3 +29,8 @@ def meeting_point() -> str:
     expected = "an environment variable with a free port on the host of rank 0, from 1 to 65535"
     require(port is not None and port.isdecimal() and 0 < int(port) < 2**16, "MASTER_PORT", port, expected)
     return f"{host}:{port}"
+
+
+def restarts() -> int:
+    """How many times torchrun has started the processes again, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

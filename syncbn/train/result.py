@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROUNDING = 1e-3
 """How far a fraction may lie beyond 0 and 1: the rounding of half precision, in which a user may have computed it."""
@@ -195,6 +196,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What may influence the numbers: versions, device, threads, git commit of the code."""
+    import torch  # not above: the command line reads options and results without it
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     found = {"python": platform.python_version(), "device": name, "threads": str(torch.get_num_threads())}
     for package in ("syncbn", "torch", "torchvision", "timm", "accelerate"):

@@ -20,7 +20,7 @@ from syncbn.study.run import submit
 from syncbn.study.run.records import read_records
 from syncbn.study.run.runner import run_cells
 from syncbn.train.config import ConfigError
-from syncbn.train.launch import LaunchError
+from syncbn.train.launch_error import LaunchError
 from syncbn.train.loop import train
 from tests.unit import study_fakes
 

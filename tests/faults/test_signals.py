@@ -218,6 +218,9 @@ def test_a_signal_that_ends_a_run_at_once(config, tmp_path, how, code):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
+    said = f"syncbn: stopped by Ctrl-C; to go on from the last checkpoint: syncbn train --resume --out {out}\n"
+    assert errors.endswith(said) == (how == signal.SIGINT)
+    assert "Traceback" not in errors
     assert not (out / "result.json").exists()
     train(load_config(config), out, resume=True)
     check_whole(config, out)

@@ -8,6 +8,7 @@ import graphlib
 import importlib.metadata
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
     pins = constraints()
     wrong = [
         f"{requirement}: pinned {pins.get(canonicalize_name(requirement.name))}"
-        for extra in ("dev", "ecosystem")
+        for extra in ("dev", "dist", "ecosystem")
         for requirement in requirements(extra)
         if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
     ]
@@ -233,6 +234,23 @@ def test_every_config_is_valid_yaml() -> None:
     for path in files:
         assert path.suffix == ".yaml", f"{relative(path)}: only .yaml files belong here"
         assert isinstance(yaml.safe_load(path.read_text()), dict), relative(path)
+
+
+@pytest.mark.parametrize("source", [None, "https://example.org/syncbn"])
+def test_the_page_of_a_package_index_has_no_dead_links(source: str | None) -> None:
+    pytest.importorskip("hatchling", reason="the page is written by a hook of hatchling")
+    hooks = runpy.run_path(str(ROOT / "hatch_build.py"))
+    metadata = {"urls": {"Source": source}} if source else {}
+    hooks["IndexPage"](str(ROOT), {}).update(metadata)
+    text = metadata["readme"]["text"]
+    assert not hooks["LINK"].search(text)
+    links = re.findall(r"\]\((\S+?)\)", text)
+    assert bool(links) == bool(source)
+    for link in links:
+        path = re.fullmatch(rf"{source}/(raw|blob)/HEAD/(.+)", link)
+        assert path is not None, link
+        assert (ROOT / path[2]).exists(), link
+    assert ("*Figure: Test error of five" in text) == (source is None)
 
 
 # -- imports -----------------------------------------------------------------------------------------------------------

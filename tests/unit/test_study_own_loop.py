@@ -273,7 +273,7 @@ def test_only_what_was_returned_is_a_result(tmp_path):
 
 
 def test_a_mistake_in_one_of_several_processes(tmp_path, launched):
-    from syncbn.train.launch import LaunchError
+    from syncbn.train.launch_error import LaunchError
 
     with pytest.raises(LaunchError, match="the function raised RuntimeError: no luck today"):
         loop("own_loops:raises", processes=2)(config(), tmp_path)

@@ -11,7 +11,7 @@ from syncbn.study import commands
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.run import parity
 from syncbn.study.run.parity import check_parity
-from syncbn.train.launch import LaunchError
+from syncbn.train.launch_error import LaunchError
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from syncbn.study.run.logs import error_line, note_begin, note_failure, output_t
 from syncbn.study.run.records import Record, Records
 from syncbn.train.checkpoint import try_lock
 from syncbn.train.config import ConfigError, LocalError
-from syncbn.train.launch import LaunchError
+from syncbn.train.launch_error import LaunchError
 from syncbn.train.result import RunResult
 from syncbn.train.stopping import Stopped
 from syncbn.train.stored import IncompleteFile

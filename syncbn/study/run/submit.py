@@ -19,7 +19,7 @@ from syncbn.study.run.logs import note_failure, output_to
 from syncbn.study.run.pool import use_threads
 from syncbn.study.run.records import Records
 from syncbn.train.config import ConfigError
-from syncbn.train.launch import LaunchError
+from syncbn.train.launch_error import LaunchError
 
 POLL_SECONDS = {"slurm": 5.0, "local": 0.5}
 """Time between two looks at the jobs' results."""
