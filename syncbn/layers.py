@@ -206,11 +206,10 @@ class SmallBatchNorm(_BatchNorm):
                 no variance, or a weight is too small for ``save="output"``.
 
         Example:
-            >>> import syncbn
-            >>> layer = syncbn.SyncBatchNorm(3)
-            >>> x, mask = torch.randn(2, 3, 5), torch.tensor([5, 2])[:, None] > torch.arange(5)
-            >>> layer(x, mask=mask)[1, 0, 2:]
-            tensor([0., 0., 0.], grad_fn=<SliceBackward0>)
+            >>> layer, x = SyncBatchNorm(3), torch.randn(2, 3, 5)
+            >>> mask = torch.arange(5) < torch.tensor([[5], [2]])  # a sequence of 5 steps, and one of 2 with padding
+            >>> layer(x, mask=mask)[1, 0, 2:].detach()
+            tensor([0., 0., 0.])
         """
         if has_torch_function_unary(input) and not torch.compiler.is_compiling():
             if isinstance(input, torch.fx.Proxy):
@@ -453,7 +452,7 @@ class SyncBatchNorm(SmallBatchNorm):
     there is :func:`syncbn.convert`. Inputs are (N, C) or (N, C, *)
     on any device, and N may differ between ranks or be zero. Without an initialized process group it is
     :class:`torch.nn.BatchNorm2d`. ``eval()`` uses the running statistics and never communicates. Second derivatives
-    across ranks and ``torch.compile(fullgraph=True)`` work.
+    across ranks and ``torch.compile(fullgraph=True)`` work. The ``mask`` of :meth:`forward` leaves out padding.
 
     Args:
         num_features: number of channels C.
