@@ -14,7 +14,7 @@ from syncbn.functional.epilogue import NO_EPILOGUE, Epilogue, activation_grad, i
 from syncbn.functional.finish import Statistics
 from syncbn.functional.normalize import Affine, normalize, scale_and_shift
 from syncbn.functional.running import Running
-from syncbn.functional.statistics import Groups, compute_dtype, group_counts, group_sums, moments
+from syncbn.functional.statistics import Groups, compute_dtype, group_counts, moments
 from syncbn.kernels.dispatch import pick, whole
 from syncbn.lockstep import Reduction
 from syncbn.recompute import Kept, is_taped, keep, recall
@@ -39,6 +39,8 @@ class Rule(NamedTuple):
     """Called with the batch's count (G, 1), mean and biased variance (G, C)."""
     layer: str | None = None
     """The layer's name for :mod:`syncbn.lockstep`; None in a compiled graph."""
+    filling: Tensor | None = None
+    """Of a masked input, the sums of :func:`syncbn.functional.masked.fill`, which are no part of the statistics."""
 
 
 def batch_norm(
@@ -51,7 +53,8 @@ def batch_norm(
     if is_differentiated_forward():
         return _composed(x, weight, bias, running, epilogue, rule)
     taped = is_taped()
-    if rule.group_name is None and rule.check_count is None and rule.observer is None and not taped:
+    alone = rule.group_name is None and rule.check_count is None and rule.observer is None and rule.filling is None
+    if alone and not taped:
         function = whole(x)
         if function is not None:
             done = function(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
@@ -86,12 +89,19 @@ def _asks(weight: Tensor | None, bias: Tensor | None, rule: Rule) -> bool:
     return rule.group_name is not None and torch.is_grad_enabled() and not trained
 
 
+def _valid_sums(x: Tensor, rule: Rule, *, differentiable: bool) -> Tensor:
+    """The :func:`group_sums` of this process's elements that count."""
+    sums = pick(x, differentiable=differentiable).group_sums(x, rule.groups)
+    return sums if rule.filling is None else sums - rule.filling
+
+
 def _learn(x: Tensor, running: Running | None, rule: Rule, asks: bool = False) -> Kept:
     """The statistics of each group over all processes, and the update of the running ones. One collective.
 
-    With ``asks``, see :func:`_asks`, also whether this empty batch has to take part in the others' backward pass.
+    With ``asks``, see :func:`_asks`, also whether this batch without history, which is empty or may have no valid
+    element, has to take part in the others' backward pass.
     """
-    sums = pick(x, differentiable=False).group_sums(x, rule.groups)
+    sums = _valid_sums(x, rule, differentiable=False)
     shape = sums.shape
     if asks:
         sums = torch.cat((sums.flatten(), sums.new_full((1,), float(x.requires_grad))))
@@ -99,7 +109,8 @@ def _learn(x: Tensor, running: Running | None, rule: Rule, asks: bool = False) -
     sums = all_reduce_sum(sums, rule.group_name, reduction)
     joins = False
     if asks:
-        if x.numel() == 0 and not x.requires_grad and not torch.compiler.is_compiling():
+        may_be_empty = x.numel() == 0 or rule.filling is not None
+        if may_be_empty and not x.requires_grad and not torch.compiler.is_compiling():
             joins = bool(sums[-1] > 0)
         sums = sums[:-1].view(shape)
     if rule.check_count is not None:
@@ -122,7 +133,7 @@ def _composed(
         # No tangent may come to the running statistics: no_grad is neither heeded by forward mode nor traced.
         constant = forward_ad.unpack_dual(x).primal if in_forward_ad() and not has_transforms() else x
         statistics, _ = _learn(constant.detach(), running, rule)
-    _, mean, var = moments(all_reduce_sum(group_sums(x, rule.groups), rule.group_name))
+    _, mean, var = moments(all_reduce_sum(_valid_sums(x, rule, differentiable=True), rule.group_name))
     scale, shift = scale_and_shift(weight, bias, statistics.r, statistics.d, rule.groups.number)
     affine = Affine(mean, torch.rsqrt(var + rule.eps), scale, shift)
     return normalize(x, affine, rule.groups, epilogue)
@@ -173,7 +184,8 @@ class SyncedNorm(torch.autograd.Function):
         y = pick(x, differentiable=False).normalize(x, affine, rule.groups, epilogue)
         count, mean, invstd, r, d, _ = statistics
         corrections = None if r is None or d is None else torch.stack((r, d)).to(compute_dtype(x))
-        kept = torch.stack((mean, invstd)), corrections, None if rule.group_name is None else count
+        known = rule.group_name is None and rule.filling is None
+        kept = torch.stack((mean, invstd)), corrections, None if known else count, rule.filling
         ctx.bias_dtype = None if bias is None else bias.dtype
         if activation.activation is None:
             residual = None
@@ -181,7 +193,8 @@ class SyncedNorm(torch.autograd.Function):
         index = rule.groups.index
         if index is not None or rule.check_count is not None or rule.observer is not None:
             # The graph must not keep what the functions refer to: the layer and its input.
-            rule = rule._replace(groups=Groups(None, rule.groups.number), check_count=None, observer=None)
+            groups = Groups(None, rule.groups.number)
+            rule = rule._replace(groups=groups, check_count=None, observer=None, filling=None)
         ctx.activation, ctx.rule = activation, rule
         # The operator of the CPU saves the same without the count: activation checkpointing may repeat the forward pass
         # of one by the other.
@@ -204,7 +217,7 @@ def _gradients(
     saved: Sequence[Tensor | None],
 ) -> Gradients:
     """The backward pass of :class:`SyncedNorm`, from the tensors that its forward pass saved."""
-    x_or_y, weight, bias, residual, index, kept, corrections, count = saved
+    x_or_y, weight, bias, residual, index, kept, corrections, count, filling = saved
     assert x_or_y is not None, "always saved"
     assert kept is not None, "always saved"
     groups = Groups(index, rule.groups.number)
@@ -218,7 +231,8 @@ def _gradients(
     if recorded:
         if rule.save_output:
             raise RuntimeError("a second derivative needs the layer's input, which save='output' does not keep")
-        _, mean, var = moments(all_reduce_sum(group_sums(x_or_y, groups), rule.group_name))
+        rule = rule._replace(groups=groups, filling=filling)
+        _, mean, var = moments(all_reduce_sum(_valid_sums(x_or_y, rule, differentiable=True), rule.group_name))
         invstd = torch.rsqrt(var + rule.eps)
     scale, shift = scale_and_shift(weight, bias, r, d, groups.number)
     kernels = pick(x_or_y, differentiable=recorded)
@@ -284,5 +298,5 @@ def _composed_backward(
     """The backward pass of the CPU's operator where it is recorded (``create_graph=True``) or has the output alone."""
     number, activation, negative_slope, eps, save_output, bias_dtype, needs = rest
     rule = Rule(eps, Groups(None, number), save_output=save_output)
-    saved = (x_or_y, weight, bias, residual, index, kept, corrections if corrections.numel() else None, None)
+    saved = (x_or_y, weight, bias, residual, index, kept, corrections if corrections.numel() else None, None, None)
     return _gradients(rule, Epilogue(None, activation, negative_slope), bias_dtype, needs, grad_output, saved)

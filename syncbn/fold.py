@@ -87,7 +87,7 @@ def _layers_before(model: nn.Module, norms: dict[str, _BatchNorm]) -> dict[str, 
         elif norms[node.target].running_mean is None:
             refused.append(f"{node.target} has no running statistics")
         elif len(node.args) + len(node.kwargs) > 1:
-            refused.append(f"{node.target} takes a residual")
+            refused.append(f"{node.target} takes a residual or a mask")
         elif source.op != "call_module" or not _takes(model.get_submodule(source.target), norms[node.target]):
             refused.append(f"{node.target} follows no convolution or linear layer of its size")
         elif calls[source.target] > 1 or len(source.users) > 1:

@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
 from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName, Epilogue, activate
+from syncbn.functional.masked import fill, zero_invalid
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
@@ -188,41 +189,57 @@ class SmallBatchNorm(_BatchNorm):
 
     # -- the data path -------------------------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input`` (N, C) or (N, C, *); the output has its shape, dtype and memory format.
 
         Args:
             input: (N, C) or (N, C, *).
             residual: added to the normalized values before the activation; shape, dtype and device of ``input``.
+            mask: bool, True where ``input`` is valid in all channels, (N, *) or (N, 1, *) on its device; dimensions
+                after the first may be 1. Count, mean, variance and running statistics are those of the valid elements.
+                What ``input`` and ``residual`` have elsewhere changes nothing and gets no gradient, and the output is 0
+                there. None: all are valid.
 
         Raises:
-            ValueError: the input has the wrong number of dimensions or channels, the residual does not fit it, the
-                ghost groups leave a remainder, a group has one value per channel over all processes, which has no
-                variance, or a weight is too small for ``save="output"``.
+            ValueError: the input has the wrong number of dimensions or channels, the residual or the mask does not fit
+                it, the ghost groups leave a remainder, a group has one value per channel over all processes, which has
+                no variance, or a weight is too small for ``save="output"``.
+
+        Example:
+            >>> layer, x = SyncBatchNorm(3), torch.randn(2, 3, 5)
+            >>> mask = torch.arange(5) < torch.tensor([[5], [2]])  # a sequence of 5 steps, and one of 2 with padding
+            >>> layer(x, mask=mask)[1, 0, 2:].detach()
+            tensor([0., 0., 0.])
         """
         if has_torch_function_unary(input) and not torch.compiler.is_compiling():
             if isinstance(input, torch.fx.Proxy):
-                return self._traced(input, residual)
-            output: Tensor = handle_torch_function(_forward_of_subclass, (input,), self, input, residual)
+                return self._traced(input, residual, mask)
+            output: Tensor = handle_torch_function(_forward_of_subclass, (input,), self, input, residual, mask)
             return output
         self._check_input_dim(input)
         if residual is not None:
             self._check_residual(input, residual)
+        if mask is not None:
+            mask = self._full_mask(input, mask)
+            residual = None if residual is None else zero_invalid(residual, mask)
         if self.training or self.running_mean is None:
-            output = self._normalize_by_batch(input, residual)
+            output = self._normalize_by_batch(input, residual, mask)
         else:
-            output = self._normalize_by_running(input)
+            output = self._normalize_by_running(input if mask is None else zero_invalid(input, mask))
             if residual is not None:
                 output = output + residual
             output = activate(output, Epilogue(None, self.activation, self.negative_slope))
+        if mask is not None:
+            output = zero_invalid(output, mask)
         return output if self.after is None else self.after(self, output)
 
-    def _traced(self, input: Any, residual: Any) -> Any:
+    def _traced(self, input: Any, residual: Any, mask: Any) -> Any:
         """The call of this layer in a graph of torch.fx, in which it is one node, as torch's own layers are."""
         path = input.tracer.path_of_module(self)
         if not path:
             raise ValueError(f"{self._name()} cannot be traced by itself; trace a model that contains it")
-        return input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
+        args = (input,) if residual is None else (input, residual)
+        return input.tracer.create_proxy("call_module", path, args, {} if mask is None else {"mask": mask})
 
     def _check_residual(self, x: Tensor, residual: Tensor) -> None:
         if self.save == "output":
@@ -231,6 +248,19 @@ class SmallBatchNorm(_BatchNorm):
             got = f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}"
             wanted = f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device})"
             self._fail(x, f"{wanted}, got {got}")
+
+    def _full_mask(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The mask as (N, 1, *)."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device != x.device:
+            got = f"{mask.dtype} on {mask.device}" if isinstance(mask, Tensor) else repr(mask)
+            self._fail(x, f"the mask must be a tensor of torch.bool on {x.device}, True where x is valid, got {got}")
+        full = (x.shape[0], 1, *x.shape[2:])
+        given = mask.unsqueeze(1) if mask.dim() == x.dim() - 1 else mask
+        fits = given.dim() == x.dim() and given.shape[:2] == full[:2]
+        if not fits or any(size not in (1, whole) for size, whole in zip(given.shape[2:], full[2:], strict=True)):
+            wanted = f"{(x.shape[0], *x.shape[2:])} or {full}, or 1 in place of a size after the first"
+            self._fail(x, f"the mask must have the shape {wanted}, got {tuple(mask.shape)}")
+        return given.expand(full).contiguous()  # the output's memory format would follow that of a transposed mask
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         if self.num_features == 0:  # torch looks at channel 0 of an empty input
@@ -242,7 +272,7 @@ class SmallBatchNorm(_BatchNorm):
         )
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
-    def _normalize_by_batch(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize_by_batch(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if type(x) not in PLAIN_TYPES and hasattr(x, "to_local"):
             self._fail(x, "a DTensor has no statistics here; give the layer x.to_local(), with sync over its ranks")
         # Evaluation without running statistics uses those of the batch on this process, and never communicates.
@@ -253,6 +283,11 @@ class SmallBatchNorm(_BatchNorm):
             index, number, divisor, smallest = self._groups(x, group_name)
             groups = ONE_GROUP if index is None and number == 1 else Groups(index, number)
             has_variance = smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
+        filling, wait = None, True
+        if mask is not None:
+            x, filling = fill(x, mask, groups)
+            # On CUDA the count of valid elements is known to the device alone, and the host must not wait in each step.
+            has_variance, wait = False, not x.is_cuda
         try:  # attribute access takes ten times as long
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # a parametrization, which may return other values the second time
@@ -264,11 +299,12 @@ class SmallBatchNorm(_BatchNorm):
             groups,
             group_name,
             self.save == "output",
-            None if has_variance else functools.partial(self._check_count, x),
+            None if has_variance else functools.partial(self._check_count, x, wait),
             # The repetition of a forward pass has nothing new to show.
             None if self.observer is None or is_repeated() else functools.partial(self.observer, self),
             # A compiled graph that knew the name could not serve the blocks of a model that are alike.
             None if group_name is None or torch.compiler.is_compiling() else self._name(),
+            filling,
         )
         if not self.eps > 0:
             self._fail(x, f"eps must be positive in training, got {self.eps!r}")
@@ -340,16 +376,17 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(x, f"{filled} ghost groups, but the ranks have agreed on {number}; {remedy}")
         return number
 
-    def _check_count(self, x: Tensor, counts: Tensor) -> None:
+    def _check_count(self, x: Tensor, wait: bool, counts: Tensor) -> None:
         """Raise unless each group (counts are (G,), over all processes) has a variance.
 
         All ranks raise or none does: the ranks that skip this check know from their shapes that no total is 1.
+        ``wait`` is that of :meth:`_require`.
         """
         problem = (
             "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
             "batch, more processes in the group, or eval mode with running statistics"
         )
-        self._require(x, (counts != 1).all(), problem, BatchError)
+        self._require(x, (counts != 1).all(), problem, BatchError, wait)
 
     def _check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         least = 1.0 if bias is None else bias.detach().abs().clamp(min=1.0)
@@ -368,9 +405,12 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(x, problem, error)
 
 
-def _forward_of_subclass(layer: SmallBatchNorm, input: Tensor, residual: Tensor | None) -> Tensor:
+def _forward_of_subclass(layer: SmallBatchNorm, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     """The forward pass for a subclass of Tensor, called by its ``__torch_function__``, which converts the output."""
-    output: Tensor = SmallBatchNorm.forward(layer, _plain(input), None if residual is None else _plain(residual))
+    if input.is_nested:
+        layer._fail(input, "a nested tensor has no channels in dimension 1; give the layer its rows, x.values()")
+    residual, mask = (_plain(t) if isinstance(t, Tensor) else t for t in (residual, mask))
+    output: Tensor = SmallBatchNorm.forward(layer, _plain(input), residual, mask=mask)
     return output
 
 
@@ -412,7 +452,7 @@ class SyncBatchNorm(SmallBatchNorm):
     there is :func:`syncbn.convert`. Inputs are (N, C) or (N, C, *)
     on any device, and N may differ between ranks or be zero. Without an initialized process group it is
     :class:`torch.nn.BatchNorm2d`. ``eval()`` uses the running statistics and never communicates. Second derivatives
-    across ranks and ``torch.compile(fullgraph=True)`` work.
+    across ranks and ``torch.compile(fullgraph=True)`` work. The ``mask`` of :meth:`forward` leaves out padding.
 
     Args:
         num_features: number of channels C.

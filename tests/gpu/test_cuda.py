@@ -49,9 +49,9 @@ def sample(shape, seed, dtype=torch.float32, loc=0.0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) + loc).to(dtype)
 
 
-def true_step(layer, x, dy):
+def true_step(layer, x, dy, **more):
     with twins():
-        return step(layer, x, dy)
+        return step(layer, x, dy, **more)
 
 
 def make_pair(make, c, dtype=torch.float32):
@@ -64,9 +64,9 @@ def make_pair(make, c, dtype=torch.float32):
     return layer, truth
 
 
-def step(layer, x, dy):
+def step(layer, x, dy, **more):
     x = x.detach().requires_grad_()
-    y = layer(x)
+    y = layer(x, **more)
     return y.detach(), *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)
 
 
@@ -118,6 +118,32 @@ def test_against_float64_on_the_cpu(make, shape, channels_last, dtype):
         torch.testing.assert_close(getattr(layer, name).cpu().to(buffer.dtype), buffer, rtol=1e-6, atol=1e-6)
     layer.eval(), truth.eval()
     check(step(layer, given, dy.to(DEVICE)), true_step(truth, x.double(), dy.double()), dtype)
+
+
+def valid_places(shape):
+    """A mask with a sample of padding alone."""
+    mask = sample((shape[0], *shape[2:]), 20) < 0.3
+    mask[5] = False
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "channels_last"), [((8, 6, 17), False), ((8, 7, 9, 11), True)], ids=str)
+@each_layer
+def test_masked_input(make, shape, channels_last, dtype):
+    layer, truth = make_pair(make, shape[1])
+    x, dy, mask = sample(shape, 0, dtype, loc=5.0), sample(shape, 1, dtype), valid_places(shape)
+    given = torch.where(mask[:, None], x, float("nan")).to(DEVICE)
+    if channels_last:
+        given = given.contiguous(memory_format=torch.channels_last)
+    for mode in ("train", "eval"):
+        getattr(layer, mode)(), getattr(truth, mode)()
+        found = step(layer, given, dy.to(DEVICE), mask=mask.to(DEVICE))
+        check(found, true_step(truth, x.double(), dy.double(), mask=mask), dtype, make is inverted)
+        assert found[0].stride() == given.stride()
+    for name, buffer in truth.named_buffers():
+        # The statistics are exact, the buffers float32.
+        torch.testing.assert_close(getattr(layer, name).cpu().to(buffer.dtype), buffer, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(64, 5), (8, 5, 40, 40)], ids=str)
@@ -278,6 +304,18 @@ def test_no_host_synchronization(make, dtype, training):
         for _ in range(2):
             layer(x).backward(dy)
     assert layer.num_batches_tracked > 0 or not training
+
+
+@only_on_cuda
+@each_layer
+def test_no_host_synchronization_with_a_mask(make):
+    layer, mask = make(6, device=DEVICE), valid_places((8, 6, 5, 5)).to(DEVICE)
+    x, dy = (sample((8, 6, 5, 5), seed).to(DEVICE) for seed in range(2))
+    x.requires_grad_()
+    layer(x, mask=mask).backward(dy)  # what is loaded or allocated once may wait
+    with no_synchronization():
+        layer(x, mask=mask).backward(dy)
+    assert layer.num_batches_tracked > 0
 
 
 @only_on_cuda

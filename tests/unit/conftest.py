@@ -27,6 +27,7 @@ SLOW = {
     "test_layer_epilogue.py::test_compiled_in_one_graph": "torch.compile takes seconds",
     "test_layer_gradients.py": "second derivatives are compared number by number",
     "test_layer_shortcuts.py": "it has large inputs, for every layer and memory format",
+    "test_mask.py::test_compiled_in_one_graph_for_any_mask": "torch.compile takes seconds",
     "test_models.py::test_torchvision_model_of_grey_images_keeps_its_architecture": "it builds whole models",
     "test_models.py::test_torchvision_models_give_one_output": "it runs whole models of torchvision",
     "test_moving_average.py": "it trains networks",

@@ -11,6 +11,7 @@ import pytest
 import syncbn
 
 PUBLIC = {f"syncbn.{name}": getattr(syncbn, name) for name in syncbn.__all__ if name != "__version__"}
+PUBLIC["syncbn.SyncBatchNorm.forward"] = syncbn.SyncBatchNorm.forward
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.renorm = syncbn.BatchRenorm(features, momentum=None, sync=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        normalized: Tensor = self.norm.forward(x, residual=x)
+        normalized: Tensor = self.norm.forward(x, residual=x, mask=x[:, 0] > 0)
         statistics: Tensor | None = self.norm.running_mean
         return normalized if statistics is None else normalized + statistics.view(1, -1)
 
