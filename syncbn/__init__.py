@@ -4,7 +4,9 @@ from syncbn.accumulation import accumulate_statistics
 from syncbn.agreement import verify_ranks
 from syncbn.convert import convert, revert
 from syncbn.convert_layer import register_batchnorm
+from syncbn.domains import domain, domains
 from syncbn.fold import fold
+from syncbn.freeze import freeze, unfreeze
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 from syncbn.population import reconcile, update_population_statistics
 from syncbn.recompute import checkpoint_contexts
@@ -21,11 +23,15 @@ __all__ = [
     "accumulate_statistics",
     "checkpoint_contexts",
     "convert",
+    "domain",
+    "domains",
     "fold",
+    "freeze",
     "reconcile",
     "register_batchnorm",
     "revert",
     "uneven",
+    "unfreeze",
     "update_population_statistics",
     "verify_ranks",
     "watchdog",

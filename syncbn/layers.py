@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
+from syncbn.domain_statistics import BUFFERS, DomainStatistics, add_missing_domains, kept_wide
 from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName, Epilogue, activate
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
@@ -24,7 +25,6 @@ from syncbn.torch_internals import PLAIN_TYPES, assert_async, has_transforms, ru
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 MIN_WEIGHT = 1 / 128
 """With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
@@ -45,6 +45,15 @@ class SampleGroups(NamedTuple):
     """Divides the sum over groups in the running statistics. None is the number of groups that have samples."""
     smallest: int = 0
     """Fewest samples in any non-empty group, over all ranks that share statistics. 0: unknown, read from the device."""
+
+
+class Frozen(NamedTuple):
+    """What :func:`syncbn.unfreeze` restores."""
+
+    training: bool
+    """The mode that the last ``train()`` or ``eval()`` asked for."""
+    parameters: tuple[str, ...]
+    """Names of the parameters that no longer need gradients."""
 
 
 class BatchError(ValueError):
@@ -77,6 +86,13 @@ class SmallBatchNorm(_BatchNorm):
     observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None
     """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C). While it is set, the
     running statistics stay as they are. See :mod:`syncbn.population`."""
+    frozen: Frozen | None = None
+    """See :func:`syncbn.freeze`. A frozen layer is in evaluation mode."""
+    default_domain: str | None = None
+    """The domain whose statistics are the layer's own buffers. None without :func:`syncbn.domains`."""
+    domain: DomainStatistics | None = None
+    """What the layer uses in place of its own statistics. None is the default domain. A reference to the module itself
+    and not its name, so that one compiled graph serves all domains but the default."""
     num_nonfinite_batches: Tensor
     """() int64: number of batches left out of the running statistics because theirs were not finite. It is no buffer,
     so that a layer has the buffers of torch's, and is not saved. Transforms of torch.func do not count."""
@@ -114,15 +130,35 @@ class SmallBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # The ranks agree on this number in each training, so a copy or a saved layer must not have it.
-        return {**vars(self), "_agreed_groups": None}
+        return {**{name: value for name, value in vars(self).items() if name != "domain"}, "_agreed_groups": None}
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen is not None:
+            self.frozen, self.training = self.frozen._replace(training=mode), False
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.default_domain is not None:
+            add_missing_domains(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_running_stats(self) -> None:
-        super().reset_running_stats()
+        if self.frozen is not None:  # torch.optim.swa_utils.update_bn resets all layers, those in evaluation mode too
+            return
+        if self.domain is None:
+            super().reset_running_stats()
+        else:
+            self.domain.reset_running_stats()
+        self._reset_counter()
+
+    def _reset_counter(self) -> None:
         if "num_nonfinite_batches" in vars(self):
             self.num_nonfinite_batches.zero_()
 
     def reset_parameters(self) -> None:
-        self.reset_running_stats()
+        super().reset_running_stats()  # of a frozen layer too: on a new device its memory may hold anything
+        self._reset_counter()
         if self.affine:
             torch.nn.init.ones_(self.weight)
             if self.bias is not None:
@@ -134,13 +170,8 @@ class SmallBatchNorm(_BatchNorm):
         raise ValueError(f"{self._name()} cannot be scripted: {remedy}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `module.half()` must not narrow the running statistics: a moving average in bf16 soon stops moving.
-        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
-                setattr(self, name, old.to(new.device))
+        with kept_wide(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.nonfinite_counter()  # which takes it to where the statistics are now
         return self
 
@@ -173,7 +204,10 @@ class SmallBatchNorm(_BatchNorm):
 
     def _name(self) -> str:
         name = type(self).__name__
-        return name if self.qualified_name is None else f"{name} '{self.qualified_name}'"
+        if self.qualified_name is not None:
+            name = f"{name} '{self.qualified_name}'"
+        domain = self.default_domain if self.domain is None else self.domain.domain
+        return name if domain is None else f"{name} in domain {domain!r}"
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
@@ -237,8 +271,10 @@ class SmallBatchNorm(_BatchNorm):
             return x.clone()
         # One dtype for all four, as torch wants it: they differ after half(), or from the input.
         dtype = compute_dtype(x)
+        statistics: Any = self if self.domain is None else self.domain
+        weight, bias = self._affine()
         mean, var, weight, bias = (
-            None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+            None if t is None else t.to(dtype) for t in (statistics.running_mean, statistics.running_var, weight, bias)
         )
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
@@ -253,10 +289,7 @@ class SmallBatchNorm(_BatchNorm):
             index, number, divisor, smallest = self._groups(x, group_name)
             groups = ONE_GROUP if index is None and number == 1 else Groups(index, number)
             has_variance = smallest * math.prod(x.shape[2:]) > 1  # the shapes show it, for every group
-        try:  # attribute access takes ten times as long
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
-        except KeyError:  # a parametrization, which may return other values the second time
-            weight, bias = self.weight, self.bias
+        weight, bias = self._affine()
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
         rule = Rule(
@@ -277,12 +310,21 @@ class SmallBatchNorm(_BatchNorm):
             epilogue = Epilogue(residual, self.activation, self.negative_slope)
         return batch_norm(x, weight, bias, self._running(divisor), epilogue, rule)
 
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weight and the bias, those of the domain if it has its own."""
+        owner: Any = self if self.domain is None or not self.domain.has_affine else self.domain
+        try:  # attribute access takes ten times as long
+            return owner._parameters["weight"], owner._parameters["bias"]
+        except KeyError:  # a parametrization, which may return other values the second time
+            return owner.weight, owner.bias
+
     def _running(self, divisor: float | None) -> Running | None:
+        statistics: Any = self if self.domain is None else self.domain
         try:
-            buffers = self._buffers
+            buffers = statistics._buffers
             mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         except KeyError:
-            mean, var, tracked = (getattr(self, name, None) for name in _BUFFERS)
+            mean, var, tracked = (getattr(statistics, name, None) for name in BUFFERS)
         if mean is None or var is None:
             return None
         if tracked is None:
