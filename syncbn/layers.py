@@ -604,6 +604,9 @@ class BatchRenorm(SmallBatchNorm):
         True
     """
 
+    corrects: bool = True
+    """Whether r and d are applied in training."""
+
     def __init__(
         self,
         num_features: int,
@@ -647,7 +650,9 @@ class BatchRenorm(SmallBatchNorm):
             if not 0 <= warmup_steps <= end:
                 raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> Limits | None:
+        if not self.corrects:
+            return None
         return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ from syncbn.collectives import resolve
 from syncbn.domain_statistics import holders
 from syncbn.functional.running import unbiased
 from syncbn.functional.statistics import WIRE_DTYPE, group_sums, moments
-from syncbn.layers import BatchError, SmallBatchNorm
+from syncbn.layers import BatchError, BatchRenorm, SmallBatchNorm
 
 Estimator = Literal["mean", "total"]
 """How the variance of the population is estimated. ``total`` is the variance of all samples together, within plus
@@ -346,6 +346,23 @@ class Population:
             yield
 
 
+@contextmanager
+def _uncorrected(model: nn.Module) -> Iterator[None]:
+    """Within this context :class:`~syncbn.BatchRenorm` is plain batch normalization.
+
+    Its corrections are towards the running statistics that are to be replaced. Those may be of other weights, and what
+    they correct is the input of the next layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
+    for layer in layers:
+        layer.corrects = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.corrects
+
+
 def _run_on_first(model: nn.Module, batch: Any) -> None:
     x = batch[0] if isinstance(batch, list | tuple) else batch
     parameter = next(model.parameters(), None)
@@ -366,9 +383,10 @@ def update_population_statistics(
     """Replace the running statistics of a trained model by population statistics ("precise BN").
 
     The source is Wu and Johnson 2021, arXiv 2105.07576, section 3. The model's weights and training mode stay as they
-    are, and so do frozen layers (:func:`syncbn.freeze`). Within :func:`syncbn.domain` the statistics of the domain are
-    replaced. Under several processes each rank gives its own share of the batches. If layers are synchronized, all
-    ranks must give the same number of batches.
+    are, and so do frozen layers (:func:`syncbn.freeze`). The running statistics that are replaced have no influence, so
+    that they may be those of other weights: :class:`~syncbn.BatchRenorm` normalizes without corrections. Within
+    :func:`syncbn.domain` the statistics of the domain are replaced. Under several processes each rank gives its own
+    share of the batches. If layers are synchronized, all ranks must give the same number of batches.
 
     Args:
         model: a model with layers of this package or torch's batch normalizations.
@@ -397,12 +415,11 @@ def update_population_statistics(
         raise ValueError(f"estimator must be 'mean' or 'total', got {estimator!r}")
     population = Population(model, where)
     if not population.layers:
-        frozen = any(map(_is_frozen, model.modules()))
-        found_none = "only frozen ones; call syncbn.unfreeze(model) first" if frozen else "none"
-        expected = "a batch normalization with running statistics that can be recomputed"
-        raise ValueError(f"the model: expected {expected}, got {found_none}")
+        if any(map(_is_frozen, model.modules())):
+            raise ValueError("the model has only frozen batch normalizations; call syncbn.unfreeze(model) first")
+        raise ValueError("the model has no batch normalization with running statistics, so none can be recomputed")
     run = forward or _run_on_first
-    with population.observing():
+    with _uncorrected(model), population.observing():
         for batch in batches:
             run(model, batch)
     found = population.statistics()

@@ -210,7 +210,7 @@ def test_population_statistics_of_a_domain(kind: str) -> None:
     model = syncbn.domains(model_of(kind), NAMES)
     train(model)
     before, alone = {name: statistics_of(model, name) for name in NAMES}, model_of(kind)
-    for step in range(3):  # renorm's batches are corrected towards the running statistics
+    for step in range(3):  # for the same number of batches
         alone(batch("noisy", step))
     batches = [batch("noisy", step) for step in range(4)]
     with syncbn.domain(model, "noisy"):
@@ -389,7 +389,7 @@ def split_forward(model: nn.Module, x: Tensor, names: list[str]) -> Tensor:
 
 
 def test_split_batch_norm_is_a_pass_of_each_domain() -> None:
-    """Two layers, float64, three parts with their own weights; 1e-12: sums of 4 values of order 10, in another order."""
+    """Two layers, three parts with their own weights, in float64: sums of 4 values of order 10, in another order."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3), syncbn.SyncBatchNorm(3), nn.Tanh(), nn.Linear(3, 2), syncbn.SyncBatchNorm(2))
     model = syncbn.domains(model.double(), NAMES, affine=True)

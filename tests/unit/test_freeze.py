@@ -154,7 +154,7 @@ def test_what_recomputes_statistics_leaves_frozen_layers_alone() -> None:
         assert not torch.equal(found["4.running_var"], before["4.running_var"])
         before = found
     assert set(syncbn.update_population_statistics(model, batches)) == {"4"}
-    with pytest.raises(ValueError, match=r"got only frozen ones; call syncbn\.unfreeze\(model\) first"):
+    with pytest.raises(ValueError, match=r"only frozen batch normalizations; call syncbn\.unfreeze"):
         syncbn.update_population_statistics(syncbn.freeze(model), batches)
 
 
