@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from syncbn.domain_statistics import DomainStatistics
 from syncbn.functional.running import Running, unbiased, update_once
 from syncbn.functional.statistics import WIRE_DTYPE, moments
 from syncbn.layers import SmallBatchNorm
@@ -34,7 +33,7 @@ class _Passes:
     @torch.no_grad()
     def update(self, layer: SmallBatchNorm) -> None:
         """Update the running statistics as if the groups of all passes were ghost groups of one batch."""
-        held: SmallBatchNorm | DomainStatistics = layer if layer.domain is None else layer.domain
+        held = layer.holder()
         mean, var, tracked = held.running_mean, held.running_var, held.num_batches_tracked
         assert mean is not None, "only layers with running statistics are accumulated"
         assert var is not None, "it comes with the mean"

@@ -206,7 +206,7 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
 
 def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     """The class and the attributes with which a converted ``layer`` is what it was."""
-    if getattr(layer, "frozen", None) is not None:
+    if getattr(layer, "frozen_state", None) is not None:
         raise ValueError("it is frozen, and would be trained again; call syncbn.unfreeze(model) first")
     default = getattr(layer, "default_domain", None)
     if default is not None:

@@ -68,8 +68,9 @@ def domains(model: M, names: Sequence[str], *, affine: bool = False) -> M:
             raise ValueError(f"domains: {type(layer).__name__} {path!r} {problem}")
         if layer.num_batches_tracked is None:
             raise ValueError(f"domains: layer {path!r} has no num_batches_tracked; set it to torch.tensor(0)")
-        if layer.domain is not None:
-            raise ValueError(f"domains: the model is in the domain {layer.domain.domain!r}; leave its context first")
+        if layer.domain_in_use is not None:
+            within = layer.domain_in_use.domain
+            raise ValueError(f"domains: the model is in the domain {within!r}; leave its context first")
         layers.append(layer)
     if not layers:
         raise ValueError("domains: the model has no layer of this package with running statistics")
@@ -88,8 +89,8 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
     :func:`syncbn.fold`. A checkpoint has all domains, and a copy begins in the default domain, whatever the context.
 
     All ranks that share statistics have to be in the same domain: the checks that notice a different layer notice a
-    different domain too. The backward pass may run outside, except with activation checkpointing, which runs the
-    forward pass again.
+    different domain too. The backward pass may run outside. Activation checkpointing, which runs the forward
+    pass again, needs :func:`syncbn.checkpoint_contexts`.
 
     Args:
         model: a model with domains, wrapped or not, or a part of one.
@@ -114,26 +115,19 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
             known = ", ".join(map(repr, (layer.default_domain, *held)))
             raise ValueError(f"domain: expected one of {known}, got {name!r} (layer {path!r})")
         wanted = held.get(name)
-        if wanted is not layer.domain and layer.observer is not None:
+        if wanted is not layer.domain_in_use and layer.observer is not None:
             remedy = "enter the domain first, and collect those of each domain by themselves"
             raise ValueError(f"domain: statistics of several passes are being collected here; {remedy}")
-        chosen.append((layer, layer.domain, wanted))
+        chosen.append((layer, layer.domain_in_use, wanted))
     if not chosen:
         raise ValueError(f"domain: the model has no domains, got {name!r}; call syncbn.domains(model, [...]) first")
     try:
         for layer, _, wanted in chosen:
-            _choose(layer, wanted)
+            layer.use_domain(wanted)
         yield
     finally:
         for layer, before, _ in chosen:
-            _choose(layer, before)
-
-
-def _choose(layer: SmallBatchNorm, held: DomainStatistics | None) -> None:
-    # An assignment would make it a submodule, which it is already, under its own name.
-    vars(layer).pop("domain", None)
-    if held is not None:
-        vars(layer)["domain"] = held
+            layer.use_domain(before)
 
 
 def _check_names(names: Any) -> None:

@@ -62,7 +62,7 @@ def freeze(model: M, *, affine: bool = False) -> M:
     for layer in layers:
         _unfreeze(layer)
         stopped = _stop_training(layer) if affine else ()
-        layer.frozen, layer.training = Frozen(layer.training, stopped), False
+        layer.frozen_state, layer.training = Frozen(layer.training, stopped), False
     return model
 
 
@@ -99,11 +99,11 @@ def _stop_training(layer: SmallBatchNorm) -> tuple[str, ...]:
 
 
 def _unfreeze(layer: SmallBatchNorm) -> None:
-    if layer.frozen is None:
+    if layer.frozen_state is None:
         return
     parameters = dict(layer.named_parameters())
-    for name in layer.frozen.parameters:
+    for name in layer.frozen_state.parameters:
         if name in parameters:
             parameters[name].requires_grad_()
-    layer.training = layer.frozen.training
-    del layer.frozen
+    layer.training = layer.frozen_state.training
+    del layer.frozen_state

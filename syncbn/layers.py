@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
 import torch
@@ -20,12 +21,13 @@ from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName,
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
-from syncbn.recompute import is_repeated, is_taped
+from syncbn.recompute import domain_of_pass, is_repeated, is_taped
 from syncbn.torch_internals import PLAIN_TYPES, assert_async, has_transforms, runs_at_once, static_address
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
 
+_CHECKPOINT = "pass context_fn=syncbn.checkpoint_contexts to torch.utils.checkpoint, with use_reentrant=False"
 MIN_WEIGHT = 1 / 128
 """With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
 input from the output loses up to (1 + |bias|) / |weight| in relative precision, which this keeps below about 2^8."""
@@ -86,11 +88,11 @@ class SmallBatchNorm(_BatchNorm):
     observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None
     """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C). While it is set, the
     running statistics stay as they are. See :mod:`syncbn.population`."""
-    frozen: Frozen | None = None
+    frozen_state: Frozen | None = None
     """See :func:`syncbn.freeze`. A frozen layer is in evaluation mode."""
     default_domain: str | None = None
     """The domain whose statistics are the layer's own buffers. None without :func:`syncbn.domains`."""
-    domain: DomainStatistics | None = None
+    domain_in_use: DomainStatistics | None = None
     """What the layer uses in place of its own statistics. None is the default domain. A reference to the module itself
     and not its name, so that one compiled graph serves all domains but the default."""
     num_nonfinite_batches: Tensor
@@ -130,12 +132,15 @@ class SmallBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # The ranks agree on this number in each training, so a copy or a saved layer must not have it.
-        return {**{name: value for name, value in vars(self).items() if name != "domain"}, "_agreed_groups": None}
+        # A copy is in no context of syncbn.domain.
+        state = {**vars(self), "_agreed_groups": None}
+        state.pop("domain_in_use", None)
+        return state
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.frozen is not None:
-            self.frozen, self.training = self.frozen._replace(training=mode), False
+        if self.frozen_state is not None:
+            self.frozen_state, self.training = self.frozen_state._replace(training=mode), False
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -144,12 +149,12 @@ class SmallBatchNorm(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_running_stats(self) -> None:
-        if self.frozen is not None:  # torch.optim.swa_utils.update_bn resets all layers, those in evaluation mode too
+        if self.frozen_state is not None:  # torch.optim.swa_utils.update_bn resets all layers, also in evaluation mode
             return
-        if self.domain is None:
+        if self.domain_in_use is None:
             super().reset_running_stats()
         else:
-            self.domain.reset_running_stats()
+            self.domain_in_use.reset_running_stats()
         self._reset_counter()
 
     def _reset_counter(self) -> None:
@@ -206,7 +211,7 @@ class SmallBatchNorm(_BatchNorm):
         name = type(self).__name__
         if self.qualified_name is not None:
             name = f"{name} '{self.qualified_name}'"
-        domain = self.default_domain if self.domain is None else self.domain.domain
+        domain = self.default_domain if self.domain_in_use is None else self.domain_in_use.domain
         return name if domain is None else f"{name} in domain {domain!r}"
 
     def extra_repr(self) -> str:
@@ -242,14 +247,39 @@ class SmallBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if residual is not None:
             self._check_residual(input, residual)
-        if self.training or self.running_mean is None:
-            output = self._normalize_by_batch(input, residual)
+        if self.default_domain is None or not (is_taped() or is_repeated()):
+            output = self._normalize(input, residual)
         else:
-            output = self._normalize_by_running(input)
-            if residual is not None:
-                output = output + residual
-            output = activate(output, Epilogue(None, self.activation, self.negative_slope))
+            with self._in_domain_of_first_pass():
+                output = self._normalize(input, residual)
         return output if self.after is None else self.after(self, output)
+
+    def _normalize(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.training or self.running_mean is None:
+            return self._normalize_by_batch(x, residual)
+        output = self._normalize_by_running(x)
+        if residual is not None:
+            output = output + residual
+        return activate(output, Epilogue(None, self.activation, self.negative_slope))
+
+    @contextmanager
+    def _in_domain_of_first_pass(self) -> Iterator[None]:
+        """In this context a forward pass that is repeated uses the domain of the first, whichever is in use by now."""
+        if not is_taped():
+            raise RuntimeError(f"{self._name()} would be repeated in the domain of the backward pass: {_CHECKPOINT}")
+        present = self.domain_in_use
+        self.use_domain(domain_of_pass(present))
+        try:
+            yield
+        finally:
+            self.use_domain(present)
+
+    def use_domain(self, domain: DomainStatistics | None) -> None:
+        """Set :attr:`domain_in_use`."""
+        # An assignment would make it a submodule, which it is already, under its own name.
+        vars(self).pop("domain_in_use", None)
+        if domain is not None:
+            vars(self)["domain_in_use"] = domain
 
     def _traced(self, input: Any, residual: Any) -> Any:
         """The call of this layer in a graph of torch.fx, in which it is one node, as torch's own layers are."""
@@ -271,8 +301,7 @@ class SmallBatchNorm(_BatchNorm):
             return x.clone()
         # One dtype for all four, as torch wants it: they differ after half(), or from the input.
         dtype = compute_dtype(x)
-        statistics: Any = self if self.domain is None else self.domain
-        weight, bias = self._affine()
+        statistics, (weight, bias) = self.holder(), self._affine()
         mean, var, weight, bias = (
             None if t is None else t.to(dtype) for t in (statistics.running_mean, statistics.running_var, weight, bias)
         )
@@ -310,16 +339,20 @@ class SmallBatchNorm(_BatchNorm):
             epilogue = Epilogue(residual, self.activation, self.negative_slope)
         return batch_norm(x, weight, bias, self._running(divisor), epilogue, rule)
 
+    def holder(self) -> Any:
+        """The module whose running statistics the layer uses: itself, or what it has for the domain in use."""
+        return self if self.domain_in_use is None else self.domain_in_use
+
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         """The weight and the bias, those of the domain if it has its own."""
-        owner: Any = self if self.domain is None or not self.domain.has_affine else self.domain
+        owner: Any = self if self.domain_in_use is None or not self.domain_in_use.has_affine else self.domain_in_use
         try:  # attribute access takes ten times as long
             return owner._parameters["weight"], owner._parameters["bias"]
         except KeyError:  # a parametrization, which may return other values the second time
             return owner.weight, owner.bias
 
     def _running(self, divisor: float | None) -> Running | None:
-        statistics: Any = self if self.domain is None else self.domain
+        statistics = self.holder()
         try:
             buffers = statistics._buffers
             mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
@@ -334,10 +367,7 @@ class SmallBatchNorm(_BatchNorm):
         limits = self._limits() if self.training else None
         if update and is_repeated():
             if limits is not None and not is_taped():
-                remedy = (
-                    "pass context_fn=syncbn.checkpoint_contexts to torch.utils.checkpoint, with use_reentrant=False"
-                )
-                raise RuntimeError(f"{self._name()} would be repeated with other corrections r and d: {remedy}")
+                raise RuntimeError(f"{self._name()} would be repeated with other corrections r and d: {_CHECKPOINT}")
             update = False
         return Running(
             mean, var, tracked, self.nonfinite_counter(), self.momentum, self.running_update, divisor, limits, update

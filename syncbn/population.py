@@ -224,14 +224,12 @@ def _layers(model: nn.Module, where: Where | None = None) -> dict[str, _BatchNor
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    return isinstance(layer, SmallBatchNorm) and layer.frozen is not None
+    return isinstance(layer, SmallBatchNorm) and layer.frozen_state is not None
 
 
 def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     """The running statistics that the layer uses now: those of a domain within :func:`syncbn.domain`."""
-    held: Any = layer
-    if isinstance(layer, SmallBatchNorm) and layer.domain is not None:
-        held = layer.domain
+    held: Any = layer.holder() if isinstance(layer, SmallBatchNorm) else layer
     return held.running_mean, held.running_var
 
 

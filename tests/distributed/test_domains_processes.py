@@ -153,8 +153,13 @@ def test_one_rank_alone(pools: Pools) -> None:
 
 
 def frozen_under_ddp(affine: bool) -> dict[str, Tensor]:
-    model = syncbn.freeze(net(syncbn.SyncBatchNorm(3)), affine=affine)
+    """Statistics may be frozen after wrapping; parameters may not."""
+    model = net(syncbn.SyncBatchNorm(3))
+    if affine:
+        syncbn.freeze(model, affine=True)
     wrapped = DistributedDataParallel(model)
+    if not affine:
+        syncbn.freeze(wrapped)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in range(3):
         optimizer.zero_grad()
@@ -271,6 +276,26 @@ def test_recomputed_statistics_of_an_average_are_those_of_all_ranks(pools: Pools
         for number, (mean, var) in zip((1, 4), population(module, together), strict=True):
             torch.testing.assert_close(found[f"{number}.running_mean"], mean, **EXACT)
             torch.testing.assert_close(found[f"{number}.running_var"], var, **EXACT)
+
+
+def torchs_update_on_ranks(kind: str) -> dict[str, Tensor]:
+    model = model_of(kind)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    batches = [pieces(kind, step)[dist.get_rank()] for step in range(100, 103)]
+    torch.optim.swa_utils.update_bn(batches, averaged)
+    return dict(averaged.module.state_dict())
+
+
+def test_torchs_update_is_right_where_ranks_share_statistics(pools: Pools) -> None:
+    """And leaves each rank its own where they do not, as the page says."""
+    results = pools(2).run(torchs_update_on_ranks, "sync")
+    together = [torch.cat(pieces("sync", step)) for step in range(100, 103)]
+    for found in results:
+        for number, (mean, var) in zip((1, 4), population(model_of("sync"), together, "mean"), strict=True):
+            torch.testing.assert_close(found[f"{number}.running_mean"], mean, **EXACT)
+            torch.testing.assert_close(found[f"{number}.running_var"], var, **EXACT)
+    first, second = pools(2).run(torchs_update_on_ranks, "ghost")
+    assert not torch.allclose(first["1.running_mean"], second["1.running_mean"], rtol=1e-3)
 
 
 def reconciled_average() -> tuple[Tensor, Tensor]:

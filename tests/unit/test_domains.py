@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def test_state_survives(kind: str, tmp_path: Path) -> None:
         copies = [copy.deepcopy(model), pickled(model), saved(model)]
     for other in copies:
         assert equal(statistics(other), statistics(model))
-        assert other[1].domain is None
+        assert other[1].domain_in_use is None
         train(other, 1)
     train(model, 1)
     assert all(equal(statistics(other), statistics(model)) for other in copies)
@@ -297,20 +297,49 @@ def test_one_compiled_graph_serves_all_domains_but_the_default() -> None:
         torch.testing.assert_close(model.state_dict()[key], value, msg=key)
 
 
-def test_activation_checkpointing() -> None:
-    plain, model = (syncbn.domains(model_of("renorm"), NAMES) for _ in range(2))
+@pytest.mark.parametrize("at_backward", [None, "dark"])
+@pytest.mark.parametrize("mode", ["training", "evaluation", "frozen", "nested"])
+@every_layer
+def test_activation_checkpointing(kind: str, mode: str, at_backward: str | None) -> None:
+    """A pass of each domain, each repeated in its own, whatever domain is in use at the backward pass."""
+    plain, model = (syncbn.domains(model_of(kind), NAMES, affine=True) for _ in range(2))
+    for each in (plain, model):
+        train(each)  # other statistics and, below, other weights in each domain
+        for norm in (each[1], each[4]):
+            norm.domain_noisy.weight.data.fill_(2)
+        each.train(mode != "evaluation")
+        if mode == "frozen":
+            syncbn.freeze(each)
+    options: dict[str, Any] = {"use_reentrant": False, "context_fn": syncbn.checkpoint_contexts}
+
+    def run(each: nn.Module, x: Tensor) -> Any:
+        if each is plain:
+            return each(x)
+        inner = (lambda x: checkpoint(each, x, **options)) if mode == "nested" else each
+        return checkpoint(inner, x, **options)
+
     grads = []
     for each in (plain, model):
-        for step in range(4):
-            x = batch("noisy", step).requires_grad_()
-            with syncbn.domain(each, "noisy"):
-                options: dict[str, Any] = {"use_reentrant": False, "context_fn": syncbn.checkpoint_contexts}
-                y = each(x) if each is plain else checkpoint(each, x, **options)
-            y.square().sum().backward()  # outside of the domain
-        grads.append(x.grad)
-    # Layers whose statistics are kept take the operator's steps one by one: the last bit may differ.
-    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-14)
+        inputs = [batch(name, 7).requires_grad_() for name in NAMES]
+        total = torch.zeros(())
+        for name, x in zip(NAMES, inputs, strict=True):
+            with syncbn.domain(each, name):
+                total = total + run(each, x).sin().sum()
+        with nullcontext() if at_backward is None else syncbn.domain(each, at_backward):
+            total.backward()
+        grads.append([x.grad for x in inputs] + [parameter.grad for parameter in each.parameters()])
+    # Layers whose statistics are kept take the operator's steps one by one: the last bits may differ.
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(statistics(model), statistics(plain), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_without_the_contexts(reentrant: bool) -> None:
+    model = syncbn.domains(model_of("sync"), NAMES)
+    y = checkpoint(model, batch("clean", 0).requires_grad_(), use_reentrant=reentrant)
+    message = "SyncBatchNorm in domain 'clean' would be repeated in the domain of the backward pass: pass context_fn="
+    with pytest.raises(RuntimeError, match=message):
+        y.sum().backward()
 
 
 def test_half_leaves_the_statistics_wide() -> None:
@@ -358,11 +387,6 @@ def test_what_is_refused() -> None:
 
 
 # -- split batch normalization, as in docs/recipes_statistics.md
-
-
-@contextmanager
-def no_context(*_: Any) -> Any:
-    yield
 
 
 def by_hand(x: Tensor, parts: list[nn.Module], evaluated: bool = False) -> Tensor:

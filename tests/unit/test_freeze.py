@@ -139,7 +139,7 @@ def test_copies_are_frozen(kind: str, copied: Callable[[nn.Module], nn.Module]) 
     assert not other[1].weight.requires_grad
     assert syncbn.unfreeze(other)[1].weight.requires_grad
     assert not model[1].weight.requires_grad
-    assert model[1].frozen is not None
+    assert model[1].frozen_state is not None
 
 
 def test_what_recomputes_statistics_leaves_frozen_layers_alone() -> None:
@@ -173,7 +173,7 @@ def test_revert_refuses_and_fold_does_not() -> None:
     with pytest.raises(ValueError, match=r"'1' cannot be reverted: it is frozen, and would be trained again; call"):
         syncbn.revert(model)
     torch.testing.assert_close(syncbn.fold(model.eval())(batch()), model(batch()))
-    assert model[1].frozen is not None
+    assert model[1].frozen_state is not None
     syncbn.convert(model, "ghost", ghost_batch_size=2).train()
     before = buffers(model)
     model(batch(1))
