@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from syncbn.agreement import verify_ranks
     from syncbn.convert import convert, revert
     from syncbn.convert_layer import register_batchnorm
+    from syncbn.domains import domain, domains
     from syncbn.fold import fold
+    from syncbn.freeze import freeze, unfreeze
     from syncbn.layers import BatchRenorm, GhostBatchNorm, SyncBatchNorm
     from syncbn.population import reconcile, update_population_statistics
     from syncbn.recompute import checkpoint_contexts
@@ -26,11 +28,15 @@ __all__ = [
     "accumulate_statistics",
     "checkpoint_contexts",
     "convert",
+    "domain",
+    "domains",
     "fold",
+    "freeze",
     "reconcile",
     "register_batchnorm",
     "revert",
     "uneven",
+    "unfreeze",
     "update_population_statistics",
     "verify_ranks",
     "watchdog",
@@ -43,7 +49,9 @@ import_when_used(
         "agreement": ("verify_ranks",),
         "convert": ("convert", "revert"),
         "convert_layer": ("register_batchnorm",),
+        "domains": ("domain", "domains"),
         "fold": ("fold",),
+        "freeze": ("freeze", "unfreeze"),
         "layers": ("BatchRenorm", "GhostBatchNorm", "SyncBatchNorm"),
         "population": ("reconcile", "update_population_statistics"),
         "recompute": ("checkpoint_contexts",),

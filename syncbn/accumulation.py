@@ -33,7 +33,8 @@ class _Passes:
     @torch.no_grad()
     def update(self, layer: SmallBatchNorm) -> None:
         """Update the running statistics as if the groups of all passes were ghost groups of one batch."""
-        mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        held = layer.holder()
+        mean, var, tracked = held.running_mean, held.running_var, held.num_batches_tracked
         assert mean is not None, "only layers with running statistics are accumulated"
         assert var is not None, "it comes with the mean"
         assert tracked is not None, "checked in the forward pass"
@@ -60,7 +61,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     whole step is left out. The corrections of :class:`~syncbn.BatchRenorm` are those of the step's beginning in every
     pass.
 
-    After an exception within the context the running statistics are as they were. On several ranks, use it on all.
+    After an exception within the context the running statistics are as they were. On several ranks, use it on all. The
+    passes have to be of one domain (:func:`syncbn.domain`): enter the domain first.
 
     Args:
         model: a model with layers of this package. Torch's own batch normalizations are left alone.

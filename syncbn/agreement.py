@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.collectives import gathered, resolve
+from syncbn.domain_statistics import holders
 from syncbn.layers import SmallBatchNorm
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,9 +66,10 @@ def _common(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
     for name, layer in model.named_modules():
         if _is_shared(layer):
-            for key in ("running_mean", "running_var"):
-                if getattr(layer, key) is not None:
-                    yield f"{name}.{key}" if name else key, getattr(layer, key)
+            for prefix, held in holders(layer):
+                for key in ("running_mean", "running_var"):
+                    if getattr(held, key) is not None:
+                        yield f"{name}.{prefix}{key}" if name else prefix + key, getattr(held, key)
 
 
 def _is_shared(layer: nn.Module) -> bool:

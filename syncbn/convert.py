@@ -159,8 +159,9 @@ def revert(module: M) -> M:
         ``module`` itself.
 
     Raises:
-        ValueError: ``module`` is wrapped or contains a wrapper; a layer's class was changed after the conversion (such
-            as by a parametrization); or the process group of an unpickled layer does not exist here. The model is
+        ValueError: ``module`` is wrapped or contains a wrapper; a converted layer is frozen (:func:`syncbn.freeze`) or
+            has domains (:func:`syncbn.domains`); its class was changed after the conversion (such as by a
+            parametrization); or the process group of an unpickled layer does not exist here. The model is
             unchanged then.
 
     Example:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
+from syncbn.domain_statistics import domains_of
 from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 
@@ -205,6 +206,12 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
 
 def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     """The class and the attributes with which a converted ``layer`` is what it was."""
+    if getattr(layer, "frozen_state", None) is not None:
+        raise ValueError("it is frozen, and would be trained again; call syncbn.unfreeze(model) first")
+    default = getattr(layer, "default_domain", None)
+    if default is not None:
+        names = ", ".join(map(repr, (default, *domains_of(layer))))
+        raise ValueError(f"it has the domains {names}; choose one with syncbn.domains(model, [{default!r}]) first")
     original, state = _original_state(layer)
     if isinstance(group := state.get("process_group"), RememberedGroup):
         state["process_group"] = group.group()

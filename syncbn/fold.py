@@ -13,6 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from syncbn.convert import revert
 from syncbn.convert_layer import drop_then_act, follows, is_convertible
+from syncbn.domains import set_domains
+from syncbn.freeze import unfreeze
 from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import SmallBatchNorm
 
@@ -27,7 +29,8 @@ def fold(model: M) -> M:
     In evaluation a batch normalization is a fixed scale and shift of each channel. Where it follows a convolution, a
     transposed convolution or a linear layer, both become one layer with other weights (Jacob et al. 2018, arXiv
     1712.05877, section 3.2). The outputs are the same up to rounding. An activation that is part of the normalization
-    stays, as does what else its class does. Fold a model as the last step: the copy cannot be trained further.
+    stays, as does what else its class does. Fold a model as the last step: the copy cannot be trained further. Within
+    :func:`syncbn.domain` the copy is that of the domain.
 
     The graph of the model is found by ``torch.fx``, which leaves the model itself as it is.
 
@@ -46,7 +49,7 @@ def fold(model: M) -> M:
         >>> type(folded[1]).__name__, torch.allclose(folded(x), model(x), atol=1e-5)
         ('Identity', True)
     """
-    folded = revert(copy.deepcopy(model))
+    folded = revert(_settled(model))
     norms = {name: m for name, m in folded.named_modules() if isinstance(m, _BatchNorm)}
     training = [name for name, norm in norms.items() if norm.training]
     if training:
@@ -58,6 +61,17 @@ def fold(model: M) -> M:
         owner, _, attribute = before[name].rpartition(".")
         setattr(folded.get_submodule(owner), attribute, _fused(folded.get_submodule(before[name]), norm))
     return folded
+
+
+def _settled(model: M) -> M:
+    """A copy whose layers have the statistics in use alone, and are not frozen: torch's layers are neither."""
+    settled = copy.deepcopy(model)
+    for layer, own in zip(list(model.modules()), list(settled.modules()), strict=True):
+        if isinstance(layer, SmallBatchNorm) and layer.default_domain is not None:
+            assert isinstance(own, SmallBatchNorm), "a copy"
+            chosen = layer.default_domain if layer.domain_in_use is None else layer.domain_in_use.domain
+            set_domains(own, [chosen], affine=False)
+    return unfreeze(settled)
 
 
 class _Leaves(torch.fx.Tracer):

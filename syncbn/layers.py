@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
 import torch
@@ -15,18 +16,19 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from syncbn.autograd import Rule, batch_norm
 from syncbn.collectives import Scope, check_positive, make_scope, max_over_ranks, resolve_name
+from syncbn.domain_statistics import BUFFERS, DomainStatistics, add_missing_domains, kept_wide
 from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName, Epilogue, activate
 from syncbn.functional.masked import fill, zero_invalid
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
-from syncbn.recompute import is_repeated, is_taped
+from syncbn.recompute import domain_of_pass, is_repeated, is_taped
 from syncbn.torch_internals import PLAIN_TYPES, assert_async, has_transforms, runs_at_once, static_address
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
+_CHECKPOINT = "pass context_fn=syncbn.checkpoint_contexts to torch.utils.checkpoint, with use_reentrant=False"
 MIN_WEIGHT = 1 / 128
 """With ``save="output"``, the smallest absolute value of a weight, and of a weight divided by its bias. Recovering the
 input from the output loses up to (1 + |bias|) / |weight| in relative precision, which this keeps below about 2^8."""
@@ -46,6 +48,15 @@ class SampleGroups(NamedTuple):
     """Divides the sum over groups in the running statistics. None is the number of groups that have samples."""
     smallest: int = 0
     """Fewest samples in any non-empty group, over all ranks that share statistics. 0: unknown, read from the device."""
+
+
+class Frozen(NamedTuple):
+    """What :func:`syncbn.unfreeze` restores."""
+
+    training: bool
+    """The mode that the last ``train()`` or ``eval()`` asked for."""
+    parameters: tuple[str, ...]
+    """Names of the parameters that no longer need gradients."""
 
 
 class BatchError(ValueError):
@@ -78,6 +89,13 @@ class SmallBatchNorm(_BatchNorm):
     observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None
     """Called with the layer and each batch's count (G, 1), mean and biased variance (G, C). While it is set, the
     running statistics stay as they are. See :mod:`syncbn.population`."""
+    frozen_state: Frozen | None = None
+    """See :func:`syncbn.freeze`. A frozen layer is in evaluation mode."""
+    default_domain: str | None = None
+    """The domain whose statistics are the layer's own buffers. None without :func:`syncbn.domains`."""
+    domain_in_use: DomainStatistics | None = None
+    """What the layer uses in place of its own statistics. None is the default domain. A reference to the module itself
+    and not its name, so that one compiled graph serves all domains but the default."""
     num_nonfinite_batches: Tensor
     """() int64: number of batches left out of the running statistics because theirs were not finite. It is no buffer,
     so that a layer has the buffers of torch's, and is not saved. Transforms of torch.func do not count."""
@@ -115,15 +133,38 @@ class SmallBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # The ranks agree on this number in each training, so a copy or a saved layer must not have it.
-        return {**vars(self), "_agreed_groups": None}
+        # A copy is in no context of syncbn.domain.
+        state = {**vars(self), "_agreed_groups": None}
+        state.pop("domain_in_use", None)
+        return state
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen_state is not None:
+            self.frozen_state, self.training = self.frozen_state._replace(training=mode), False
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.default_domain is not None:
+            add_missing_domains(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_running_stats(self) -> None:
-        super().reset_running_stats()
+        if self.frozen_state is not None:  # torch.optim.swa_utils.update_bn resets all layers, also in evaluation mode
+            return
+        if self.domain_in_use is None:
+            super().reset_running_stats()
+        else:
+            self.domain_in_use.reset_running_stats()
+        self._reset_counter()
+
+    def _reset_counter(self) -> None:
         if "num_nonfinite_batches" in vars(self):
             self.num_nonfinite_batches.zero_()
 
     def reset_parameters(self) -> None:
-        self.reset_running_stats()
+        super().reset_running_stats()  # of a frozen layer too: on a new device its memory may hold anything
+        self._reset_counter()
         if self.affine:
             torch.nn.init.ones_(self.weight)
             if self.bias is not None:
@@ -135,13 +176,8 @@ class SmallBatchNorm(_BatchNorm):
         raise ValueError(f"{self._name()} cannot be scripted: {remedy}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `module.half()` must not narrow the running statistics: a moving average in bf16 soon stops moving.
-        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new is not None and new.dtype.itemsize < 4 <= old.dtype.itemsize:
-                setattr(self, name, old.to(new.device))
+        with kept_wide(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.nonfinite_counter()  # which takes it to where the statistics are now
         return self
 
@@ -174,7 +210,10 @@ class SmallBatchNorm(_BatchNorm):
 
     def _name(self) -> str:
         name = type(self).__name__
-        return name if self.qualified_name is None else f"{name} '{self.qualified_name}'"
+        if self.qualified_name is not None:
+            name = f"{name} '{self.qualified_name}'"
+        domain = self.default_domain if self.domain_in_use is None else self.domain_in_use.domain
+        return name if domain is None else f"{name} in domain {domain!r}"
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
@@ -222,16 +261,41 @@ class SmallBatchNorm(_BatchNorm):
         if mask is not None:
             mask = self._full_mask(input, mask)
             residual = None if residual is None else zero_invalid(residual, mask)
-        if self.training or self.running_mean is None:
-            output = self._normalize_by_batch(input, residual, mask)
+        if self.default_domain is None or not (is_taped() or is_repeated()):
+            output = self._normalize(input, residual, mask)
         else:
-            output = self._normalize_by_running(input if mask is None else zero_invalid(input, mask))
+            with self._in_domain_of_first_pass():
+                output = self._normalize(input, residual, mask)
+        return output if self.after is None else self.after(self, output)
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.training or self.running_mean is None:
+            output = self._normalize_by_batch(x, residual, mask)
+        else:
+            output = self._normalize_by_running(x if mask is None else zero_invalid(x, mask))
             if residual is not None:
                 output = output + residual
             output = activate(output, Epilogue(None, self.activation, self.negative_slope))
-        if mask is not None:
-            output = zero_invalid(output, mask)
-        return output if self.after is None else self.after(self, output)
+        return output if mask is None else zero_invalid(output, mask)
+
+    @contextmanager
+    def _in_domain_of_first_pass(self) -> Iterator[None]:
+        """In this context a forward pass that is repeated uses the domain of the first, whichever is in use by now."""
+        if not is_taped():
+            raise RuntimeError(f"{self._name()} would be repeated in the domain of the backward pass: {_CHECKPOINT}")
+        present = self.domain_in_use
+        self.use_domain(domain_of_pass(present))
+        try:
+            yield
+        finally:
+            self.use_domain(present)
+
+    def use_domain(self, domain: DomainStatistics | None) -> None:
+        """Set :attr:`domain_in_use`."""
+        # An assignment would make it a submodule, which it is already, under its own name.
+        vars(self).pop("domain_in_use", None)
+        if domain is not None:
+            vars(self)["domain_in_use"] = domain
 
     def _traced(self, input: Any, residual: Any, mask: Any) -> Any:
         """The call of this layer in a graph of torch.fx, in which it is one node, as torch's own layers are."""
@@ -267,8 +331,9 @@ class SmallBatchNorm(_BatchNorm):
             return x.clone()
         # One dtype for all four, as torch wants it: they differ after half(), or from the input.
         dtype = compute_dtype(x)
+        statistics, (weight, bias) = self.holder(), self._affine()
         mean, var, weight, bias = (
-            None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+            None if t is None else t.to(dtype) for t in (statistics.running_mean, statistics.running_var, weight, bias)
         )
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
@@ -288,10 +353,7 @@ class SmallBatchNorm(_BatchNorm):
             x, filling = fill(x, mask, groups)
             # On CUDA the count of valid elements is known to the device alone, and the host must not wait in each step.
             has_variance, wait = False, not x.is_cuda
-        try:  # attribute access takes ten times as long
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
-        except KeyError:  # a parametrization, which may return other values the second time
-            weight, bias = self.weight, self.bias
+        weight, bias = self._affine()
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)
         rule = Rule(
@@ -313,12 +375,25 @@ class SmallBatchNorm(_BatchNorm):
             epilogue = Epilogue(residual, self.activation, self.negative_slope)
         return batch_norm(x, weight, bias, self._running(divisor), epilogue, rule)
 
+    def holder(self) -> Any:
+        """The module whose running statistics the layer uses: itself, or what it has for the domain in use."""
+        return self if self.domain_in_use is None else self.domain_in_use
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weight and the bias, those of the domain if it has its own."""
+        owner: Any = self if self.domain_in_use is None or not self.domain_in_use.has_affine else self.domain_in_use
+        try:  # attribute access takes ten times as long
+            return owner._parameters["weight"], owner._parameters["bias"]
+        except KeyError:  # a parametrization, which may return other values the second time
+            return owner.weight, owner.bias
+
     def _running(self, divisor: float | None) -> Running | None:
+        statistics = self.holder()
         try:
-            buffers = self._buffers
+            buffers = statistics._buffers
             mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         except KeyError:
-            mean, var, tracked = (getattr(self, name, None) for name in _BUFFERS)
+            mean, var, tracked = (getattr(statistics, name, None) for name in BUFFERS)
         if mean is None or var is None:
             return None
         if tracked is None:
@@ -328,10 +403,7 @@ class SmallBatchNorm(_BatchNorm):
         limits = self._limits() if self.training else None
         if update and is_repeated():
             if limits is not None and not is_taped():
-                remedy = (
-                    "pass context_fn=syncbn.checkpoint_contexts to torch.utils.checkpoint, with use_reentrant=False"
-                )
-                raise RuntimeError(f"{self._name()} would be repeated with other corrections r and d: {remedy}")
+                raise RuntimeError(f"{self._name()} would be repeated with other corrections r and d: {_CHECKPOINT}")
             update = False
         return Running(
             mean, var, tracked, self.nonfinite_counter(), self.momentum, self.running_update, divisor, limits, update
@@ -602,6 +674,9 @@ class BatchRenorm(SmallBatchNorm):
         True
     """
 
+    corrects: bool = True
+    """Whether r and d are applied in training."""
+
     def __init__(
         self,
         num_features: int,
@@ -645,7 +720,9 @@ class BatchRenorm(SmallBatchNorm):
             if not 0 <= warmup_steps <= end:
                 raise ValueError(f"expected 0 <= warmup_steps <= {name}, got {warmup_steps!r} and {end!r}")
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> Limits | None:
+        if not self.corrects:
+            return None
         return Limits(self.r_max, self.d_max, self.warmup_steps, self.r_ramp_end, self.d_ramp_end)
 
     def extra_repr(self) -> str:

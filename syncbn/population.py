@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import resolve
+from syncbn.domain_statistics import holders
 from syncbn.functional.running import unbiased
 from syncbn.functional.statistics import WIRE_DTYPE, group_sums, moments
-from syncbn.layers import BatchError, SmallBatchNorm
+from syncbn.layers import BatchError, BatchRenorm, SmallBatchNorm
 
 Estimator = Literal["mean", "total"]
 """How the variance of the population is estimated. ``total`` is the variance of all samples together, within plus
@@ -47,7 +48,8 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module, kind: type[SmallBatchNorm] = SmallBatchNorm) -> None:
         layers = [m for m in model.modules() if isinstance(m, kind)]
-        self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        held = [holder for layer in layers for _, holder in holders(layer)]
+        self._buffers = [b for m in held for b in (m.running_mean, m.running_var) if b is not None]
         self._pending: tuple[Tensor, Any] | None = None
 
     def start(self) -> None:
@@ -71,8 +73,9 @@ def reconcile(model: nn.Module) -> None:
     """Replace the running statistics of this package's layers by their mean over all ranks, in one collective.
 
     Call it on every rank before evaluating or saving a model whose layers are not synchronized, such as
-    :class:`~syncbn.GhostBatchNorm`. Every rank must have the same layers. ``num_batches_tracked`` stays as it is.
-    Without an initialized process group nothing changes.
+    :class:`~syncbn.GhostBatchNorm`. Every rank must have the same layers. ``num_batches_tracked`` stays as it is. The
+    statistics of all domains (:func:`syncbn.domains`) are replaced. Without an initialized process group nothing
+    changes.
 
     Args:
         model: a model with layers of this package. Torch's own batch normalizations are left alone.
@@ -214,15 +217,20 @@ def effective_count(kl: float) -> float | None:
 
 
 def _layers(model: nn.Module, where: Where | None = None) -> dict[str, _BatchNorm]:
-    """The batch-normalization layers that keep running statistics, by qualified name."""
+    """The batch-normalization layers that keep running statistics and are not frozen, by qualified name."""
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms = {name: m for name, m in norms.items() if not _is_frozen(m)}
     return {name: layer for name, layer in norms.items() if where is None or where(name, layer)}
 
 
+def _is_frozen(layer: nn.Module) -> bool:
+    return isinstance(layer, SmallBatchNorm) and layer.frozen_state is not None
+
+
 def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
+    """The running statistics that the layer uses now: those of a domain within :func:`syncbn.domain`."""
+    held: Any = layer.holder() if isinstance(layer, SmallBatchNorm) else layer
+    return held.running_mean, held.running_var
 
 
 @contextmanager
@@ -336,6 +344,23 @@ class Population:
             yield
 
 
+@contextmanager
+def _uncorrected(model: nn.Module) -> Iterator[None]:
+    """Within this context :class:`~syncbn.BatchRenorm` is plain batch normalization.
+
+    Its corrections are towards the running statistics that are to be replaced. Those may be of other weights, and what
+    they correct is the input of the next layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
+    for layer in layers:
+        layer.corrects = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.corrects
+
+
 def _run_on_first(model: nn.Module, batch: Any) -> None:
     x = batch[0] if isinstance(batch, list | tuple) else batch
     parameter = next(model.parameters(), None)
@@ -356,8 +381,10 @@ def update_population_statistics(
     """Replace the running statistics of a trained model by population statistics ("precise BN").
 
     The source is Wu and Johnson 2021, arXiv 2105.07576, section 3. The model's weights and training mode stay as they
-    are. Under several processes each rank gives its own share of the batches. If layers are synchronized, all ranks
-    must give the same number of batches.
+    are, and so do frozen layers (:func:`syncbn.freeze`). The running statistics that are replaced have no influence, so
+    that they may be those of other weights: :class:`~syncbn.BatchRenorm` normalizes without corrections. Within
+    :func:`syncbn.domain` the statistics of the domain are replaced. Under several processes each rank gives its own
+    share of the batches. If layers are synchronized, all ranks must give the same number of batches.
 
     Args:
         model: a model with layers of this package or torch's batch normalizations.
@@ -373,8 +400,8 @@ def update_population_statistics(
         The statistics of each layer over all processes, by qualified name.
 
     Raises:
-        ValueError: there is no batch with finite values, the model has no batch normalization with running statistics,
-            or ``estimator`` is not known.
+        ValueError: there is no batch with finite values, the model has no batch normalization with running statistics
+            that is not frozen, or ``estimator`` is not known.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
@@ -386,9 +413,11 @@ def update_population_statistics(
         raise ValueError(f"estimator must be 'mean' or 'total', got {estimator!r}")
     population = Population(model, where)
     if not population.layers:
+        if any(map(_is_frozen, model.modules())):
+            raise ValueError("the model has only frozen batch normalizations; call syncbn.unfreeze(model) first")
         raise ValueError("the model has no batch normalization with running statistics, so none can be recomputed")
     run = forward or _run_on_first
-    with population.observing():
+    with _uncorrected(model), population.observing():
         for batch in batches:
             run(model, batch)
     found = population.statistics()

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,9 +24,11 @@ class Kept(NamedTuple):
 
 @dataclass
 class _Tape:
-    """The statistics of a forward pass, in the order of its layers."""
+    """What a forward pass has met, in the order of its layers."""
 
     kept: list[Kept] = field(default_factory=list)
+    domains: list[Any] = field(default_factory=list)
+    """Of the layers that have several domains, those in use; see :func:`syncbn.domain`."""
 
 
 @dataclass
@@ -35,6 +37,11 @@ class _Reader:
 
     tape: _Tape
     place: int = 0
+    domain_place: int = 0
+
+    def is_ahead(self, place: int, entries: list[Any]) -> bool:
+        """Whether ``place`` is where the first pass, which still goes on, has not come to."""
+        return place == len(entries) and any(each is self.tape for each in _active.stack)
 
 
 class _Active(threading.local):
@@ -51,13 +58,14 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     """The ``context_fn`` of ``torch.utils.checkpoint.checkpoint`` for models with this package's layers.
 
     Activation checkpointing runs a part of the model a second time, in the backward pass. With these contexts the
-    second time is exactly like the first: layers take the statistics that the first has found, and the r and d of batch
-    renormalization. Nothing is reduced again. The first time keeps 2C float64 numbers for each layer (4C for
-    :class:`BatchRenorm`).
+    second time is exactly like the first: layers take the statistics that the first has found, the r and d of batch
+    renormalization, and the domain in which the first was. Nothing is reduced again. The first time keeps 2C float64
+    numbers for each layer (4C for :class:`BatchRenorm`).
 
-    Without them, a layer computes and reduces its statistics again, and :class:`BatchRenorm` raises an error, as its
-    corrections are others by then. Either way the running statistics are updated once. All of this holds in eager mode:
-    keep layers of a compiled graph out of activation checkpointing.
+    Without them, a layer computes and reduces its statistics again. :class:`BatchRenorm` raises an error, as its
+    corrections are others by then, and so does a layer with several domains (:func:`syncbn.domains`). Either way the
+    running statistics are updated once. All of this holds in eager mode: keep layers of a compiled graph out of
+    activation checkpointing.
 
     Returns:
         A context for the first forward pass and one for its repetition.
@@ -107,16 +115,23 @@ def is_repeated() -> bool:
 
 def recall(num_features: int) -> Kept | None:
     """What this layer's first forward pass has kept, if this is the second."""
-    reader = next((each for each in reversed(_active.stack) if isinstance(each, _Reader)), None)
+    reader = _innermost_reader()
     if reader is None:
         return None
-    tape, place = reader.tape, reader.place
-    if place == len(tape.kept) and any(each is tape for each in _active.stack):
-        return None  # the first pass still goes on, and has not come here
+    kept, place = reader.tape.kept, reader.place
+    if reader.is_ahead(place, kept):
+        return None
     reader.place += 1
-    if place == len(tape.kept) or tape.kept[place].statistics.mean.shape[1] != num_features:
-        raise RuntimeError("activation checkpointing repeats a layer that the first forward pass did not have")
-    return tape.kept[place]
+    if place == len(kept) or kept[place].statistics.mean.shape[1] != num_features:
+        raise RuntimeError(_OTHER_LAYERS)
+    return kept[place]
+
+
+_OTHER_LAYERS = "activation checkpointing repeats a layer that the first forward pass did not have"
+
+
+def _innermost_reader() -> _Reader | None:
+    return next((each for each in reversed(_active.stack) if isinstance(each, _Reader)), None)
 
 
 def keep(kept: Kept) -> None:
@@ -125,7 +140,25 @@ def keep(kept: Kept) -> None:
     A tape below one that is read is not written: it has the layer from the first pass, which may still be going on, as
     with a derivative that is taken inside of it.
     """
+    for tape in _written():
+        tape.kept.append(kept)
+
+
+def _written() -> Iterator[_Tape]:
     for each in reversed(_active.stack):
         if isinstance(each, _Reader):
             return
-        each.kept.append(kept)
+        yield each
+
+
+def domain_of_pass(present: Any) -> Any:
+    """The domain of a layer's first forward pass, if this is the second; else ``present``, which is kept."""
+    reader = _innermost_reader()
+    if reader is not None and not reader.is_ahead(reader.domain_place, reader.tape.domains):
+        if reader.domain_place == len(reader.tape.domains):
+            raise RuntimeError(_OTHER_LAYERS)
+        present = reader.tape.domains[reader.domain_place]
+        reader.domain_place += 1
+    for tape in _written():
+        tape.domains.append(present)
+    return present
