@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
+from syncbn.frozen import Frozen, State, frozen_again, is_frozen, thawed
 from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 
-State = dict[str, Any]
-"""The attributes of a layer, as in ``vars(layer)``."""
 After = Callable[[Any, Tensor], Tensor]
 """Called with the layer and the normalized values; returns what the layer returns."""
 
@@ -139,6 +138,8 @@ class Conversion:
     """Attributes that were replaced or removed, with their values."""
     added: tuple[str, ...]
     """Names of the new attributes."""
+    frozen: Frozen | None = None
+    """What the layer was before it became an ``original``, if it was a frozen one."""
 
 
 def options_of(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
@@ -153,15 +154,21 @@ _OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
 """The attributes of torch's layers that no option sets."""
 
 
-def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
-    """The class and a copy of the attributes of ``layer``, or those it had before it was converted."""
+def _original_state(layer: nn.Module, eps: float | None = None) -> tuple[type[_BatchNorm], State, Frozen | None]:
+    """The class and a copy of the attributes of ``layer``, or those it had before it was converted.
+
+    If it is or was a frozen layer, these are those of a trainable one. ``eps`` is for frozen layers without this
+    attribute.
+    """
+    if is_frozen(layer):
+        return thawed(layer, eps)
     state = dict(vars(layer))
     state["_buffers"] = copy.copy(state["_buffers"])  # reverting changes its content
     conversion: Conversion | None = state.get("_conversion")
     if conversion is None:
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
             state["process_group"] = RememberedGroup(make_scope(layer.process_group), layer.process_group)
-        return type(layer), state  # type: ignore[return-value]
+        return type(layer), state, None  # type: ignore[return-value]
     if type(layer) is not conversion.converted:
         raise ValueError(
             f"its class was changed from {conversion.converted.__name__} after the conversion; undo that first"
@@ -169,12 +176,12 @@ def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     for name in conversion.added:
         state.pop(name, None)
     state.update(conversion.replaced)
-    return conversion.original, state
+    return conversion.original, state, conversion.frozen
 
 
-def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
+def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
     """The attributes of ``layer`` as a ``cls``; None if it is one with these options already."""
-    original, before = _original_state(layer)
+    original, before, frozen = _original_state(layer, options.get("eps"))
     after, converted = follows(original), converted_class(cls, original)
     kept = {key: before[key] for key in ("eps", "momentum")}
     if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
@@ -182,11 +189,12 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     if after is drop_then_act and not {"activation", "negative_slope"} & options.keys():
         own = _own_activation(layer, options.get("save", "input"))
         kept, after = kept | own, None if own else after
+    mean: Tensor | None = before["_buffers"]["running_mean"]
     new: Any = cls(
         num_features=before["num_features"],
         affine=False,
-        track_running_stats=layer.running_mean is not None,
-        device="meta" if layer.running_mean is None else layer.running_mean.device,
+        track_running_stats=mean is not None,
+        device="meta" if mean is None else mean.device,
         **{**kept, **options, **_scope_options(cls, original, before, options)},
     )
     new.qualified_name, new.after = name, after
@@ -199,13 +207,14 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     if _COUNTER in vars(layer):
         state[_COUNTER] = vars(layer)[_COUNTER]
     replaced = {k: v for k, v in before.items() if k != "_buffers" and (k not in state or state[k] is not v)}
-    state["_conversion"] = Conversion(original, converted, replaced, (*(state.keys() - before.keys()), "_conversion"))
+    added = (*(state.keys() - before.keys()), "_conversion")
+    state["_conversion"] = Conversion(original, converted, replaced, added, frozen)
     return state
 
 
-def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
+def reverted_state(layer: nn.Module) -> tuple[type[nn.Module], State]:
     """The class and the attributes with which a converted ``layer`` is what it was."""
-    original, state = _original_state(layer)
+    original, state, frozen = _original_state(layer)
     if isinstance(group := state.get("process_group"), RememberedGroup):
         state["process_group"] = group.group()
     weight = state["_parameters"].get("weight")
@@ -215,7 +224,7 @@ def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
             buffer = state["_buffers"][name]
             if buffer is not None and buffer.dtype.itemsize > weight.dtype.itemsize:
                 state["_buffers"][name] = buffer.to(weight.dtype)
-    return original, state
+    return (original, state) if frozen is None else frozen_again(frozen, state)
 
 
 def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
