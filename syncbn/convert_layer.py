@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
+from syncbn.drop_act import drop_then_act, own_activation
 from syncbn.frozen import Frozen, State, frozen_again, is_frozen, thawed
-from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 
 After = Callable[[Any, Tensor], Tensor]
@@ -79,23 +79,20 @@ def follows(cls: type) -> After | None:
     return _registered[cls] if cls in _registered else _KNOWN_BY_NAME.get(_full_name(cls))
 
 
-def drop_then_act(layer: Any, x: Tensor) -> Tensor:
-    """What timm's layers do after normalizing."""
-    for name in ("drop", "act"):
-        if hasattr(layer, name):
-            x = getattr(layer, name)(x)
-    return x
-
-
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 _KNOWN = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *KINDS.values()))
 # By name, because importing timm is slow and optional. SplitBatchNorm2d is not here: it has several sets of statistics.
+_TIMMS = "timm.layers.norm_act.BatchNormAct2d"
 _KNOWN_BY_NAME: dict[str, After] = {
-    "timm.layers.norm_act.BatchNormAct2d": drop_then_act,
+    _TIMMS: drop_then_act,
     "timm.layers.norm_act.SyncBatchNormAct": drop_then_act,
+    **{
+        f"syncbn.integrations.timm.{name}Act2d": drop_then_act
+        for name in ("SyncBatchNorm", "GhostBatchNorm", "BatchRenorm")
+    },
 }
 _registered: dict[type, After | None] = {}
 
@@ -122,6 +119,10 @@ globals().update({cls.__qualname__: cls for cls in _CONVERTED.values()})  # wher
 
 def converted_class(cls: type[SmallBatchNorm], original: type[_BatchNorm]) -> type[SmallBatchNorm]:
     """The class of an ``original`` that is converted to ``cls``."""
+    if any(_full_name(base) == _TIMMS for base in original.__mro__):
+        from syncbn.integrations.timm import WITH_ACTIVATION  # timm is imported already, as there is a layer of it
+
+        return WITH_ACTIVATION[cls]
     return next((_CONVERTED[cls, base] for base in original.__mro__ if (cls, base) in _CONVERTED), cls)
 
 
@@ -187,7 +188,7 @@ def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | Non
     if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
         kept |= {key: before[key] for key in ("activation", "negative_slope")}
     if after is drop_then_act and not {"activation", "negative_slope"} & options.keys():
-        own = _own_activation(layer, options.get("save", "input"))
+        own = own_activation(layer, options.get("save", "input"))
         kept, after = kept | own, None if own else after
     mean: Tensor | None = before["_buffers"]["running_mean"]
     new: Any = cls(
@@ -246,30 +247,6 @@ def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before
         return {}
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
     return found | ({"sync": True} if "sync" in options_of(cls) else {})
-
-
-_ACTIVATIONS: dict[type | None, ActivationName] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
-
-
-def _own_activation(layer: nn.Module, save: str) -> State:
-    """The options with which ``layer``, one of timm's, applies its activation itself; empty if it cannot.
-
-    It cannot if ``act`` or ``drop`` has a hook or a ``forward`` of its own, which would not be called.
-    """
-    drop, act = getattr(layer, "drop", None), getattr(layer, "act", None)
-    drops = drop is not None and not (type(drop) is nn.Identity and _is_plain(drop))
-    if drops or type(act) not in _ACTIVATIONS or not _is_plain(act):
-        return {}
-    found: State = {"activation": _ACTIVATIONS[type(act)]}
-    if isinstance(act, nn.LeakyReLU):
-        found["negative_slope"] = act.negative_slope
-    invertible = found.get("negative_slope", 0) > 0
-    return found if invertible or save == "input" else {}
-
-
-def _is_plain(module: Any) -> bool:
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return not any(vars(module).get(name) for name in ("forward", *hooks))
 
 
 class RememberedGroup:

@@ -22,7 +22,7 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _WITH_ACTIVATION = "timm.layers.norm_act.FrozenBatchNormAct2d"
 _TOLERANCE = 1e-6
 """Of the largest value, in float64: another order of the same operations is below 1e-9 unless the mean is a million
-standard deviations away from 0. An activation, or an eps of 1e-3 for one of 1e-5 with a variance of 1, is above 1e-4."""
+standard deviations away from 0. An activation, or 1e-3 in place of 1e-5 as eps with a variance of 1, is above 1e-4."""
 
 
 @dataclass(frozen=True, eq=False)
