@@ -149,7 +149,7 @@ def _names(library: str | None) -> list[str]:
             found += import_timm().list_models()
         if library in (None, "torchvision"):
             found += import_torchvision("models").list_models()
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _made(library: str, name: str, make: Callable[[], nn.Module]) -> nn.Module:
