@@ -235,6 +235,18 @@ def _integers(key: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _convert_check(model: str, kind: str, batch_size: int, input_size: int | None) -> int:
+    from syncbn.convert_check import KINDS, compare, lines
+    from syncbn.named_model import build
+
+    require(kind in KINDS, "kind", kind, f"one of {', '.join(KINDS)}")
+    require(batch_size > 1, "batch-size", batch_size, "an integer of at least 2, as one sample may have no variance")
+    require(input_size is None or input_size > 0, "input-size", input_size, "a positive integer")
+    found = compare(build(model, batch_size, input_size), kind)
+    print("\n".join(lines(found)))
+    return 0 if found.same else 1
+
+
 def _study(function: Callable[[Any], Callable[..., int]]) -> Callable[..., int]:
     def call(**options: Any) -> int:
         import syncbn.study.commands as commands
@@ -300,6 +312,19 @@ COMMANDS: dict[str, Command] = {
             "--checkpoint": {"type": Path, "required": True, "help": "Folder of a run, finished or with a checkpoint."},
             "--samples": {"type": int, "default": 1024, "help": "Training images to measure on."},
             "--sizes": {"type": str, "help": "Normalization batch sizes, such as 1,2,4 (default: powers of 2)."},
+        },
+    ),
+    "convert-check": Command(
+        _convert_check,
+        "Convert a model with random weights, revert it, and compare both with the model as it was.",
+        {
+            "model": {
+                "type": str,
+                "help": "timm:NAME, torchvision:NAME, transformers:NAME, a bare NAME of these, or MODULE:FUNCTION.",
+            },
+            "--kind": {"type": str, "default": "sync", "help": "sync, ghost or renorm."},
+            "--batch-size": {"type": int, "default": 4, "help": "Images in the batch."},
+            "--input-size": {"type": int, "help": "Height and width of the images (default: the model's own)."},
         },
     ),
     "study plan": Command(

@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn.convert_layer import KINDS, State, converted_state, is_convertible, options_of, reverted_state, set_state
+from syncbn.convert_layer import KINDS, converted_state, is_convertible, options_of, reverted_state, set_state
+from syncbn.frozen_batchnorm import State, is_frozen
 from syncbn.functional.epilogue import ActivationName
 from syncbn.functional.running import RunningUpdate
 from syncbn.layers import BatchRenorm, GhostBatchNorm, Remainder, Save, SmallBatchNorm, SyncBatchNorm
@@ -82,12 +83,18 @@ _WRAPPERS = {
 
 
 @overload
-def convert(module: M, kind: Sync, *, where: Where = None, **options: Unpack[SyncOptions]) -> M: ...
+def convert(
+    module: M, kind: Sync, *, where: Where = None, frozen: bool = False, **options: Unpack[SyncOptions]
+) -> M: ...
 @overload
-def convert(module: M, kind: Ghost, *, where: Where = None, **options: Unpack[GhostOptions]) -> M: ...
+def convert(
+    module: M, kind: Ghost, *, where: Where = None, frozen: bool = False, **options: Unpack[GhostOptions]
+) -> M: ...
 @overload
-def convert(module: M, kind: Renorm, *, where: Where = None, **options: Unpack[RenormOptions]) -> M: ...
-def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
+def convert(
+    module: M, kind: Renorm, *, where: Where = None, frozen: bool = False, **options: Unpack[RenormOptions]
+) -> M: ...
+def convert(module: M, kind: Any, *, where: Where = None, frozen: bool = False, **options: Any) -> M:
     """Make every batch-normalization layer of ``module`` a layer of this package, in place.
 
     Layers, parameters and buffers stay the same objects. Optimizers, hooks, shared layers, ``requires_grad``, training
@@ -96,10 +103,15 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
     ``nn.SyncBatchNorm`` stays synchronized over its process group whatever the kind, unless ``sync=False``.
 
     Calling it again with the same kind and options changes nothing. With others, layers are converted from what they
-    were at first. Instance norms and frozen layers (torchvision's ``FrozenBatchNorm2d``, timm's
-    ``FrozenBatchNormAct2d``) stay as they are. If no layer is a batch normalization, a warning says so. A converted
+    were at first. Instance norms stay as they are. If no layer is converted, a warning says so. A converted
     ``nn.BatchNorm2d`` still is an instance of that class, so that code which looks for it (parameter groups without
     weight decay, functions that freeze) finds it; so are 1-D and 3-D layers.
+
+    Frozen layers stay frozen, unless ``frozen=True``. Then ``FrozenBatchNorm2d`` of torchvision and of detectron2,
+    timm's ``FrozenBatchNormAct2d``, and other layers with the same four buffers become trainable layers. Their
+    parameters start from the frozen numbers and share the memory of the buffers, so evaluation computes the same.
+    They did not exist before, so make the optimizer afterwards. A frozen layer has no momentum: it gets 0.1. One
+    without an attribute ``eps``, as in DETR, needs the option.
 
     timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
     without dropout is applied in the same pass over memory as the normalization; to replace it afterwards,
@@ -110,6 +122,7 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
             torch.compile.
         kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the class of the layer.
         where: convert only the layers for which ``where(qualified_name, layer)`` is true.
+        frozen: convert frozen layers too.
         options: ``eps``, ``momentum`` and the options of :class:`~syncbn.SyncBatchNorm`,
             :class:`~syncbn.GhostBatchNorm` or :class:`~syncbn.BatchRenorm`, such as ``ghost_batch_size``.
 
@@ -118,8 +131,9 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
 
     Raises:
         ValueError: the kind has no such option or it has a wrong value; ``module`` is wrapped or contains a wrapper; a
-            layer's class is an unknown subclass of batch normalization (see :func:`syncbn.register_batchnorm`); or a
-            layer is lazy, parametrized, sharded, or has a ``forward`` of its own. The model is unchanged then.
+            layer's class is an unknown subclass of batch normalization (see :func:`syncbn.register_batchnorm`); a
+            layer is lazy, parametrized, sharded, or has a ``forward`` of its own; or a frozen layer computes something
+            else than a batch normalization in evaluation. The model is unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -134,12 +148,13 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
     _refuse_wrappers(module, "convert")
     states = []
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and (where is None or where(name, layer)):
+        found = isinstance(layer, _BatchNorm) or (frozen and is_frozen(layer))
+        if found and (where is None or where(name, layer)):
             with _naming(name, layer, "converted"):
                 _check_layer(layer)
                 states.append((name, layer, converted_state(layer, cls, name or None, options)))
     if not states:
-        _warn_of_nothing(module, where is not None)
+        _warn_of_nothing(module, where is not None, frozen)
     for name, layer, state in states:
         if state is not None:
             set_state(layer, state["_conversion"].converted, state)
@@ -151,9 +166,10 @@ def convert(module: M, kind: Any, *, where: Where = None, **options: Any) -> M:
 def revert(module: M) -> M:
     """Undo :func:`convert`, in place: converted layers get back their first class and attributes.
 
-    Parameters and buffers stay the same objects and keep their values. There is one exception: the statistics of a
-    converted layer stay float32 in ``half()``, and become half when the layer is reverted. Layers that were made as one
-    of this package's stay as they were made. It also works on copies and unpickled models.
+    Parameters and buffers stay the same objects and keep their values. There are two exceptions: the statistics of a
+    converted layer stay float32 in ``half()``, and become half when the layer is reverted; and a layer that was frozen
+    is frozen again, so that its parameters become buffers with the trained values, without gradients. Layers that were
+    made as one of this package's stay as they were made. It also works on copies and unpickled models.
 
     Returns:
         ``module`` itself.
@@ -195,13 +211,15 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
     cls(num_features=1, device="cpu", **options)  # a wrong value raises here, before an error could blame a layer
 
 
-def _warn_of_nothing(module: nn.Module, selected: bool) -> None:
+def _warn_of_nothing(module: nn.Module, selected: bool, frozen: bool) -> None:
     """Say that no layer was converted, and which layers may have been meant."""
     kinds = Counter(type(m).__name__ for m in module.modules() if "norm" in type(m).__name__.lower())
     found = ", ".join(f"{number} {name}" for name, number in kinds.items())
     other = f"; it has {found}, which stay as they are" if found else ""
     left_out = ", or `where` leaves all of them out" if selected else ""
-    said = f"syncbn.convert has changed nothing: the model has no batch normalization{left_out}{other}"
+    has_frozen = not frozen and any(is_frozen(m) for m in module.modules())
+    remedy = "; frozen=True makes the frozen ones trainable layers" if has_frozen else ""
+    said = f"syncbn.convert has changed nothing: the model has no batch normalization{left_out}{other}{remedy}"
     warnings.warn(said, UserWarning, stacklevel=3)
 
 
@@ -233,7 +251,7 @@ def _imported(path: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _check_layer(layer: _BatchNorm) -> None:
+def _check_layer(layer: nn.Module) -> None:
     """Refuse a layer that may do more than its class and tensors say."""
     cls = type(layer)
     if isinstance(layer, LazyModuleMixin):
@@ -242,7 +260,7 @@ def _check_layer(layer: _BatchNorm) -> None:
         raise ValueError("it is parametrized; convert first and parametrize then, or remove the parametrizations")
     if "forward" in vars(layer):
         raise ValueError("its forward was replaced on the instance and would not be called; delete it first")
-    if "_conversion" not in vars(layer) and not is_convertible(cls):
+    if isinstance(layer, _BatchNorm) and "_conversion" not in vars(layer) and not is_convertible(cls):
         raise ValueError(
             f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what it does with "
             f"syncbn.register_batchnorm({cls.__name__}, after), or leave the layer out with where=..."
@@ -250,7 +268,7 @@ def _check_layer(layer: _BatchNorm) -> None:
     sharded = _imported("torch.distributed.tensor.DTensor")
     if sharded is not None and any(isinstance(p, sharded) for p in layer.parameters(recurse=False)):
         raise ValueError("its parameters are sharded; convert first, then fully_shard(model) or parallelize it")
-    if layer.running_mean is not None and layer.num_batches_tracked is None:
+    if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.num_batches_tracked is None:
         raise ValueError("it has running statistics and no num_batches_tracked; set that to torch.tensor(0)")
 
 

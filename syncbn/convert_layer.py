@@ -19,11 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
 from syncbn.domain_statistics import domains_of
-from syncbn.functional.epilogue import ActivationName
+from syncbn.drop_act import drop_then_act, own_activation
+from syncbn.frozen_batchnorm import Frozen, State, frozen_again, is_frozen, thawed
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 
-State = dict[str, Any]
-"""The attributes of a layer, as in ``vars(layer)``."""
 After = Callable[[Any, Tensor], Tensor]
 """Called with the layer and the normalized values; returns what the layer returns."""
 
@@ -81,23 +80,20 @@ def follows(cls: type) -> After | None:
     return _registered[cls] if cls in _registered else _KNOWN_BY_NAME.get(_full_name(cls))
 
 
-def drop_then_act(layer: Any, x: Tensor) -> Tensor:
-    """What timm's layers do after normalizing."""
-    for name in ("drop", "act"):
-        if hasattr(layer, name):
-            x = getattr(layer, name)(x)
-    return x
-
-
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 _KNOWN = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *KINDS.values()))
 # By name, because importing timm is slow and optional. SplitBatchNorm2d is not here: it has several sets of statistics.
+_TIMMS = "timm.layers.norm_act.BatchNormAct2d"
 _KNOWN_BY_NAME: dict[str, After] = {
-    "timm.layers.norm_act.BatchNormAct2d": drop_then_act,
+    _TIMMS: drop_then_act,
     "timm.layers.norm_act.SyncBatchNormAct": drop_then_act,
+    **{
+        f"syncbn.integrations.timm.{name}Act2d": drop_then_act
+        for name in ("SyncBatchNorm", "GhostBatchNorm", "BatchRenorm")
+    },
 }
 _registered: dict[type, After | None] = {}
 
@@ -124,6 +120,10 @@ globals().update({cls.__qualname__: cls for cls in _CONVERTED.values()})  # wher
 
 def converted_class(cls: type[SmallBatchNorm], original: type[_BatchNorm]) -> type[SmallBatchNorm]:
     """The class of an ``original`` that is converted to ``cls``."""
+    if any(_full_name(base) == _TIMMS for base in original.__mro__):
+        from syncbn.integrations.timm import WITH_ACTIVATION  # timm is imported already, as there is a layer of it
+
+        return WITH_ACTIVATION[cls]
     return next((_CONVERTED[cls, base] for base in original.__mro__ if (cls, base) in _CONVERTED), cls)
 
 
@@ -140,6 +140,8 @@ class Conversion:
     """Attributes that were replaced or removed, with their values."""
     added: tuple[str, ...]
     """Names of the new attributes."""
+    frozen: Frozen | None = None
+    """What the layer was before it became an ``original``, if it was a frozen one."""
 
 
 def options_of(cls: type[SmallBatchNorm]) -> dict[str, inspect.Parameter]:
@@ -154,15 +156,21 @@ _OF_TORCH = frozenset(vars(nn.BatchNorm1d(1, device="meta"))) - _ALL_OPTIONS
 """The attributes of torch's layers that no option sets."""
 
 
-def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
-    """The class and a copy of the attributes of ``layer``, or those it had before it was converted."""
+def _original_state(layer: nn.Module, eps: float | None = None) -> tuple[type[_BatchNorm], State, Frozen | None]:
+    """The class and a copy of the attributes of ``layer``, or those it had before it was converted.
+
+    If it is or was a frozen layer, these are those of a trainable one. ``eps`` is for frozen layers without this
+    attribute.
+    """
+    if is_frozen(layer):
+        return thawed(layer, eps)
     state = dict(vars(layer))
     state["_buffers"] = copy.copy(state["_buffers"])  # reverting changes its content
     conversion: Conversion | None = state.get("_conversion")
     if conversion is None:
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
             state["process_group"] = RememberedGroup(make_scope(layer.process_group), layer.process_group)
-        return type(layer), state  # type: ignore[return-value]
+        return type(layer), state, None  # type: ignore[return-value]
     if type(layer) is not conversion.converted:
         raise ValueError(
             f"its class was changed from {conversion.converted.__name__} after the conversion; undo that first"
@@ -170,24 +178,25 @@ def _original_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     for name in conversion.added:
         state.pop(name, None)
     state.update(conversion.replaced)
-    return conversion.original, state
+    return conversion.original, state, conversion.frozen
 
 
-def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
+def converted_state(layer: nn.Module, cls: type[SmallBatchNorm], name: str | None, options: State) -> State | None:
     """The attributes of ``layer`` as a ``cls``; None if it is one with these options already."""
-    original, before = _original_state(layer)
+    original, before, frozen = _original_state(layer, options.get("eps"))
     after, converted = follows(original), converted_class(cls, original)
     kept = {key: before[key] for key in ("eps", "momentum")}
     if issubclass(original, SmallBatchNorm):  # these say what the layer computes, unlike its other options
         kept |= {key: before[key] for key in ("activation", "negative_slope")}
     if after is drop_then_act and not {"activation", "negative_slope"} & options.keys():
-        own = _own_activation(layer, options.get("save", "input"))
+        own = own_activation(layer, options.get("save", "input"))
         kept, after = kept | own, None if own else after
+    mean: Tensor | None = before["_buffers"]["running_mean"]
     new: Any = cls(
         num_features=before["num_features"],
         affine=False,
-        track_running_stats=layer.running_mean is not None,
-        device="meta" if layer.running_mean is None else layer.running_mean.device,
+        track_running_stats=mean is not None,
+        device="meta" if mean is None else mean.device,
         **{**kept, **options, **_scope_options(cls, original, before, options)},
     )
     new.qualified_name, new.after = name, after
@@ -200,11 +209,12 @@ def converted_state(layer: _BatchNorm, cls: type[SmallBatchNorm], name: str | No
     if _COUNTER in vars(layer):
         state[_COUNTER] = vars(layer)[_COUNTER]
     replaced = {k: v for k, v in before.items() if k != "_buffers" and (k not in state or state[k] is not v)}
-    state["_conversion"] = Conversion(original, converted, replaced, (*(state.keys() - before.keys()), "_conversion"))
+    added = (*(state.keys() - before.keys()), "_conversion")
+    state["_conversion"] = Conversion(original, converted, replaced, added, frozen)
     return state
 
 
-def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
+def reverted_state(layer: nn.Module) -> tuple[type[nn.Module], State]:
     """The class and the attributes with which a converted ``layer`` is what it was."""
     if getattr(layer, "frozen_state", None) is not None:
         raise ValueError("it is frozen, and would be trained again; call syncbn.unfreeze(model) first")
@@ -212,7 +222,7 @@ def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
     if default is not None:
         names = ", ".join(map(repr, (default, *domains_of(layer))))
         raise ValueError(f"it has the domains {names}; choose one with syncbn.domains(model, [{default!r}]) first")
-    original, state = _original_state(layer)
+    original, state, frozen = _original_state(layer)
     if isinstance(group := state.get("process_group"), RememberedGroup):
         state["process_group"] = group.group()
     weight = state["_parameters"].get("weight")
@@ -222,7 +232,7 @@ def reverted_state(layer: nn.Module) -> tuple[type[_BatchNorm], State]:
             buffer = state["_buffers"][name]
             if buffer is not None and buffer.dtype.itemsize > weight.dtype.itemsize:
                 state["_buffers"][name] = buffer.to(weight.dtype)
-    return original, state
+    return (original, state) if frozen is None else frozen_again(frozen, state)
 
 
 def set_state(layer: nn.Module, cls: type[nn.Module], state: State) -> None:
@@ -244,30 +254,6 @@ def _scope_options(cls: type[SmallBatchNorm], original: type[_BatchNorm], before
         return {}
     found: State = {"process_group": scope.ranks, "sync_group_size": scope.sync_group_size}
     return found | ({"sync": True} if "sync" in options_of(cls) else {})
-
-
-_ACTIVATIONS: dict[type | None, ActivationName] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
-
-
-def _own_activation(layer: nn.Module, save: str) -> State:
-    """The options with which ``layer``, one of timm's, applies its activation itself; empty if it cannot.
-
-    It cannot if ``act`` or ``drop`` has a hook or a ``forward`` of its own, which would not be called.
-    """
-    drop, act = getattr(layer, "drop", None), getattr(layer, "act", None)
-    drops = drop is not None and not (type(drop) is nn.Identity and _is_plain(drop))
-    if drops or type(act) not in _ACTIVATIONS or not _is_plain(act):
-        return {}
-    found: State = {"activation": _ACTIVATIONS[type(act)]}
-    if isinstance(act, nn.LeakyReLU):
-        found["negative_slope"] = act.negative_slope
-    invertible = found.get("negative_slope", 0) > 0
-    return found if invertible or save == "input" else {}
-
-
-def _is_plain(module: Any) -> bool:
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return not any(vars(module).get(name) for name in ("forward", *hooks))
 
 
 class RememberedGroup:

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from syncbn.convert import revert
-from syncbn.convert_layer import drop_then_act, follows, is_convertible
+from syncbn.convert_layer import follows, is_convertible
 from syncbn.domains import set_domains
+from syncbn.drop_act import drop_then_act
 from syncbn.freeze import unfreeze
 from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import SmallBatchNorm
@@ -132,11 +133,15 @@ def _fused(layer: nn.Module, norm: _BatchNorm) -> nn.Module:
 
 def _rest(norm: _BatchNorm) -> nn.Module:
     """What a layer does after it has normalized."""
+    steps: list[nn.Module] = []
     if isinstance(norm, SmallBatchNorm):
-        return _activation(norm.activation, norm.negative_slope)
-    steps = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+        steps.append(_activation(norm.activation, norm.negative_slope))
+    if not isinstance(norm, SmallBatchNorm) or norm.after is drop_then_act:
+        steps += [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
     steps = [step for step in steps if not isinstance(step, nn.Identity)]
-    return nn.Sequential(*steps) if steps else nn.Identity()
+    if len(steps) > 1:
+        return nn.Sequential(*steps)
+    return steps[0] if steps else nn.Identity()
 
 
 def _activation(name: ActivationName | None, negative_slope: float) -> nn.Module:

@@ -573,7 +573,9 @@ class SyncBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
         self.scope = make_scope(process_group, sync_group_size)
         self.activation, self.negative_slope, self.save = activation, negative_slope, save
         self._check_options()
@@ -632,7 +634,9 @@ class GhostBatchNorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
         self.scope = _optional_scope(sync, process_group, sync_group_size)
         self.ghost_batch_size, self.remainder, self.max_ghost_groups = ghost_batch_size, remainder, max_ghost_groups
         self.running_update = running_update
@@ -703,7 +707,9 @@ class BatchRenorm(SmallBatchNorm):
         negative_slope: float = 0.01,
         save: Save = "input",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
         self.scope = _optional_scope(sync, process_group, sync_group_size)
         self.ghost_batch_size, self.remainder, self.max_ghost_groups = ghost_batch_size, remainder, max_ghost_groups
         self.activation, self.negative_slope, self.save = activation, negative_slope, save

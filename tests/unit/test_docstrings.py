@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import pkgutil
 import sys
 
 import pytest
 
 import syncbn
 
+NAMES = (
+    "syncbn.checkpoints.translate_state",
+    "syncbn.checkpoints.translate_options",
+    "syncbn.integrations.timm.register",
+)
 PUBLIC = {f"syncbn.{name}": getattr(syncbn, name) for name in syncbn.__all__ if name != "__version__"}
 PUBLIC["syncbn.SyncBatchNorm.forward"] = syncbn.SyncBatchNorm.forward
+PUBLIC |= {name: pkgutil.resolve_name(name) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -102,6 +102,7 @@ def find(name: str, key: str) -> Any:
     Modules in the working directory are found too.
     """
     module, colon, attribute = name.partition(":")
+    what = key.partition(".")[0]
     known = f"{', '.join(['classification', *BUILT_IN])}, or " if key == "task.name" else ""
     require(bool(module and colon and attribute), key, name, f"{known}module:attribute")
     if os.getcwd() not in sys.path:
@@ -112,9 +113,9 @@ def find(name: str, key: str) -> Any:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             where = f"a module that Python finds, in {os.getcwd()} or among the installed packages"
             raise ConfigError(key, name, where) from error
-        raise TaskError(f"task {name}: its module raised {type(error).__name__}: {error}") from error
+        raise TaskError(f"{what} {name}: its module raised {type(error).__name__}: {error}") from error
     except Exception as error:
-        raise TaskError(f"task {name}: its module raised {type(error).__name__}: {error}") from error
+        raise TaskError(f"{what} {name}: its module raised {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         require(hasattr(found, part), key, name, f"an attribute of {module}, which has none called {part}")
         found = getattr(found, part)
