@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
@@ -19,8 +20,17 @@ from syncbn.functional.epilogue import ACTIVATIONS, NO_EPILOGUE, ActivationName,
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
+from syncbn.profiling import recorded
 from syncbn.recompute import is_repeated, is_taped
-from syncbn.torch_internals import PLAIN_TYPES, assert_async, has_transforms, runs_at_once, static_address
+from syncbn.torch_internals import (
+    PLAIN_TYPES,
+    assert_async,
+    constant_result,
+    has_transforms,
+    is_profiled,
+    runs_at_once,
+    static_address,
+)
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
@@ -165,6 +175,8 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(input, "expected (N, C) or (N, C, *), that is at least 2 dimensions")
         if input.shape[1] != self.num_features:
             self._fail(input, f"expected {self.num_features} channels in dimension 1, got {input.shape[1]}")
+        if input.is_quantized:
+            self._fail(input, f"expected a floating-point input, got {input.dtype}; quantize syncbn.revert(model)")
         if not input.is_floating_point():
             self._fail(input, f"expected a floating-point input, got {input.dtype}; convert it first")
 
@@ -208,13 +220,10 @@ class SmallBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if residual is not None:
             self._check_residual(input, residual)
-        if self.training or self.running_mean is None:
-            output = self._normalize_by_batch(input, residual)
+        if not torch.compiler.is_compiling() and is_profiled():
+            output = recorded(f"syncbn.{type(self).__name__}", self._normalized, input, residual)
         else:
-            output = self._normalize_by_running(input)
-            if residual is not None:
-                output = output + residual
-            output = activate(output, Epilogue(None, self.activation, self.negative_slope))
+            output = self._normalized(input, residual)
         return output if self.after is None else self.after(self, output)
 
     def _traced(self, input: Any, residual: Any) -> Any:
@@ -232,13 +241,23 @@ class SmallBatchNorm(_BatchNorm):
             wanted = f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device})"
             self._fail(x, f"{wanted}, got {got}")
 
+    def _normalized(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.training or self.running_mean is None:
+            return self._normalize_by_batch(x, residual)
+        y = self._normalize_by_running(x)
+        if residual is not None:
+            y = y + residual
+        return activate(y, Epilogue(None, self.activation, self.negative_slope))
+
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         if self.num_features == 0:  # torch looks at channel 0 of an empty input
             return x.clone()
         # One dtype for all four, as torch wants it: they differ after half(), or from the input.
         dtype = compute_dtype(x)
+        # An exported graph must not have a conversion that does nothing: torch's quantization looks for the parameters.
         mean, var, weight, bias = (
-            None if t is None else t.to(dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+            t if t is None or t.dtype == dtype else t.to(dtype)
+            for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
@@ -246,6 +265,8 @@ class SmallBatchNorm(_BatchNorm):
         if type(x) not in PLAIN_TYPES and hasattr(x, "to_local"):
             self._fail(x, "a DTensor has no statistics here; give the layer x.to_local(), with sync over its ranks")
         # Evaluation without running statistics uses those of the batch on this process, and never communicates.
+        if self.training and torch.compiler.is_exporting():
+            _warn_of_export(type(self).__name__)
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         if self.sample_groups is None and self.ghost_batch_size is None:
             groups, divisor, has_variance = ONE_GROUP, None, x.numel() > x.shape[1]
@@ -323,7 +344,9 @@ class SmallBatchNorm(_BatchNorm):
         index = None if number == 1 else _consecutive_groups(n, g, x)
         # A group that is empty here may hold a single sample elsewhere, unless each group is known to be whole.
         whole = self.remainder == "error" and g > 1
-        smallest = g if whole else 0 if filled < number else n % g or g
+        # A single sample of several values has a variance. A compiled graph would serve one remainder alone.
+        last = 1 if math.prod(x.shape[2:]) > 1 else n % g or g
+        smallest = g if whole else 0 if filled < number else last
         return SampleGroups(index, number, smallest=smallest)
 
     def _common_groups(self, x: Tensor, filled: int, group_name: str) -> int:
@@ -378,6 +401,15 @@ def _plain(x: Tensor) -> Tensor:
     """``x`` as a Tensor, for which there are kernels, unless its class does operations in its own way."""
     dispatched = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return x if dispatched else x.as_subclass(Tensor)
+
+
+@constant_result  # tracing runs it
+def _warn_of_export(kind: str) -> None:
+    said = (
+        f"{kind} is exported in training mode: the program will always normalize by the statistics of its batch. For "
+        "inference, call model.eval() first; for quantization-aware training, export syncbn.revert(model)"
+    )
+    warnings.warn(said, UserWarning, stacklevel=2)
 
 
 def _zero_counter(device: torch.device) -> Tensor:
