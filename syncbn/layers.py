@@ -336,7 +336,7 @@ class SmallBatchNorm(_BatchNorm):
             return self.sample_groups
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)
-        if n % g and self.remainder == "error":
+        if self.remainder == "error" and n % g:  # in this order: a graph is bound to what it has asked of n
             remedy = "drop the last samples, choose a divisor, or pass remainder='smaller' for a smaller last group"
             self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}", BatchError)
         filled = -(-n // g)
@@ -344,7 +344,7 @@ class SmallBatchNorm(_BatchNorm):
         index = None if number == 1 else _consecutive_groups(n, g, x)
         # A group that is empty here may hold a single sample elsewhere, unless each group is known to be whole.
         whole = self.remainder == "error" and g > 1
-        # A single sample of several values has a variance. A compiled graph would serve one remainder alone.
+        # A single sample of several values has a variance, so the size of the last group does not matter.
         last = 1 if math.prod(x.shape[2:]) > 1 else n % g or g
         smallest = g if whole else 0 if filled < number else last
         return SampleGroups(index, number, smallest=smallest)

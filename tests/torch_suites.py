@@ -22,18 +22,22 @@ from torch.testing import make_tensor
 _CLASSES = ("FunctionInput", "ModuleInput", "ModuleErrorEnum", "ErrorModuleInput")
 
 
-@functools.cache
-def parsed(name: str) -> ast.Module:
+def source(name: str) -> str:
     """The source of a module of ``torch.testing._internal``."""
     spec = importlib.util.find_spec("torch.testing._internal")
     assert spec is not None, "every wheel of torch has it"
     assert spec.submodule_search_locations is not None, "it is a package"
-    return ast.parse(Path(spec.submodule_search_locations[0], *name.split(".")).with_suffix(".py").read_text())
+    return Path(spec.submodule_search_locations[0], *name.split(".")).with_suffix(".py").read_text()
+
+
+@functools.cache
+def _list_of_modules() -> ast.Module:
+    return ast.parse(source("common_modules"))
 
 
 def batchnorm_infos() -> list[str]:
     """The classes of batch normalization for which torch's list of modules has an entry."""
-    calls = (node for node in ast.walk(parsed("common_modules")) if isinstance(node, ast.Call) and node.args)
+    calls = (node for node in ast.walk(_list_of_modules()) if isinstance(node, ast.Call) and node.args)
     found = (ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == "ModuleInfo")
     return sorted(name for name in found if "BatchNorm" in name)
 
@@ -43,7 +47,7 @@ def _definitions() -> dict[str, Any]:
     """The functions of torch's list of modules that make the inputs of batch normalization."""
     kept: list[ast.stmt] = [
         node
-        for node in parsed("common_modules").body
+        for node in _list_of_modules().body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and (node.name in _CLASSES or "BatchNorm" in node.name)
     ]
     needed = {"partial": functools.partial, "wraps": functools.wraps, "deepcopy": copy.deepcopy, "Enum": enum.Enum}
@@ -73,6 +77,5 @@ def module_error_inputs(torchs: type, dtype: torch.dtype, *, training: bool) -> 
 
 def distributed_tests(pattern: str) -> list[str]:
     """The names of torch's distributed tests that match a pattern, whatever its case."""
-    nodes = ast.walk(parsed("distributed.distributed_test"))
-    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    names = set(re.findall(r"^ +def (test_\w+)\(", source("distributed.distributed_test"), re.MULTILINE))
     return sorted(name for name in names if re.search(pattern, name, re.IGNORECASE))

@@ -223,20 +223,25 @@ def test_training_and_evaluation(pools, kind):
     pools(WORLD).run(train_and_evaluate, kind)
 
 
-def end_early(kind):
-    """Rank 1 has half of the inputs of rank 0."""
-    torch.manual_seed(0)
-    rank, least, taken = dist.get_rank(), 3, 0
-    model, x = wrapped(BatchNormNet(), kind), torch.randn(10, 2)
-    expected = "Detected at least one rank that exhausted inputs" if rank == 0 else "Rank 1 exhausted all inputs"
-    with pytest.raises(RuntimeError, match=expected), model.join(throw_on_early_termination=True):
-        for _ in range(2 * least if rank == 0 else least):
-            model(x).sum().backward()
+def take_joined_steps(model, number, taken):
+    with model.join(throw_on_early_termination=True):
+        for step in range(number):
+            model(torch.randn(10, 2)).sum().backward()
             for parameter in model.parameters():
                 parameter.data += parameter.grad
                 parameter.grad = None
-            taken += 1
-    assert taken == least
+            taken.append(step)
+
+
+def end_early(kind):
+    """Rank 1 has half of the inputs of rank 0."""
+    torch.manual_seed(0)
+    rank, least, taken = dist.get_rank(), 3, []
+    model = wrapped(BatchNormNet(), kind)
+    expected = "Detected at least one rank that exhausted inputs" if rank == 0 else "Rank 1 exhausted all inputs"
+    with pytest.raises(RuntimeError, match=expected):
+        take_joined_steps(model, 2 * least if rank == 0 else least, taken)
+    assert taken == list(range(least))
     return [parameter.tolist() for parameter in model.parameters()]
 
 
