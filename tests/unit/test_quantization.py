@@ -63,7 +63,7 @@ def test_eager_mode_says_what_to_do(kind: str, backend: str) -> None:
     net.qconfig = quantization.get_default_qconfig(backend)
     quantization.prepare(net, inplace=True)
     net(images())
-    with pytest.raises(ValueError, match=r"'1'.*got torch.quint8; quantize syncbn.revert\(model\)"):
+    with pytest.raises(ValueError, match=r"'2'.*got torch.quint8; quantize syncbn.revert\(model\)"):
         quantization.convert(net)(images())
 
 
