@@ -60,7 +60,8 @@ def batch_norm(
             done = function(x, weight, bias, running, epilogue, rule.groups, rule.eps, rule.save_output)
             if done is not None:
                 return done
-    if is_transformed():
+    # An exported program would have the forward pass alone of an autograd.Function, and so no gradient.
+    if is_transformed() or (rule.group_name is None and torch.compiler.is_exporting()):
         return _composed(x, weight, bias, running, epilogue, rule)
     kept = recall(x.shape[1]) if taped else None
     if kept is None:

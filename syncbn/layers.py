@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
@@ -22,8 +23,17 @@ from syncbn.functional.masked import fill, zero_invalid
 from syncbn.functional.renorm import Limits
 from syncbn.functional.running import Running, RunningUpdate
 from syncbn.functional.statistics import ONE_GROUP, Groups, compute_dtype
+from syncbn.profiling import recorded
 from syncbn.recompute import domain_of_pass, is_repeated, is_taped
-from syncbn.torch_internals import PLAIN_TYPES, assert_async, has_transforms, runs_at_once, static_address
+from syncbn.torch_internals import (
+    PLAIN_TYPES,
+    assert_async,
+    constant_result,
+    has_transforms,
+    is_profiled,
+    runs_at_once,
+    static_address,
+)
 
 Remainder = Literal["error", "smaller"]
 Save = Literal["input", "output"]
@@ -202,6 +212,8 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(input, "expected (N, C) or (N, C, *), that is at least 2 dimensions")
         if input.shape[1] != self.num_features:
             self._fail(input, f"expected {self.num_features} channels in dimension 1, got {input.shape[1]}")
+        if input.is_quantized:
+            self._fail(input, f"expected a floating-point input, got {input.dtype}; quantize syncbn.revert(model)")
         if not input.is_floating_point():
             self._fail(input, f"expected a floating-point input, got {input.dtype}; convert it first")
 
@@ -261,12 +273,17 @@ class SmallBatchNorm(_BatchNorm):
         if mask is not None:
             mask = self._full_mask(input, mask)
             residual = None if residual is None else zero_invalid(residual, mask)
-        if self.default_domain is None or not (is_taped() or is_repeated()):
-            output = self._normalize(input, residual, mask)
+        if not torch.compiler.is_compiling() and is_profiled():
+            output = recorded(f"syncbn.{type(self).__name__}", self._in_its_domain, input, residual, mask)
         else:
-            with self._in_domain_of_first_pass():
-                output = self._normalize(input, residual, mask)
+            output = self._in_its_domain(input, residual, mask)
         return output if self.after is None else self.after(self, output)
+
+    def _in_its_domain(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.default_domain is None or not (is_taped() or is_repeated()):
+            return self._normalize(x, residual, mask)
+        with self._in_domain_of_first_pass():
+            return self._normalize(x, residual, mask)
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.training or self.running_mean is None:
@@ -331,9 +348,11 @@ class SmallBatchNorm(_BatchNorm):
             return x.clone()
         # One dtype for all four, as torch wants it: they differ after half(), or from the input.
         dtype = compute_dtype(x)
-        statistics, (weight, bias) = self.holder(), self._affine()
+        # An exported graph must not have a conversion that does nothing: torch's quantization looks for the parameters.
+        statistics, affine = self.holder(), self._affine()
         mean, var, weight, bias = (
-            None if t is None else t.to(dtype) for t in (statistics.running_mean, statistics.running_var, weight, bias)
+            t if t is None or t.dtype == dtype else t.to(dtype)
+            for t in (statistics.running_mean, statistics.running_var, *affine)
         )
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
@@ -341,6 +360,8 @@ class SmallBatchNorm(_BatchNorm):
         if type(x) not in PLAIN_TYPES and hasattr(x, "to_local"):
             self._fail(x, "a DTensor has no statistics here; give the layer x.to_local(), with sync over its ranks")
         # Evaluation without running statistics uses those of the batch on this process, and never communicates.
+        if self.training and torch.compiler.is_exporting():
+            _warn_of_export(type(self).__name__)
         group_name = resolve_name(self.scope) if self.training and self.scope is not None else None
         if self.sample_groups is None and self.ghost_batch_size is None:
             groups, divisor, has_variance = ONE_GROUP, None, x.numel() > x.shape[1]
@@ -423,7 +444,7 @@ class SmallBatchNorm(_BatchNorm):
             return self.sample_groups
         if g is None or not self.training:
             return SampleGroups(None, 1, smallest=n)
-        if n % g and self.remainder == "error":
+        if self.remainder == "error" and n % g:  # in this order: a graph is bound to what it has asked of n
             remedy = "drop the last samples, choose a divisor, or pass remainder='smaller' for a smaller last group"
             self._fail(x, f"{n} samples are no multiple of ghost_batch_size={g}; {remedy}", BatchError)
         filled = -(-n // g)
@@ -431,7 +452,9 @@ class SmallBatchNorm(_BatchNorm):
         index = None if number == 1 else _consecutive_groups(n, g, x)
         # A group that is empty here may hold a single sample elsewhere, unless each group is known to be whole.
         whole = self.remainder == "error" and g > 1
-        smallest = g if whole else 0 if filled < number else n % g or g
+        # A single sample of several values has a variance, so the size of the last group does not matter.
+        last = 1 if math.prod(x.shape[2:]) > 1 else n % g or g
+        smallest = g if whole else 0 if filled < number else last
         return SampleGroups(index, number, smallest=smallest)
 
     def _common_groups(self, x: Tensor, filled: int, group_name: str) -> int:
@@ -490,6 +513,15 @@ def _plain(x: Tensor) -> Tensor:
     """``x`` as a Tensor, for which there are kernels, unless its class does operations in its own way."""
     dispatched = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return x if dispatched else x.as_subclass(Tensor)
+
+
+@constant_result  # tracing runs it
+def _warn_of_export(kind: str) -> None:
+    said = (
+        f"{kind} is exported in training mode: the program will always normalize by the statistics of its batch. For "
+        "inference, call model.eval() first; for quantization-aware training, export syncbn.revert(model)"
+    )
+    warnings.warn(said, UserWarning, stacklevel=2)
 
 
 def _zero_counter(device: torch.device) -> Tensor:

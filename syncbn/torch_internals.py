@@ -72,6 +72,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def is_profiled() -> bool:
+    """Whether a profiler records what this thread does. Private: torch has no public query."""
+    return torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+
+
 def group_size(group_name: str) -> int:
     """The number of ranks of a process group.
 

@@ -14,6 +14,7 @@ SLOW = {
     "test_bench_command.py": "it runs the bench",
     "test_bench_compiled.py": "it traces whole models",
     "test_compat.py": "each test imports torch in a process of its own",
+    "test_compiled_graphs.py": "torch.compile takes seconds",
     "test_compiled_kernels.py": "it needs a C++ compiler, and works on large inputs",
     "test_compiled_limits.py": "it needs a C++ compiler",
     "test_cpu_operator.py": "it needs a C++ compiler",
@@ -24,6 +25,7 @@ SLOW = {
     "test_diagnose.py": "it trains networks",
     "test_digit_canvas.py::test_inputs_are_normalized": "the data set takes seconds to read",
     "test_example_loops.py::test_script": "it draws whole reports",
+    "test_export.py": "torch.export takes seconds",
     "test_layer_epilogue.py::test_compiled_in_one_graph": "torch.compile takes seconds",
     "test_layer_gradients.py": "second derivatives are compared number by number",
     "test_layer_shortcuts.py": "it has large inputs, for every layer and memory format",
@@ -33,6 +35,7 @@ SLOW = {
     "test_moving_average.py": "it trains networks",
     "test_norms.py::test_residual_networks": "it runs whole models with each norm",
     "test_openmp.py": "it imports torch in a process of its own",
+    "test_profiling.py": "it needs a C++ compiler",
     "test_properties.py": "it checks hundreds of random layers",
     "test_segmentation.py::test_a_short_training_learns": "it trains networks",
     "test_segmentation.py::test_a_short_training_on_volumes_learns": "it trains networks",
@@ -43,6 +46,7 @@ SLOW = {
     "test_study_parity.py": "it starts processes",
     "test_study_report.py": "it draws whole reports",
     "test_study_runner.py": "it starts worker processes",
+    "test_torch_modules.py": "second derivatives are compared number by number, for every layer and input",
     "test_train.py": "it trains networks",
 }
 """Files and tests that are marked `slow`, which `make test-fast` leaves out, and why they take long."""

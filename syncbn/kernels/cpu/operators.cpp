@@ -415,10 +415,12 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     rule->given = {true, get(weight) != nullptr, get(bias) != nullptr, get(residual) != nullptr};
     rule->bias_dtype = get(bias) ? bias->scalar_type() : at::kFloat;
     const bool activated = options.activation.has_value();
+    // Not asked of the tensor: a compiled graph may be for any number of groups.
+    const bool corrected = running.limits.has_value();
     ctx->save_for_backward(std::vector<Tensor>{options.save_output ? y : x, weight.value_or(Tensor()),
                             activated || options.save_output ? bias.value_or(Tensor()) : Tensor(),
                             activated ? residual.value_or(Tensor()) : Tensor(), options.index.value_or(Tensor()), moments,
-                            corrections.numel() != 0 ? corrections : Tensor()});
+                            corrected ? corrections : Tensor()});
     ctx->saved_data["rule"] = c10::IValue::make_capsule(std::move(rule));
     return y;
   }
