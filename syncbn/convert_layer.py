@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import Scope, make_scope, resolve
+from syncbn.compat import import_timm
 from syncbn.functional.epilogue import ActivationName
 from syncbn.layers import BatchRenorm, GhostBatchNorm, SmallBatchNorm, SyncBatchNorm
 
@@ -93,9 +94,10 @@ def _full_name(cls: type) -> str:
 
 
 _KNOWN = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *KINDS.values()))
+_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
 # By name, because importing timm is slow and optional. SplitBatchNorm2d is not here: it has several sets of statistics.
 _KNOWN_BY_NAME: dict[str, After] = {
-    "timm.layers.norm_act.BatchNormAct2d": drop_then_act,
+    _NORM_ACT: drop_then_act,
     "timm.layers.norm_act.SyncBatchNormAct": drop_then_act,
 }
 _registered: dict[type, After | None] = {}
@@ -109,7 +111,8 @@ def _of_dimension(cls: type[SmallBatchNorm], torchs: type[_BatchNorm]) -> type[S
 
     Its ``__name__`` is that of ``cls``, which users know. Its qualified name is that of this module's attribute.
     """
-    attributes = {"__module__": __name__, "__qualname__": cls.__name__ + torchs.__name__[-2:], "__doc__": cls.__doc__}
+    name = cls.__name__ + torchs.__name__.removeprefix("BatchNorm")
+    attributes = {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls, torchs), attributes)
 
 
@@ -121,8 +124,20 @@ _CONVERTED: dict[tuple[type, type], type[SmallBatchNorm]] = {
 globals().update({cls.__qualname__: cls for cls in _CONVERTED.values()})  # where pickles look for them
 
 
+def __getattr__(name: str) -> Any:
+    """The class of a converted layer of timm, which is made when it is needed: a pickle may be the first to ask."""
+    cls = next((cls for cls in KINDS.values() if name == f"{cls.__name__}Act2d"), None)
+    if cls is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return converted_class(cls, import_timm("layers").BatchNormAct2d)
+
+
 def converted_class(cls: type[SmallBatchNorm], original: type[_BatchNorm]) -> type[SmallBatchNorm]:
     """The class of an ``original`` that is converted to ``cls``."""
+    if _full_name(original) == _NORM_ACT and (cls, original) not in _CONVERTED:
+        # timm asks for its own class before it keeps an activation, such as in freeze_batch_norm_2d.
+        _CONVERTED[cls, original] = made = _of_dimension(cls, original)
+        globals()[made.__qualname__] = made
     return next((_CONVERTED[cls, base] for base in original.__mro__ if (cls, base) in _CONVERTED), cls)
 
 
