@@ -20,7 +20,8 @@ MARK = (
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "compatibility.md"
 CONSTRAINTS = TESTS.parent / "constraints.txt"
-CALL = "pytest.mark.works_with"
+NAME = "works_with"
+CALL = f"pytest.mark.{NAME}("
 HEAD = "| library | version | what was done | test |\n|---|---|---|---|\n"
 
 
@@ -50,10 +51,11 @@ def rows() -> list[Row]:
 
 def marks_of(path: Path) -> Iterator[tuple[str, str, str]]:
     """The test, the library and what is done, for each mark on a test of this file or on a case of one."""
-    for function in ast.walk(ast.parse(path.read_text())):
+    text = path.read_text()
+    for function in ast.walk(ast.parse(text)) if CALL in text else ():
         if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
             for call in ast.walk(function):
-                if isinstance(call, ast.Call) and ast.unparse(call.func) == CALL:
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == NAME:
                     library, what = map(ast.literal_eval, call.args)
                     yield function.name, library, what
 

@@ -20,4 +20,4 @@ def test_no_mark_is_overlooked() -> None:
     """A mark that is not on a test, such as one in a variable, would be no row."""
     for path in TESTS.rglob("test_*.py"):
         if path.name != "test_compatibility.py":
-            assert path.read_text().count(f"{CALL}(") == len(list(marks_of(path))), path.name
+            assert path.read_text().count(CALL) == len(list(marks_of(path))), path.name

@@ -55,6 +55,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
+@pytest.mark.works_with("torchvision", "ResNet, MobileNetV3, DenseNet, Inception: a converted step, and back")
+@pytest.mark.works_with("timm", "ResNet, EfficientNet, RegNet: a converted step, and back")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_model_computes_the_same(name: str) -> None:
     build, size, number = MODELS[name]
@@ -112,6 +114,9 @@ def test_timm_layer_keeps_drop_and_activation(act: type[nn.Module] | None) -> No
     assert [name for name, _ in layer.named_children()] == ["drop", "act"]
 
 
+@pytest.mark.works_with(
+    "timm", "`BatchNormAct2d`: ReLU, SiLU and LeakyReLU in the same pass; others, and dropout, after it"
+)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -168,6 +173,7 @@ def test_timm_synchronized_layer() -> None:
     assert [type(m) for m in revert(model)] == [norm_act.SyncBatchNormAct, nn.SyncBatchNorm]
 
 
+@pytest.mark.works_with("torchvision", "`FrozenBatchNorm2d` stays as it is")
 def test_frozen_layers_stay_frozen() -> None:
     torchvision_frozen = import_torchvision("ops").FrozenBatchNorm2d
     model = nn.Sequential(norm_act.FrozenBatchNormAct2d(3), torchvision_frozen(3), nn.BatchNorm2d(3))

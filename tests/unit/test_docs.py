@@ -13,6 +13,8 @@ from fault_table import END, START, rows_in
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {"recipes_vision.md": "tests/ecosystem/test_recipes_vision.py"}
+"""Pages whose Python needs other frameworks or processes, with the test that runs it."""
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -48,7 +50,9 @@ def test_links_lead_to_files(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in TEXTS if blocks(path, "python")], ids=lambda path: path.relative_to(ROOT).as_posix()
+    "path",
+    [path for path in TEXTS if blocks(path, "python") and path.name not in ELSEWHERE],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_python_runs(path: Path, world: None) -> None:
     """The blocks of a page, one after another, for a user who has a model and batches."""
@@ -57,6 +61,10 @@ def test_python_runs(path: Path, world: None) -> None:
     for block in blocks(path, "python"):
         exec(compile(block, str(path), "exec"), names)
     assert "syncbn" in names, "no block imports syncbn"
+
+
+def test_python_of_other_pages_runs_elsewhere() -> None:
+    assert not [page for page, test in ELSEWHERE.items() if page not in (ROOT / test).read_text()]
 
 
 def test_the_studys_file_is_one(tmp_path: Path) -> None:
