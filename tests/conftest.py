@@ -1,4 +1,4 @@
-"""The rows of the table of faults, and what each of their tests has to leave behind: nothing."""
+"""The marks whose rows are tables of the documentation, and what each test of a fault has to leave behind: nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fault_table import ROWS, FaultTable
 from leftovers import files_in, processes, start_of_session, wait_until_gone
+from works_with import MARK
 
 start_of_session()
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
@@ -23,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", ROWS)
+    config.addinivalue_line("markers", MARK)
     page = config.getoption("--fault-page") if config.getoption("--write-fault-table") else None
     config.pluginmanager.register(FaultTable(page), "fault-table")
 

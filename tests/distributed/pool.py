@@ -49,8 +49,9 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
 class Pool:
     """``world_size`` gloo processes with an initialised world, which run functions of test modules."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, method: str = "spawn") -> None:
         self.world_size = world_size
+        self._method = method
         self._workers: list[tuple[Any, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -78,7 +79,7 @@ class Pool:
             return
         self._kill()
         self._folder = tempfile.TemporaryDirectory(prefix=POOL)
-        context = mp.get_context("spawn")
+        context: Any = mp.get_context(self._method)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             rendezvous = os.path.join(self._folder.name, "rendezvous")
@@ -126,9 +127,9 @@ class Pool:
             self._folder = None
 
 
-def pools_by_size() -> Iterator[Callable[[int], Pool]]:
+def pools_by_size(method: str = "spawn") -> Iterator[Callable[[int], Pool]]:
     """The fixture ``pools``: ``pools(4)`` is the session's set of four workers, started when first asked for."""
     made: dict[int, Pool] = {}
-    yield lambda world_size: made.setdefault(world_size, Pool(world_size))
+    yield lambda world_size: made.setdefault(world_size, Pool(world_size, method))
     for pool in made.values():
         pool.stop()

@@ -67,6 +67,7 @@ def train_small_model(name, options, sizes):
     return train_compiled(model.double(), (sizes[dist.get_rank()], 3, 6, 6), "aot_eager")
 
 
+@pytest.mark.works_with("torch", "`torch.compile(fullgraph=True)` on 2 processes: each layer, forward and backward")
 @pytest.mark.parametrize(
     ("name", "options", "sizes"),
     [
@@ -156,6 +157,7 @@ def train_resnet(cache):
     return steps
 
 
+@pytest.mark.works_with("torch", "`torch.compile` by inductor: ResNet-18 in one graph on 2 processes")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")

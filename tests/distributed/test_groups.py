@@ -305,6 +305,9 @@ def train_ddp(case, options):
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+@pytest.mark.works_with(
+    "torch", "DistributedDataParallel on 3 processes, one of them with an empty batch, with five sets of its options"
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -61,6 +61,9 @@ def compare_with_plain(name: str, options: dict[str, Any], how: str) -> tuple[bo
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), plain, number
 
 
+@pytest.mark.works_with(
+    "torch", "`torch.utils.checkpoint` with this package's contexts: the repeated pass reduces nothing"
+)
 @pytest.mark.parametrize("how", ["kept", "nested"])
 @pytest.mark.parametrize(("name", "options"), LAYERS.items(), ids=LAYERS.keys())
 def test_a_repetition_is_the_first_pass(

@@ -48,6 +48,7 @@ def check_run(config, out, processes):
     assert compare_runs(Trained.read(out.parent / "alone"), Trained.read(out)).largest <= TOLERANCE
 
 
+@pytest.mark.works_with("accelerate", "`accelerate launch` on 2 processes: the weights of one process")
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
 def test_one_node(script, config, tmp_path):
     code, output = finish(start(script, config, tmp_path / "out", NPROC="2"))

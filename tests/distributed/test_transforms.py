@@ -84,6 +84,7 @@ def differences(name: str) -> dict[str, float]:
     return {**found, "running statistics": float(running)}
 
 
+@pytest.mark.works_with("torch", "`torch.func` (`jvp`, `grad`, `vmap`) and forward-mode derivatives across 3 processes")
 @pytest.mark.parametrize("name", ["SyncBatchNorm", "BatchRenorm"])
 def test_derivatives_of_any_mode_are_exact_across_ranks(pools: Callable[[int], Pool], name: str) -> None:
     for found in pools(3).run(differences, name):
@@ -101,6 +102,7 @@ def with_a_mesh() -> bool:
     return torch.equal(of_mesh(part.float()), of_world(part.float()))
 
 
+@pytest.mark.works_with("torch", "a dimension of a `DeviceMesh` as process group")
 def test_a_device_mesh_is_a_process_group(pools: Callable[[int], Pool]) -> None:
     assert all(pools(2).run(with_a_mesh))
 
@@ -114,6 +116,7 @@ def with_a_dtensor() -> str:
     return ""
 
 
+@pytest.mark.works_with("torch", "`DTensor` as input: refused, with what to do")
 def test_a_dtensor_is_refused(pools: Callable[[int], Pool]) -> None:
     (said,) = set(pools(2).run(with_a_dtensor))
     assert "a DTensor has no statistics here; give the layer x.to_local()" in said

@@ -38,6 +38,10 @@ def test_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     check_script(name, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.works_with(
+    "lightning", "a LightningModule with its Trainer on 2 processes, with local and with synchronized layers"
+)
+@pytest.mark.works_with("transformers", "ResNet with the Trainer on 2 processes, synchronized")
 @pytest.mark.parametrize(
     ("name", "norm"), [("lightning_module", "batch"), ("lightning_module", "sync"), ("transformers_trainer", "sync")]
 )
@@ -55,6 +59,7 @@ def test_two_processes(name: str, norm: str, tmp_path: Path, monkeypatch: pytest
     assert result.test["shares"] == (norm == "sync")
 
 
+@pytest.mark.works_with("gymnasium", "CrossQ's critic with batch renormalization learns")
 @pytest.mark.parametrize(
     ("name", "lr", "steps", "learnt"),
     [

@@ -197,6 +197,7 @@ def test_distributed_data_parallel() -> None:
     )
 
 
+@pytest.mark.works_with("torch", "`FullyShardedDataParallel` before the conversion: refused, with what to do")
 @pytest.mark.usefixtures("world")
 def test_fully_sharded_data_parallel() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -224,6 +225,7 @@ def test_data_parallel() -> None:
     refuses_wrapped(wrapped, r"DataParallel.*threads.*syncbn.{}\(model\) first, then DistributedDataParallel\(model\)")
 
 
+@pytest.mark.works_with("torch", "`torch.compile` before the conversion: refused, with what to do")
 def test_compiled() -> None:
     wrapped = torch.compile(make_model(nn.BatchNorm2d(4)))
     refuses_wrapped(wrapped, r"OptimizedModule.*syncbn.{}\(model\) first, then torch.compile\(model\)")

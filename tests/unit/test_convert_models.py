@@ -1,23 +1,18 @@
-"""Real models, converted: the same outputs, gradients and buffers as the model that was not, and back again.
-
-All in float64 with random weights and small images. Evaluation runs the same operator on the same numbers, so it is
-equal to the bit. In training the two compute the statistics in different orders; the difference, some 1e-16 a layer,
-grows through up to 121 normalizations to at most 2e-11 of a tensor's largest value. The tolerance is 1e-9; a dropped
-activation, a wrong variance or a wrong eps is above 1e-3.
-"""
+"""Real models, converted: the same outputs, gradients and buffers as the model that was not, and back again."""
 
 from __future__ import annotations
 
 import copy
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from convert_cases import snapshot
-from torch import Tensor, nn
+from model_steps import assert_near, assert_same_step, batchnorms, images, make, outputs, train_step
+from torch import nn
 
 from syncbn import SyncBatchNorm, convert, convert_layer, revert
 from syncbn.compat import import_torchvision
@@ -26,8 +21,6 @@ import_torchvision()  # timm needs it, and may fail to import it by itself
 timm = pytest.importorskip("timm")
 from timm.layers import norm_act  # noqa: E402
 from timm.layers.split_batchnorm import SplitBatchNorm2d  # noqa: E402
-
-TOLERANCE = 1e-9
 
 
 def from_torchvision(name: str, **options: Any) -> nn.Module:
@@ -63,50 +56,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
-def make(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return build().double()
-
-
-def images(size: int, number: int = 4) -> Tensor:
-    return torch.randn(number, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    torch.manual_seed(2)  # dropout and drop path draw the same
-    y = model(x)
-    return list(y) if isinstance(y, tuple) else [y]
-
-
-def train_step(model: nn.Module, x: Tensor) -> dict[str, dict[str, Tensor]]:
-    x = x.clone().requires_grad_()
-    y = outputs(model, x)
-    generator = torch.Generator().manual_seed(3)
-    sum((o * torch.randn(o.shape, dtype=o.dtype, generator=generator)).sum() for o in y).backward()
-    return {
-        "outputs": {str(i): o.detach() for i, o in enumerate(y)},
-        "gradient of the input": {"input": x.grad},
-        "gradients": {name: p.grad for name, p in model.named_parameters()},
-        "buffers": dict(model.state_dict()),
-    }
-
-
-def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Within the tolerance of each tensor's largest value, or of a thousandth of all tensors' largest.
-
-    The latter is for what is zero but for rounding, such as the gradient of a bias before another normalization.
-    """
-    assert actual.keys() == expected.keys()
-    largest = max(t.double().abs().max() for t in expected.values())
-    for name, t in expected.items():
-        error = (actual[name] - t).double().abs().max() / (t.double().abs().max() + 1e-3 * largest)
-        assert error < TOLERANCE, f"{what}: {name} differs by {error:.1e}"
-
-
-def batchnorms(model: nn.Module) -> Iterable[nn.Module]:
-    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-
-
+@pytest.mark.works_with("torchvision", "ResNet, MobileNetV3, DenseNet, Inception: a converted step, and back")
+@pytest.mark.works_with("timm", "ResNet, EfficientNet, RegNet: a converted step, and back")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_model_computes_the_same(name: str) -> None:
     build, size, number = MODELS[name]
@@ -127,9 +78,7 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
     for module in plain.modules():  # checkpointing would update the statistics of torch's layers twice
         if hasattr(module, "memory_efficient"):
             module.memory_efficient = False  # type: ignore[assignment]
-    expected = train_step(plain.train(), x)
-    for what, actual in train_step(model.train(), x).items():
-        assert_near(actual, expected[what], what)
+    assert_same_step(model, plain, x)
 
     revert(model)
     assert [type(m) for m in model.modules()] == classes
@@ -148,9 +97,7 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
 def test_other_kinds_where_they_are_plain_batch_normalization(kind: Any, options: dict[str, Any]) -> None:
     plain, x = make(lambda: from_timm("test_efficientnet")), images(32)
     model = convert(copy.deepcopy(plain), kind, **options)
-    expected = train_step(plain, x)
-    for what, actual in train_step(model, x).items():
-        assert_near(actual, expected[what], what)
+    assert_same_step(model, plain, x)
 
 
 # -- timm's own layers -------------------------------------------------------------------------------------------------
@@ -168,6 +115,9 @@ def test_timm_layer_keeps_drop_and_activation(act: type[nn.Module] | None) -> No
     assert [name for name, _ in layer.named_children()] == ["drop", "act"]
 
 
+@pytest.mark.works_with(
+    "timm", "`BatchNormAct2d`: ReLU, SiLU and LeakyReLU in the same pass; others, and dropout, after it"
+)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -224,6 +174,7 @@ def test_timm_synchronized_layer() -> None:
     assert [type(m) for m in revert(model)] == [norm_act.SyncBatchNormAct, nn.SyncBatchNorm]
 
 
+@pytest.mark.works_with("torchvision", "`FrozenBatchNorm2d` stays as it is")
 def test_frozen_layers_stay_frozen() -> None:
     torchvision_frozen = import_torchvision("ops").FrozenBatchNorm2d
     model = nn.Sequential(norm_act.FrozenBatchNormAct2d(3), torchvision_frozen(3), nn.BatchNorm2d(3))

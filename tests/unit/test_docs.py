@@ -13,7 +13,10 @@ from fault_table import END, START, rows_in
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"recipes.md": "tests/ecosystem/test_recipes.py"}
+ELSEWHERE = {
+    "recipes.md": "tests/ecosystem/test_recipes.py",
+    "recipes_vision.md": "tests/ecosystem/test_recipes_vision.py",
+}
 """Pages whose Python needs other frameworks or processes, with the test that runs it."""
 
 

@@ -52,6 +52,7 @@ class Tagged(Tensor):
         return found
 
 
+@pytest.mark.works_with("torch", "subclasses of `Tensor` in training, evaluation, autocast, `torch.compile` and `vmap`")
 @every_kind
 @pytest.mark.parametrize("how", ["train", "eval", "autocast", "compile", "vmap"])
 def test_a_subclass_goes_through(kind: str, how: str) -> None:
@@ -99,6 +100,7 @@ def test_the_buffers_are_those_of_batch_norm(kind: str) -> None:
     ]
 
 
+@pytest.mark.works_with("torch", "`AveragedModel` made before the conversion")
 @every_kind
 def test_an_average_made_before_the_conversion_goes_on(kind: str) -> None:
     net = network()
@@ -110,6 +112,7 @@ def test_an_average_made_before_the_conversion_goes_on(kind: str) -> None:
     torch.testing.assert_close(average.module[1].running_mean, net[1].running_mean / 2)
 
 
+@pytest.mark.works_with("torch", "models made on the device `meta`, then loaded or `to_empty`")
 @every_kind
 @pytest.mark.parametrize("how", ["assign", "to_empty"])
 def test_from_the_meta_device(kind: str, how: str) -> None:
@@ -149,6 +152,7 @@ class Residual(nn.Module):
         return y * 2
 
 
+@pytest.mark.works_with("torch", "`torch.fx.symbolic_trace` of a converted model")
 @every_kind
 @pytest.mark.parametrize("training", [True, False])
 def test_torch_fx_takes_a_layer_for_a_leaf(kind: str, training: bool) -> None:
@@ -166,6 +170,7 @@ def test_torch_fx_with_a_residual() -> None:
         torch.fx.symbolic_trace(net.norm)
 
 
+@pytest.mark.works_with("torch", "`torch.jit.script`: refused, with what to do; it takes the reverted model")
 @every_kind
 def test_torch_jit_script_says_what_to_do(kind: str) -> None:
     net = network(kind).eval()
@@ -176,6 +181,7 @@ def test_torch_jit_script_says_what_to_do(kind: str) -> None:
     torch.testing.assert_close(torch.jit.script(syncbn.revert(net))(x), expected)
 
 
+@pytest.mark.works_with("torch", "`FakeTensorMode`: conversion, a step and back")
 @every_kind
 def test_conversion_of_fake_tensors(kind: str) -> None:
     with FakeTensorMode():
@@ -248,6 +254,7 @@ def test_a_converted_layer_is_found_by_its_first_class(kind: str, torchs: type[n
     assert type(syncbn.revert(net)[0]) is torchs
 
 
+@pytest.mark.works_with("torch", "`swa_utils.update_bn` beside `update_population_statistics`")
 @every_kind
 def test_batches_as_torchs_update_bn_takes_them(kind: str) -> None:
     data = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(3)) * 2 + 5
@@ -281,6 +288,7 @@ def test_eps_is_positive_everywhere() -> None:
         syncbn.convert(nn.Sequential(nn.BatchNorm2d(3, eps=0)), "sync")
 
 
+@pytest.mark.works_with("torch", "`torch.func.replace_all_batch_norm_modules_` of a converted model")
 @every_kind
 def test_layers_whose_statistics_were_removed(kind: str) -> None:
     net = network(kind)

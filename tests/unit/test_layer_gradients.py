@@ -96,6 +96,7 @@ def test_transforms_of_torch_func(make):
     torch.testing.assert_close(found, expected, **EXACT)
 
 
+@pytest.mark.works_with("torch", "`stack_module_state` and `vmap`: an ensemble, with running statistics")
 @pytest.mark.parametrize("name", ["sync", "ghost", "renorm", "no affine", "evaluation"])
 def test_ensemble_by_vmap(name):
     """Stacked models, as torch.func.stack_module_state makes them: parameters and buffers have the mapped dimension."""
@@ -111,6 +112,7 @@ def test_ensemble_by_vmap(name):
             torch.testing.assert_close(state[1][name][index], buffer, **EXACT)
 
 
+@pytest.mark.works_with("torch", "`torch.utils.checkpoint`, reentrant and not")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_as_with_batchnorm(reentrant):
     """The forward pass runs twice, but only the first updates the running statistics; torch's layer does it twice."""

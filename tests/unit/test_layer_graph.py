@@ -39,6 +39,7 @@ def test_forward_mode_agrees_with_reverse_mode(make):
     torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.works_with("torch", "`torch.jit.trace`, saved, then trained")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes, which the trace is for
 def test_a_traced_layer_trains(tmp_path):
     layer, eager, x = renorm(), renorm(), sample(4, 3, 2).requires_grad_()
