@@ -88,7 +88,9 @@ def measure(check: Check, runs: Runs) -> Measured:
 def check_from(content: object, study: Study, where: str) -> Check:
     """Read a check from the parsed content of a file. Raises ConfigError for a mistake in it."""
     data = mapping(content, where, ("text", "of"), ("minus", "over", "above", "below"))
-    sides = {key: _side(data[key], study, f"{where}.{key}") for key in ("of", "minus", "over") if key in data}
+    sides: dict[str, Any] = {
+        key: _side(data[key], study, f"{where}.{key}") for key in ("of", "minus", "over") if key in data
+    }
     for key in ("above", "below"):
         require(fits(data.get(key, 0.0), float), f"{where}.{key}", data.get(key), "a number")
     bounds: dict[str, Any] = {key: float(data[key]) for key in ("above", "below") if key in data}

@@ -13,7 +13,8 @@ from syncbn.experiments.experiment import experiment_names, load_experiment
 from syncbn.experiments.page import checks_table, verdict, write_experiment
 from syncbn.experiments.runs import Runs
 from syncbn.study.plan.grid import study_cells
-from syncbn.study.report.tables import Table, console, print_rich
+from syncbn.study.report.format import plural
+from syncbn.study.report.tables import console, print_rich
 from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.runner import run_cells
 from syncbn.study.run.signals import StudyStopped, stopping
@@ -22,13 +23,11 @@ from syncbn.train.stopping import STOPPED
 
 
 def list_experiments() -> int:
-    """Print the experiments that come with the package: name, title, source, number of runs."""
-    rows = []
+    """Print the experiments that come with the package: name, title, authors and year, number of runs."""
     for name in experiment_names():
         experiment = load_experiment(name)
-        runs = len(study_cells(experiment.study))
-        rows.append([name, experiment.study.title, experiment.source, str(runs)])
-    print_rich(console(), Table(title="", head=["name", "", "source", "runs"], rows=rows))
+        runs = plural(len(study_cells(experiment.study)), "run")
+        print(f"{name:<16}{experiment.study.title} ({experiment.source.partition(',')[0]}): {runs}")
     return 0
 
 
@@ -40,7 +39,7 @@ def run_experiment(name: str, out: Path, workers: int | None = None, *, larger: 
     """
     experiment = load_experiment(name, larger=larger)
     study = experiment.study
-    command = shlex.join(["syncbn", "experiment", name, *(["--larger", "true"] if larger else []), "--out", str(out)])
+    command = shlex.join(["syncbn", "experiment", name, *(["--larger"] if larger else []), "--out", str(out)])
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:

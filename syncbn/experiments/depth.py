@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from syncbn.experiments.drawing import panels, trace
+from syncbn.experiments.drawing import log_axis, panels, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
 
@@ -26,7 +26,7 @@ class Layer(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(self.norm(self.linear(x)))
+        y: Tensor = self.activation(self.norm(self.linear(x)))
         return x + y if self.residual else y
 
 
@@ -39,7 +39,7 @@ def run(setting: Setting) -> dict[str, float]:
     o = setting.options
     depth, width = o["depth"], o["width"]
     layers = [Layer(width, o["activation"], o["scale"], o["residual"]) for _ in range(depth)]
-    network = setting.normalize(nn.Sequential(*layers))
+    network = setting.normalize(nn.Sequential(*layers)).children()
     x = torch.randn(setting.batch_size, width, dtype=torch.float64)
     dy = torch.randn(setting.batch_size, width, dtype=torch.float64)
     outputs = [x.requires_grad_()]
@@ -64,7 +64,6 @@ def figure(runs: Runs) -> Figure:
         trace(bottom, runs, arm.name, runs.along("growth", arm.name, "per_gpu_batch_size"), marked=True)
     top.set(yscale="log", xlabel="layers below the last one", ylabel="squared gradient")
     top.set_title(f"{sizes[-1]} samples on each GPU")
-    bottom.set(xscale="log", xlabel="samples on each GPU", ylabel="growth in a layer")
-    bottom.set_xticks(sizes, [str(size) for size in sizes])
-    bottom.minorticks_off()
+    bottom.set(xlabel="samples on each GPU", ylabel="growth in a layer")
+    log_axis(bottom, sizes)
     return drawn

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from syncbn.experiments.runs import Runs, Trace
+from syncbn.study.plan.grid import Value
 from syncbn.study.report.figures import add_legend, arm_marks, new_figure
 
 
@@ -17,6 +20,14 @@ def panels(runs: Runs, count: int, *, columns: int = 1, height: float = 2.3) -> 
     for each in axes:
         each.grid(axis="y")
     return figure, axes
+
+
+def log_axis(axes: Axes, values: Sequence[Value]) -> None:
+    """A logarithmic horizontal axis, with a label at each value of an axis of the study."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    axes.minorticks_off()
 
 
 def trace(axes: Axes, runs: Runs, arm: str, found: Trace, *, marked: bool = False) -> None:

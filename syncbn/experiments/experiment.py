@@ -1,4 +1,4 @@
-"""An experiment: a claim, a study that measures what it is about, and checks of what the claim says about the numbers."""
+"""An experiment: a claim, a study of what it is about, and checks of what it says about the numbers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def experiment_from_dict(content: object, name: str, source: str, *, larger: boo
         plan |= {key: _merged(plan[key], value) for key, value in sizes.items()}
     claim = text(data["claim"], f"{source}: claim")
     study = study_from_dict({**plan, "name": name, "question": claim}, source)
-    require(isinstance(data["checks"], list) and data["checks"], f"{source}: checks", data["checks"], "a list of checks")
+    listed = isinstance(data["checks"], list) and bool(data["checks"])
+    require(listed, f"{source}: checks", data["checks"], "a list of checks")
     return Experiment(
         name=name,
         source=text(data["source"], f"{source}: source"),

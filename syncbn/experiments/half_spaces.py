@@ -25,7 +25,7 @@ def run(setting: Setting) -> dict[str, float]:
     variable, here by the trapezoidal rule. ``plain`` descends on w with the step that the largest curvature allows.
     ``decoupled`` is algorithm 1 of the paper: the direction with its adaptive step, then the length by bisection.
 
-    Returns ``gap``, ``1 - cos^2`` of the angle to the best direction ``S^-1 u`` in the metric of S, after the last step;
+    Returns ``gap``, ``1 - cos^2`` of the angle to the best direction ``S^-1 u`` in the metric of S, at the end;
     ``halved``, the same after half of the steps; ``order``, the p in ``gap ~ steps^-p`` over the last half, which is
     bounded for a sublinear descent, and grows with the steps for a linear one.
     """

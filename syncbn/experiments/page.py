@@ -12,7 +12,7 @@ from syncbn.experiments.experiment import Experiment
 from syncbn.experiments.runs import Runs
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.report.figures import save
-from syncbn.study.report.format import joined, plural
+from syncbn.study.report.format import capital
 from syncbn.study.report.report import template, versions_of, write_page
 from syncbn.study.report.tables import Table
 from syncbn.train.result import RunResult
@@ -50,12 +50,10 @@ def checks_table(found: Sequence[Measured]) -> Table:
 
 
 def verdict(found: Sequence[Measured]) -> str:
-    """How many checks agree, do not agree, or are open."""
+    """How many checks agree, do not agree, or are not decided."""
     counts = {word: sum(m.agreement == kind for m in found) for kind, word in WORDS.items()}
-    if counts["agrees"] == len(found):
-        return "The claim holds here: all checks agree." if len(found) > 1 else "The claim holds here."
-    parts = [f"{count} {'is ' if word == 'not decided' else ''}{word}" for word, count in counts.items() if count]
-    return f"Of {plural(len(found), 'check')}, {joined(parts)}."
+    parts = [f"{count} of {len(found)} checks: {word}" for word, count in counts.items() if count]
+    return f"{capital('; '.join(parts))}."
 
 
 def _drawn(experiment: Experiment, runs: Runs) -> Figure:

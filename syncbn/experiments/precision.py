@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
-from syncbn.experiments.drawing import panels, trace
+from syncbn.experiments.drawing import log_axis, panels, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
 
@@ -19,7 +19,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def run(setting: Setting) -> dict[str, float]:
     """``error``, the relative error of the variance of ``values`` numbers with a standard deviation of 1.
 
-    Its truth is the variance, in float64, of the numbers as the dtype has them, so rounding of the input does not count.
+    Its truth is the variance, in float64, of the numbers as the dtype has them: its rounding does not count.
     ``formula`` is ``squares``, ``E[x^2] - E[x]^2`` in the dtype; ``two_pass``, ``E[(x - E[x])^2]`` in the dtype;
     ``torch`` or ``syncbn``, the layer. The error is at most 1, and 1 where the result is no finite number.
     """
@@ -50,9 +50,8 @@ def figure(runs: Runs) -> Figure:
         for arm in runs.study.arms:
             place = {"task.options.dtype": dtype}
             trace(each, runs, arm.name, runs.along("error", arm.name, "task.options.mean", place), marked=True)
-        each.set(xscale="log", yscale="log", ylabel="relative error", ylim=(1e-9, 2))
-        each.set_xticks(means, [f"{mean:g}" for mean in means])
-        each.minorticks_off()
+        each.set(yscale="log", ylabel="relative error", ylim=(1e-9, 2))
+        log_axis(each, means)
         each.set_title(str(dtype))
     axes[-1].set_xlabel("mean / standard deviation")
     return drawn

@@ -61,11 +61,15 @@ class Trace:
     @property
     def mean(self) -> NDArray[np.float64]:
         """(P,): over the seeds that have a value."""
-        return np.nanmean(self.values, axis=1)
+        found: NDArray[np.float64] = np.nanmean(self.values, axis=1)
+        return found
 
 
 def _trace(places: Sequence[Any], found: Sequence[Mapping[int, float]]) -> Trace:
     seeds = sorted({seed for values in found for seed in values})
-    rows = [[values.get(seed, np.nan) for seed in seeds] for values in found]
-    kept = [i for i, row in enumerate(rows) if not np.isnan(row).all()]
-    return Trace([places[i] for i in kept], np.array([rows[i] for i in kept], dtype=np.float64).reshape(len(kept), -1))
+    kept = [(place, values) for place, values in zip(places, found, strict=True) if values]
+    table = np.full((len(kept), len(seeds)), np.nan)
+    for i, (_, values) in enumerate(kept):
+        for j, seed in enumerate(seeds):
+            table[i, j] = values.get(seed, np.nan)
+    return Trace([place for place, _ in kept], table)

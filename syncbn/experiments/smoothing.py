@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from syncbn.experiments.drawing import panels, trace
+from syncbn.experiments.drawing import log_axis, panels, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
 
@@ -91,8 +91,7 @@ def figure(runs: Runs) -> Figure:
     for each, quantity, label in zip(axes, ("first", "second", "violated"), words, strict=True):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.along(quantity, arm.name, "per_gpu_batch_size"), marked=True)
-        each.set(xscale="log", ylabel=label, yscale="linear" if quantity == "violated" else "log")
-        each.set_xticks(sizes, [str(size) for size in sizes])
-        each.minorticks_off()
+        each.set(ylabel=label, yscale="linear" if quantity == "violated" else "log")
+        log_axis(each, sizes)
     axes[-1].set_xlabel("samples on each GPU")
     return drawn

@@ -99,7 +99,7 @@ def _failed(
 def template(name: str, package: str = "syncbn.study.report") -> Template:
     """A page's template in ``package``, which may include those of this one."""
     loader = ChoiceLoader([PackageLoader(package, ""), PackageLoader("syncbn.study.report", "")])
-    shape = {"trim_blocks": True, "lstrip_blocks": True}
+    shape: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **shape).get_template(name)
 
 
