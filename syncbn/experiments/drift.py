@@ -34,7 +34,7 @@ def run(setting: Setting) -> dict[str, float]:
             named = zip(("p15", "p50", "p85"), at[:, 0].tolist(), strict=True)
             setting.report(step, **dict(named))
 
-    result = trained(setting, lambda: Perceptron((784, 100, 3, 10), nn.Sigmoid, o["std"]), probe)
+    result = trained(setting, lambda: Perceptron((784, 100, 3, 10), nn.Sigmoid, o["std"]), probe).result
     for entry in result.history:
         setting.report(entry["step"] - 1, error=entry["test"]["error"])
     first, last = seen[0], seen[-1]

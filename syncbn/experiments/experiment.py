@@ -20,7 +20,7 @@ from syncbn.train.config import ConfigError, require
 from syncbn.train.yaml_file import read_yaml
 
 _CLAIM = ("source", "claim", "paper", "checks")
-_STUDY = ("title", "run", "metric", "base", "arms", "axes", "seeds", "notes")
+_STUDY = ("title", "run", "metric", "base", "arms", "sweep", "axes", "seeds", "notes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ def load_experiment(path_or_name: str | Path, *, larger: bool = False) -> Experi
 
 def experiment_from_dict(content: object, name: str, source: str, *, larger: bool = False) -> Experiment:
     """Build an experiment from the parsed content of its file. Raises ConfigError for a mistake in it."""
-    required = [key for key in (*_CLAIM, *_STUDY) if key not in ("axes", "notes")]
-    data = mapping(content, source, required, ("axes", "notes", "larger"))
+    required = [key for key in (*_CLAIM, *_STUDY) if key not in ("sweep", "axes", "notes")]
+    data = mapping(content, source, required, ("sweep", "axes", "notes", "larger"))
     sizes = mapping(data.get("larger") or {}, f"{source}: larger", optional=("base", "axes", "seeds"))
     plan = {key: data[key] for key in _STUDY if key in data}
     if larger:

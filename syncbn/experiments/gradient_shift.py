@@ -32,7 +32,7 @@ def run(setting: Setting) -> dict[str, float]:
             setting.report(step, cosine=cosine, distance=distance)
 
     activation = nn.Identity if o["linear"] else nn.ReLU
-    result = trained(setting, lambda: Perceptron((784, o["width"], o["depth"], 10), activation, o["std"]), probe)
+    result = trained(setting, lambda: Perceptron((784, o["width"], o["depth"], 10), activation, o["std"]), probe).result
     steps = setting.config.budget.steps
     assert steps is not None, "the experiment counts steps"
     found = {"error": error_of(result)}

@@ -34,7 +34,7 @@ def run(setting: Setting) -> dict[str, float]:
             seen.append((step, spread, change, beta))
             setting.report(step, range=spread, change=change, beta=beta)
 
-    result = trained(setting, lambda: Perceptron((784, 100, o["depth"], 10)), probe)
+    result = trained(setting, lambda: Perceptron((784, 100, o["depth"], 10)), probe).result
     found = {"error": error_of(result)}
     for i, name in enumerate(("range", "change", "beta"), start=1):
         for prefix, part in (("early_", [s[i] for s in seen if s[0] < 100]), ("", [s[i] for s in seen if s[0] >= 100])):

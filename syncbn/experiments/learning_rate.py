@@ -29,7 +29,7 @@ def run(setting: Setting) -> dict[str, float]:
         norm_after=o["norm_after"],
         dropout=o["dropout"],
     )
-    result = trained(setting, lambda: network)
+    result = trained(setting, lambda: network).result
     evaluated = [(entry["step"], entry["test"]["error"]) for entry in result.history if entry["test"] is not None]
     for step, error in evaluated:
         setting.report(step, error=error)

@@ -56,7 +56,7 @@ def run(setting: Setting) -> dict[str, float]:
             x = inputs[0].detach()
             means.append(torch.stack((x.mean(0), x.std(0))))
 
-    result = trained(setting, network)
+    result = trained(setting, network).result
     changes = [(b[0] - a[0]).abs() / (a[1] + 1e-6) for a, b in itertools.pairwise(means)]
     for entry in result.history:
         if entry["test"] is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,12 @@ class Perceptron(nn.Sequential):
         *,
         norm_after: bool = False,
         dropout: float = 0.0,
+        eps: float = 1e-5,
     ) -> None:
         inputs, width, depth, classes = sizes
         layers: list[nn.Module] = [nn.Flatten()]
         for _ in range(depth):
-            hidden = [nn.BatchNorm1d(width), activation()]
+            hidden = [nn.BatchNorm1d(width, eps=eps), activation()]
             layers += [nn.Linear(inputs, width), *(reversed(hidden) if norm_after else hidden)]
             layers += [nn.Dropout(dropout)] if dropout else []
             inputs = width
@@ -61,18 +62,25 @@ class Images(Task):
         self._images = Classification(data, ModelConfig(), 0.0, setting.device)
         self._network, self._probe = network, probe
         self._step = 0
+        self.seen: nn.Module | None = None
+        """The network that was trained."""
+        self.test: tuple[Tensor, Tensor] | None = None
+        """Images (n, ...) and labels (n,) of the test set."""
 
     def model(self) -> nn.Module:
         return self._network()
 
     def data(self, seed: int) -> Datasets:
-        return self._images.data(seed)
+        found = self._images.data(seed)
+        self.test = found.test.__getitems__([(0, index) for index in range(len(found.test))])
+        return found
 
     def outputs(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
         if model.training and self._probe is not None:
             with torch.random.fork_rng(devices=[]):
                 self._probe(self._step, model, inputs, targets)
         self._step += model.training
+        self.seen = model
         return model(inputs)
 
     def loss(self, outputs: Any, targets: Any) -> Sum | Tensor:
@@ -82,9 +90,23 @@ class Images(Task):
         return self._images.metrics(outputs, targets)
 
 
-def trained(setting: Setting, network: Callable[[], nn.Module], probe: Probe | None = None) -> RunResult:
-    """Train the network by the setting's configuration. The result's history has the test error of each evaluation."""
-    return train(setting.config, task=Images(setting, network, probe))
+class Trained(NamedTuple):
+    """A run, its network in evaluation mode, and the test set, in the order of its classes."""
+
+    result: RunResult
+    """Its history has the test error of each evaluation."""
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+
+
+def trained(setting: Setting, network: Callable[[], nn.Module], probe: Probe | None = None) -> Trained:
+    """Train the network by the setting's configuration."""
+    task = Images(setting, network, probe)
+    result = train(setting.config, task=task)
+    assert task.seen is not None, "it was trained"
+    assert task.test is not None, "its data were loaded"
+    return Trained(result, task.seen.eval(), *task.test)
 
 
 def error_of(result: RunResult) -> float:

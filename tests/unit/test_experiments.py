@@ -14,7 +14,9 @@ from torch import nn
 from syncbn.cli import main
 from syncbn.experiments import experiment_names, load_experiment
 from syncbn.experiments.checks import measure
+from syncbn.experiments.curvature import largest_eigenvalues
 from syncbn.experiments.experiment import experiment_from_dict
+from syncbn.experiments.inference import AverageNorm
 from syncbn.experiments.noise import Noise
 from syncbn.experiments.page import write_experiment
 from syncbn.experiments.runs import Runs
@@ -24,6 +26,10 @@ from syncbn.train.config import ConfigError
 from syncbn.train.result import RunResult
 
 TRAINING = {
+    "batch_noise": {"task": {"depth": 2, "silhouette_samples": 50}, "steps": 6},
+    "curvature": {"task": {"look_every": 3, "depth": 2}, "steps": 6},
+    "inference": {"task": {"width": 2}, "steps": 4},
+    "length": {"task": {}, "steps": 30},
     "drift": {"task": {"look_every": 2}, "steps": 6},
     "gradient_shift": {"task": {"look_every": 2, "depth": 4, "width": 8}, "steps": 6},
     "landscape": {"task": {"look_every": 100, "depth": 2}, "steps": 102},
@@ -131,6 +137,55 @@ def test_noise_has_the_moments_of_the_paper() -> None:
     assert Noise().eval()(x) is x
 
 
+def test_largest_eigenvalues() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, labels = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 3
+    names = [name for name, _ in model.named_parameters()]
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    sizes = [p.numel() for p in model.parameters()]
+
+    def outputs(flat: torch.Tensor) -> torch.Tensor:
+        parts = zip(names, flat.split(sizes), model.parameters(), strict=True)
+        z: torch.Tensor = torch.func.functional_call(model, {name: part.view_as(p) for name, part, p in parts}, x)
+        return z
+
+    hessian = torch.autograd.functional.hessian(lambda w: nn.functional.cross_entropy(outputs(w), labels), flat)
+    j = torch.autograd.functional.jacobian(outputs, flat)  # (samples, classes, parameters)
+    p = outputs(flat).softmax(1)
+    of_softmax = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    fisher = torch.einsum("nap,nab,nbq->pq", j, of_softmax, j) / len(x)
+    found = largest_eigenvalues(model, x, labels)
+    # Lanczos stops at 1 percent.
+    assert found[0] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=0.01)
+    assert found[1] == pytest.approx(float(torch.linalg.eigvalsh(fisher)[-1]), rel=0.01)
+
+
+def test_averages_are_constants() -> None:
+    layer = AverageNorm(2, momentum=0.5).double()
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(layer.running_mean, 0.5 * x.detach().mean((0, 2, 3)))
+    (g,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(g, (layer.running_var + 1e-5).rsqrt()[:, None, None].expand_as(x))
+
+
+def test_normalized_weights_have_a_direction_alone() -> None:
+    study = load_experiment("length").study
+    for arm, scale_matters in (("batch", False), ("sync", False), ("none", True)):
+        cell = next(c for c in study_cells(study) if c.arm == arm)
+        options = {**cell.config.task.options, "train_samples": 120}
+        config = replace(
+            cell.config, task=replace(cell.config.task, options=options), budget=replace(cell.config.budget, steps=30)
+        )
+        found = run_of("length")(Setting(config=config, out=None, resume=False))
+        # float64, where eps = 1e-12 counts for the smallest weights.
+        assert (found["output"] > 0.1) == scale_matters
+        assert scale_matters or found["output"] < 1e-6
+        assert scale_matters or found["slope"] == pytest.approx(-1, abs=1e-5)
+        assert scale_matters or found["orthogonal"] < 1e-6
+
+
 # -- those that train --------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +195,7 @@ def test_each_arm_trains(name: str) -> None:
     study = load_experiment(name).study
     for cell in [c for c in study_cells(study) if c.seed == study.seeds[0]][: len(study.arms)]:
         options = {**cell.config.task.options, "train_samples": 120, **small["task"]}  # type: ignore[dict-item]
-        budget = replace(cell.config.budget, steps=small["steps"])
+        budget = replace(cell.config.budget, epochs=None, steps=small["steps"])
         config = replace(cell.config, task=replace(cell.config.task, options=options), budget=budget)
         found = run_of(name)(Setting(config=config, out=None, resume=False))
         assert all(math.isfinite(value) for value in found.values())
@@ -163,8 +218,8 @@ def test_looking_changes_nothing() -> None:
     def network() -> nn.Module:
         return Perceptron((784, 16, 2, 10))
 
-    looked = trained(setting, network, lambda step, *rest: landscape._walk(*rest, 0.1) and None)
-    assert looked.losses == trained(setting, network).losses
+    looked = trained(setting, network, lambda step, *rest: landscape._walk(*rest, 0.1) and None).result
+    assert looked.losses == trained(setting, network).result.losses
 
 
 # -- checks and the page -----------------------------------------------------------------------------------------------
