@@ -6,7 +6,8 @@ set -euo pipefail
 : "${CONFIG:?is not set: the YAML file of the run, e.g. CONFIG=run.yaml}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# --standalone chooses a free port, so that several runs can share a machine.
-exec "${PYTHON:-python}" -m syncbn.train.torchrun --standalone --nproc-per-node "${NPROC:-auto}" \
+# --standalone chooses a free port, so that several runs can share a machine. Without --local-addr the processes would
+# meet at the machine's own name, which some containers cannot look up.
+exec "${PYTHON:-python}" -m syncbn.train.torchrun --standalone --local-addr localhost --nproc-per-node "${NPROC:-auto}" \
   --max-restarts "${MAX_RESTARTS:-0}" \
   -m syncbn train --config "$CONFIG" "$@"

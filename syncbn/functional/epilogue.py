@@ -44,9 +44,9 @@ def activate(z: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def activation_grad(grad_output: Tensor, z: Tensor, epilogue: Epilogue) -> Tensor:
-    """``grad_output * activation'(z)``. At 0, ReLU and leaky ReLU have the derivative from below, as in torch."""
+    """``grad_output * activation'(z)``. At 0 and NaN, ReLU and leaky ReLU are as in torch."""
     if epilogue.activation == "relu":
-        return torch.where(z > 0, grad_output, 0.0)
+        return torch.where(z <= 0, 0.0, grad_output)
     if epilogue.activation == "leaky_relu":
         return torch.where(z > 0, grad_output, grad_output * epilogue.negative_slope)
     if epilogue.activation == "silu":

@@ -244,7 +244,8 @@ class NormConfig:
     """With `accumulation_steps`, update the running statistics after each forward pass, or once an optimizer step, with
     the mean over its forward passes."""
     eps: float = 1e-5
-    """Added to the variance inside the square root."""
+    """Added to the variance inside the square root. The layers of a model of a task or a library keep their own, also
+    where layers of this package take their place."""
     affine: bool = True
     """Learn a weight and a bias for each channel."""
     ghost_batch_size: int | None = None

@@ -31,6 +31,9 @@ from syncbn.watchdog import watchdog
 MEETING_SECONDS = 300.0
 """How long processes wait for each other when they start."""
 
+ONE_NODE = ("--standalone", "--local-addr", "localhost")
+"""torchrun's options. By default the processes meet at the machine's own name, which some containers cannot look up."""
+
 
 class LaunchError(RuntimeError):
     """The processes failed. The message is what they reported, or ends with their last output.
@@ -61,7 +64,7 @@ def launch(
     log.parent.mkdir(parents=True, exist_ok=True)
     # torchrun leaves its own folder of logs behind.
     with tempfile.TemporaryDirectory(prefix="syncbn-torchrun-") as logs, log.open("w") as output:
-        command = [sys.executable, "-c", torchrun, "--standalone", f"--nproc-per-node={processes}", "--log-dir", logs]
+        command = [sys.executable, "-c", torchrun, *ONE_NODE, f"--nproc-per-node={processes}", "--log-dir", logs]
         process = subprocess.Popen(
             [*command, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,

@@ -174,7 +174,9 @@ def prepare(
     optimizer = make_optimizer(config, model)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, schedule.total_steps))
     state = (load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None) or {}
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():  # of a new name of torch's, which accelerate 1.x does not pass on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
     if state:
         for key, part in (("optimizer", prepared), ("scheduler", scheduler), ("scaler", accelerator.scaler)):
             if part is not None:

@@ -136,7 +136,8 @@ def test_any_user_runs_the_nodes_of_the_compose_file(container: Container, tmp_p
         word for key, value in (node["environment"] | changed).items() for word in ("--env", f"{key}={value}")
     ]
     mount = f"{tmp_path / 'run.yaml'}:{node['configs'][0]['target']}:ro"
-    options = ("--user", "12345:12345", "--volume", mount, *environment)
+    # Compose's nodes can look up their own names.
+    options = ("--user", "12345:12345", "--hostname", "localhost", "--volume", mount, *environment)
     said = container.run(*node["entrypoint"], "--out", "runs/any", options=options)
     assert "everything is in runs/any" in said
     assert container.run("stat", "--format", "%u", "runs/any/result.json") == "12345\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 from task_cases import Sign
 
+import syncbn
 from syncbn.cli import main
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.run import jobs, records
@@ -122,6 +126,33 @@ def test_a_process_that_does_not_come(
     code, line = said(tmp_path / "out", capfd)
     assert code == 1
     assert line.startswith(f"the processes cannot meet at 127.0.0.1:{port}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the name of a machine, here of a part of it")
+@pytest.mark.fault(
+    "together",
+    "the machine's name cannot be looked up, as in some containers: {how}",
+    moment="before the first step",
+    outcome="the processes meet at `localhost`",
+    lost="nothing",
+)
+@pytest.mark.parametrize("how", ["torchrun.sh", "accelerate.sh", "parity"])
+def test_a_machine_without_a_known_name(how: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("data: {name: synthetic, synthetic_samples: 32, image_size: 8}\nmodel: {width: 4}\ngpus: 2\n")
+    words = ["bash", f"launch/{how}", "--out", str(tmp_path / "out")]
+    if how == "parity":
+        words = [sys.executable, "-m", "syncbn", "parity", "--processes=1,2", "--steps=2", f"--config={config}"]
+    done = subprocess.run(
+        ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh", *words],
+        cwd=Path(syncbn.__file__).parents[1],
+        env={**os.environ, "CONFIG": str(config), "NPROC": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("same (tolerance" if how == "parity" else "on 2 process(es)") in done.stdout
 
 
 class Backwards(datetime):

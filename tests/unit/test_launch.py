@@ -69,8 +69,8 @@ def test_script_is_well_formed(script: str) -> None:
 
 def test_torchrun_meets_on_a_free_port(fake: Path) -> None:
     got = arguments(launch("torchrun.sh", fake, CONFIG="run.yaml"))
-    start = ["OMP_NUM_THREADS=1", "-m", "syncbn.train.torchrun", "--standalone", "--nproc-per-node", "auto"]
-    assert got == [*start, "--max-restarts", "0", *TRAIN]
+    start = ["OMP_NUM_THREADS=1", "-m", "syncbn.train.torchrun", "--standalone", "--local-addr", "localhost"]
+    assert got == [*start, "--nproc-per-node", "auto", "--max-restarts", "0", *TRAIN]
     got = arguments(launch("torchrun.sh", fake, CONFIG="run.yaml", MAX_RESTARTS="3"))
     assert got[got.index("--max-restarts") + 1] == "3"
 

@@ -78,6 +78,21 @@ def test_the_same_as_one_operation_after_the_other(make, options, function, trai
     assert found[0].stride() == inputs[0].stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@each_activation
+@each_layer
+def test_no_number_in_one_channel(make, options, function, dtype):
+    fused, plain = prepared(make, **options).to(dtype), prepared(make).to(dtype)
+    inputs = [sample(seed).detach().to(dtype).requires_grad_() for seed in range(2)]
+    with torch.no_grad():
+        inputs[0][:, 1] = float("nan")
+    dy = sample(9).detach().to(dtype)
+    found = torch.autograd.grad(fused(*inputs), inputs, dy)
+    expected = torch.autograd.grad(function(plain(inputs[0]) + inputs[1]), inputs, dy)
+    for ours, theirs in zip(found, expected, strict=True):  # ReLU passes dy on to the residual, as in torch
+        torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=0, atol=0, equal_nan=True)
+
+
 @each_activation
 @each_layer
 def test_second_derivative(make, options, function):

@@ -237,3 +237,12 @@ def test_a_layer_in_several_places_stays_one_layer():
 def test_a_convolution_that_pads_otherwise_is_not_replaced():
     with pytest.raises(ConfigError, match=r"norm\.name: got 'ws_group', expected a norm for a Conv2dSame"):
         build("ws_group", "timm:tf_efficientnet_lite0")
+
+
+def test_layers_of_a_given_model_keep_their_eps():
+    model = nn.Sequential(nn.BatchNorm1d(2, eps=0.1))
+    norm = NormConfig(name="sync")
+    assert adapt_model(model, norm, Partition.of(RunConfig(norm=norm), Placement()))[0].eps == 0.1
+    norm = NormConfig(name="sync", eps=1e-3)
+    with pytest.raises(ConfigError, match=r"norm\.eps: got 0\.001, expected 1e-05, or nothing: the layers of"):
+        adapt_model(model, norm, Partition.of(RunConfig(norm=norm), Placement()))

@@ -345,7 +345,7 @@ INLINE V activate(V z, Activation activation, typename Lanes<V>::Scalar negative
 template <class V>
 INLINE V activation_grad(V dy, V z, Activation activation, typename Lanes<V>::Scalar negative_slope) {
   const V zero{};
-  if (activation == RELU) return z > zero ? dy : zero;
+  if (activation == RELU) return z <= zero ? zero : dy;  // as in torch, also where z is NaN
   if (activation == LEAKY_RELU) return z > zero ? dy : dy * negative_slope;
   if (activation == SILU) {
     V s = 1 / (exponential(V(-z)) + 1);

@@ -154,7 +154,7 @@ def activate(z, negative_slope, ACTIVATION: tl.constexpr):
 @triton.jit
 def activation_grad(dy, z, negative_slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        return tl.where(z > 0, dy, 0.0)
+        return tl.where(z <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
         return tl.where(z > 0, dy, dy * tl.full([], negative_slope, z.dtype))
     elif ACTIVATION == "silu":

@@ -103,6 +103,8 @@ def adapt_model(model: nn.Module, config: NormConfig, partition: Partition) -> n
     if config.name in _KINDS:
         expected = "true with a torchvision model, whose layers have a weight and bias"
         require(config.affine, "norm.affine", False, expected)
+        own = f"{NormConfig.eps}, or nothing: the layers of this model keep the eps that they have"
+        require(config.eps == NormConfig.eps, "norm.eps", config.eps, own)
         try:
             return convert(model, _KINDS[config.name], momentum=config.momentum, **_layer_arguments(config, partition))
         except ValueError as error:
