@@ -40,13 +40,14 @@ NEVER: dict[str, tuple[str, ...]] = {
     "convert_layer": ("train", "study", "bench"),
     "convert": ("train", "study", "bench"),
     "population": ("train", "study", "bench"),
-    "train": ("study", "bench", "cli"),
-    "study": ("bench", "cli"),
+    "train": ("study", "bench", "experiments", "cli"),
+    "study": ("bench", "experiments", "cli"),
     "study.plan": ("study.run", "study.analysis", "study.report"),
     "study.run": ("study.analysis", "study.report"),
     "study.analysis": ("study.run", "study.report", "matplotlib", "rich", "jinja2"),
     "study.report": ("study.run",),
-    "bench": ("study", "cli"),
+    "bench": ("study", "experiments", "cli"),
+    "experiments": ("bench", "cli"),
 }
 """By part of the package, what it never imports, inside a function either: other parts of it (`any`: all of them), or
 other packages."""
