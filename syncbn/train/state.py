@@ -174,9 +174,7 @@ def prepare(
     optimizer = make_optimizer(config, model)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.optimizer, step, schedule.total_steps))
     state = (load_checkpoint(out / "checkpoint", model, config) if out is not None and resume else None) or {}
-    with warnings.catch_warnings():  # of a new name of torch's, which accelerate 1.x does not pass on
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped, prepared = accelerator.prepare(model, optimizer)
+    wrapped, prepared = _wrapped(accelerator, model, optimizer)
     if state:
         for key, part in (("optimizer", prepared), ("scheduler", scheduler), ("scaler", accelerator.scaler)):
             if part is not None:
@@ -270,6 +268,14 @@ def _few_of_classes(data: Data) -> list[str]:
             fewer = f"fewer than the {classes} classes of the training set"
             found.append(f"the {part} set has {len(samples)} samples, {fewer}")
     return found
+
+
+def _wrapped(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """The model and the optimizer as accelerate has prepared them for the processes and the precision."""
+    with warnings.catch_warnings():  # of a new name of torch's, which accelerate 1.x does not pass on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+    return wrapped, prepared
 
 
 def _build_model(task: Task, name: str, config: RunConfig, partition: Partition) -> nn.Module:
