@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from syncbn.experiments.runs import Runs, Trace
 from syncbn.study.plan.grid import Value
-from syncbn.study.report.figures import add_legend, arm_marks, new_figure
+from syncbn.study.report.figures import add_legend, arm_marks, log_locator, new_figure
+from syncbn.study.report.format import MINUS
 
 
 def panels(runs: Runs, count: int, *, columns: int = 1, height: float = 2.3) -> tuple[Figure, list[Axes]]:
@@ -20,6 +22,16 @@ def panels(runs: Runs, count: int, *, columns: int = 1, height: float = 2.3) -> 
     for each in axes:
         each.grid(axis="y")
     return figure, axes
+
+
+def label_log_scales(figure: Figure) -> None:
+    """Plain numbers at the ticks of logarithmic vertical axes, as a figure's text is not parsed for formulas."""
+    for axes in figure.axes:
+        if axes.get_yscale() == "log":
+            start, end = axes.get_ylim()
+            axes.yaxis.set_major_locator(log_locator(start, end, start, end))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
+            axes.yaxis.set_minor_locator(NullLocator())
 
 
 def log_axis(axes: Axes, values: Sequence[Value]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from syncbn.experiments.checks import Agreement, Measured, measure
+from syncbn.experiments.drawing import label_log_scales
 from syncbn.experiments.experiment import Experiment
 from syncbn.experiments.runs import Runs
 from syncbn.study.plan.grid import study_cells
@@ -57,4 +58,6 @@ def verdict(found: Sequence[Measured]) -> str:
 
 
 def _drawn(experiment: Experiment, runs: Runs) -> Figure:
-    return experiment.figure(runs)
+    figure = experiment.figure(runs)
+    label_log_scales(figure)
+    return figure
