@@ -4,6 +4,7 @@
 #   make format   rewrite the sources as ruff wants      make test-fast  of these, the fast ones: under a minute
 #   make docs     the web site, in build/docs            make clean      remove the environment and all caches
 #   make dist     the sdist and the wheel, checked, in dist
+#   make experiments      the literature's experiments, their pages below $(EXPERIMENTS)
 #   make test-faults      the rows of docs/faults.md: kills, signals, hangs, damaged files, full disks (root may mount these)
 #   make test-cluster     the tests on two nodes of this machine, on Slurm and of the image; root gets what they need from apt
 #   make test-cluster-fast   of these, the fast ones
@@ -13,6 +14,7 @@ PYTHON ?= python3
 OUT ?= runs/quickstart
 # The version of torch for test-layers
 TORCH ?= 2.11.0
+EXPERIMENTS ?= runs/experiments
 # Further arguments of pytest, e.g. make test ARGS='-k ghost -x'
 ARGS ?=
 
@@ -30,7 +32,7 @@ CLUSTER := buildah debootstrap iproute2 munge procps slurm-client slurmctld slur
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-unit test-fast test-faults test-cluster test-cluster-fast test-layers test-ecosystem docs dist lint format clean
+.PHONY: help setup study experiments test test-unit test-fast test-faults test-cluster test-cluster-fast test-layers test-ecosystem docs dist lint format clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -58,6 +60,10 @@ $(DIST): $(STAMP)
 
 study: setup
 	$(BIN)/syncbn study run --config quickstart --out $(OUT)
+
+experiments: setup
+	for name in $(basename $(notdir $(sort $(wildcard configs/experiments/*.yaml)))); do \
+	  $(BIN)/syncbn experiment $$name --out $(EXPERIMENTS)/$$name || exit 1; done
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

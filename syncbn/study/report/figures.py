@@ -201,9 +201,7 @@ def score_axis(axes: Axes, scores: Sequence[float], which: Literal["x", "y"], me
     label = Units(metric).name + (" (log scale)" if logarithmic else "")
     axes.set(**{f"{which}scale": "log" if logarithmic else "linear", f"{which}lim": limits, f"{which}label": label})
     line = axes.xaxis if which == "x" else axes.yaxis
-    line.set_major_locator(
-        _log_locator(low, high, *limits) if logarithmic else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
-    )
+    line.set_major_locator(log_locator(low, high, *limits) if logarithmic else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     line.set_minor_locator(NullLocator())
     shown = "{:.3g} %" if metric.percent else "{:g}"
     unit = 100 if metric.percent else 1
@@ -211,7 +209,7 @@ def score_axis(axes: Axes, scores: Sequence[float], which: Literal["x", "y"], me
     axes.grid(axis=which)
 
 
-def _log_locator(low: float, high: float, start: float, end: float) -> Locator:
+def log_locator(low: float, high: float, start: float, end: float) -> Locator:
     """About seven labels from ``start`` to ``end`` for scores from ``low`` to ``high``: more would touch each other."""
     if high > 1e5 * low:
         return LogLocator(numticks=7)

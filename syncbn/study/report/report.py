@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from syncbn.study.analysis.evaluations import evaluated_settings
@@ -58,7 +57,7 @@ def write_report(
     findings = findings_of(summary)
     runs = tables.runs_csv(study, cells, results, failed=failures, running=running)
     write_atomically(out / "results.csv", runs)
-    page = _template().render(
+    page = template("report.html.j2").render(
         study=study,
         marks=figures.arm_marks(study),
         metric=summary.metric,
@@ -78,12 +77,12 @@ def write_report(
         parity=read_parity(out),
         failures=_failed(study, cells, results, failures),
         plan=_plan(study),
-        versions=_versions(results),
+        versions=versions_of(results),
         base=_yaml(study.base, block=True),
         arms=[(arm, _yaml(arm.overrides), _only(study, arm)) for arm in study.arms],
         command=command,
     )
-    write_atomically(out / "report.html", "\n".join(line for line in page.splitlines() if line.strip()) + "\n")
+    write_page(out / "report.html", page)
     return out / "report.html"
 
 
@@ -97,10 +96,16 @@ def _failed(
     return [(named(failed[keys[0]].label, len(keys)), failures[keys[0]]) for keys in groups]
 
 
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = importlib.resources.files("syncbn.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
+def template(name: str, package: str = "syncbn.study.report") -> Template:
+    """A page's template in ``package``, which may include those of this one."""
+    loader = ChoiceLoader([PackageLoader(package, ""), PackageLoader("syncbn.study.report", "")])
+    shape: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **shape).get_template(name)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a rendered page without its empty lines."""
+    write_atomically(path, "\n".join(line for line in page.splitlines() if line.strip()) + "\n")
 
 
 def _figures(summary: Summary, findings: Sequence[Finding], out: Path) -> dict[str, str]:
@@ -187,7 +192,7 @@ def _sizes(study: Study, results: Mapping[str, RunResult]) -> list[tuple[str, st
     return found
 
 
-def _versions(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
+def versions_of(results: Mapping[str, RunResult]) -> list[tuple[str, str]]:
     """What the runs ran on: each property once, with all the values that occur."""
     found: dict[str, dict[str, None]] = {}
     for result in results.values():

@@ -1,0 +1,63 @@
+"""The page of an experiment: the claim, what came out, whether they agree, and the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from syncbn.experiments.checks import Agreement, Measured, measure
+from syncbn.experiments.drawing import label_log_scales
+from syncbn.experiments.experiment import Experiment
+from syncbn.experiments.runs import Runs
+from syncbn.study.plan.grid import study_cells
+from syncbn.study.report.figures import save
+from syncbn.study.report.format import capital
+from syncbn.study.report.report import template, versions_of, write_page
+from syncbn.study.report.tables import Table
+from syncbn.train.result import RunResult
+from syncbn.train.yaml_file import yaml_text
+
+WORDS: dict[Agreement, str] = {"agrees": "agrees", "disagrees": "does not agree", "open": "not decided"}
+
+
+def write_experiment(experiment: Experiment, results: Mapping[str, RunResult], out: Path, *, command: str) -> Path:
+    """Write ``experiment.html`` and ``figure.svg`` to ``out``, from the results that there are; returns the page."""
+    cells = study_cells(experiment.study)
+    runs = Runs(experiment.study, cells, results)
+    found = [measure(check, runs) for check in experiment.checks]
+    done = sum(cell.key in results for cell in cells)
+    page = template("experiment.html.j2", "syncbn.experiments").render(
+        experiment=experiment,
+        verdict=verdict(found),
+        table=checks_table(found),
+        figure=save(out / "figure.svg", _drawn, experiment, runs) if done else "",
+        done=done,
+        cells=len(cells),
+        seeds=len(experiment.study.seeds),
+        versions=versions_of(results),
+        base=yaml_text(experiment.study.base),
+        command=command,
+    )
+    write_page(out / "experiment.html", page)
+    return out / "experiment.html"
+
+
+def checks_table(found: Sequence[Measured]) -> Table:
+    """A row for each check."""
+    rows = [[m.check.text, m.check.expected, m.words, str(m.seeds), WORDS[m.agreement]] for m in found]
+    return Table(title="", head=["The claim says", "expected", "measured (95 % interval)", "seeds", "here"], rows=rows)
+
+
+def verdict(found: Sequence[Measured]) -> str:
+    """How many checks agree, do not agree, or are not decided."""
+    counts = {word: sum(m.agreement == kind for m in found) for kind, word in WORDS.items()}
+    parts = [f"{count} of {len(found)} checks: {word}" for word, count in counts.items() if count]
+    return f"{capital('; '.join(parts))}."
+
+
+def _drawn(experiment: Experiment, runs: Runs) -> Figure:
+    figure = experiment.figure(runs)
+    label_log_scales(figure)
+    return figure
