@@ -68,8 +68,8 @@ def domains(model: M, names: Sequence[str], *, affine: bool = False) -> M:
             raise ValueError(f"domains: {type(layer).__name__} {path!r} {problem}")
         if layer.num_batches_tracked is None:
             raise ValueError(f"domains: layer {path!r} has no num_batches_tracked; set it to torch.tensor(0)")
-        if layer.domain_in_use is not None:
-            within = layer.domain_in_use.domain
+        if layer.active_domain is not None:
+            within = layer.active_domain.domain
             raise ValueError(f"domains: the model is in the domain {within!r}; leave its context first")
         layers.append(layer)
     if not layers:
@@ -89,8 +89,8 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
     :func:`syncbn.fold`. A checkpoint has all domains, and a copy begins in the default domain, whatever the context.
 
     All ranks that share statistics have to be in the same domain: the checks that notice a different layer notice a
-    different domain too. The backward pass may run outside. Activation checkpointing, which runs the forward
-    pass again, needs :func:`syncbn.checkpoint_contexts`.
+    different domain too. The backward pass may run outside. Activation checkpointing, which runs the forward pass
+    again, needs :func:`syncbn.checkpoint_contexts`.
 
     Args:
         model: a model with domains, wrapped or not, or a part of one.
@@ -115,10 +115,10 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
             known = ", ".join(map(repr, (layer.default_domain, *held)))
             raise ValueError(f"domain: expected one of {known}, got {name!r} (layer {path!r})")
         wanted = held.get(name)
-        if wanted is not layer.domain_in_use and layer.observer is not None:
+        if wanted is not layer.active_domain and layer.observer is not None:
             remedy = "enter the domain first, and collect those of each domain by themselves"
             raise ValueError(f"domain: statistics of several passes are being collected here; {remedy}")
-        chosen.append((layer, layer.domain_in_use, wanted))
+        chosen.append((layer, layer.active_domain, wanted))
     if not chosen:
         raise ValueError(f"domain: the model has no domains, got {name!r}; call syncbn.domains(model, [...]) first")
     try:

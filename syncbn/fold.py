@@ -70,7 +70,7 @@ def _settled(model: M) -> M:
     for layer, own in zip(list(model.modules()), list(settled.modules()), strict=True):
         if isinstance(layer, SmallBatchNorm) and layer.default_domain is not None:
             assert isinstance(own, SmallBatchNorm), "a copy"
-            chosen = layer.default_domain if layer.domain_in_use is None else layer.domain_in_use.domain
+            chosen = layer.default_domain if layer.active_domain is None else layer.active_domain.domain
             set_domains(own, [chosen], affine=False)
     return unfreeze(settled)
 

@@ -103,7 +103,7 @@ class SmallBatchNorm(_BatchNorm):
     """See :func:`syncbn.freeze`. A frozen layer is in evaluation mode."""
     default_domain: str | None = None
     """The domain whose statistics are the layer's own buffers. None without :func:`syncbn.domains`."""
-    domain_in_use: DomainStatistics | None = None
+    active_domain: DomainStatistics | None = None
     """What the layer uses in place of its own statistics. None is the default domain. A reference to the module itself
     and not its name, so that one compiled graph serves all domains but the default."""
     num_nonfinite_batches: Tensor
@@ -145,7 +145,7 @@ class SmallBatchNorm(_BatchNorm):
         # The ranks agree on this number in each training, so a copy or a saved layer must not have it.
         # A copy is in no context of syncbn.domain.
         state = {**vars(self), "_agreed_groups": None}
-        state.pop("domain_in_use", None)
+        state.pop("active_domain", None)
         return state
 
     def train(self, mode: bool = True) -> Self:
@@ -162,10 +162,10 @@ class SmallBatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         if self.frozen_state is not None:  # torch.optim.swa_utils.update_bn resets all layers, also in evaluation mode
             return
-        if self.domain_in_use is None:
+        if self.active_domain is None:
             super().reset_running_stats()
         else:
-            self.domain_in_use.reset_running_stats()
+            self.active_domain.reset_running_stats()
         self._reset_counter()
 
     def _reset_counter(self) -> None:
@@ -224,7 +224,7 @@ class SmallBatchNorm(_BatchNorm):
         name = type(self).__name__
         if self.qualified_name is not None:
             name = f"{name} '{self.qualified_name}'"
-        domain = self.default_domain if self.domain_in_use is None else self.domain_in_use.domain
+        domain = self.default_domain if self.active_domain is None else self.active_domain.domain
         return name if domain is None else f"{name} in domain {domain!r}"
 
     def extra_repr(self) -> str:
@@ -286,7 +286,8 @@ class SmallBatchNorm(_BatchNorm):
             return self._normalize(x, residual, mask)
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        if self.training or self.running_mean is None:
+        # Some code sets `training` itself, which leaves a frozen layer frozen.
+        if (self.training and self.frozen_state is None) or self.running_mean is None:
             output = self._normalize_by_batch(x, residual, mask)
         else:
             output = self._normalize_by_running(x if mask is None else zero_invalid(x, mask))
@@ -300,7 +301,7 @@ class SmallBatchNorm(_BatchNorm):
         """In this context a forward pass that is repeated uses the domain of the first, whichever is in use by now."""
         if not is_taped():
             raise RuntimeError(f"{self._name()} would be repeated in the domain of the backward pass: {_CHECKPOINT}")
-        present = self.domain_in_use
+        present = self.active_domain
         self.use_domain(domain_of_pass(present))
         try:
             yield
@@ -308,11 +309,11 @@ class SmallBatchNorm(_BatchNorm):
             self.use_domain(present)
 
     def use_domain(self, domain: DomainStatistics | None) -> None:
-        """Set :attr:`domain_in_use`."""
+        """Set :attr:`active_domain`."""
         # An assignment would make it a submodule, which it is already, under its own name.
-        vars(self).pop("domain_in_use", None)
+        vars(self).pop("active_domain", None)
         if domain is not None:
-            vars(self)["domain_in_use"] = domain
+            vars(self)["active_domain"] = domain
 
     def _traced(self, input: Any, residual: Any, mask: Any) -> Any:
         """The call of this layer in a graph of torch.fx, in which it is one node, as torch's own layers are."""
@@ -398,11 +399,11 @@ class SmallBatchNorm(_BatchNorm):
 
     def holder(self) -> Any:
         """The module whose running statistics the layer uses: itself, or what it has for the domain in use."""
-        return self if self.domain_in_use is None else self.domain_in_use
+        return self if self.active_domain is None else self.active_domain
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         """The weight and the bias, those of the domain if it has its own."""
-        owner: Any = self if self.domain_in_use is None or not self.domain_in_use.has_affine else self.domain_in_use
+        owner: Any = self if self.active_domain is None or not self.active_domain.has_affine else self.active_domain
         try:  # attribute access takes ten times as long
             return owner._parameters["weight"], owner._parameters["bias"]
         except KeyError:  # a parametrization, which may return other values the second time

@@ -129,7 +129,7 @@ def test_state_survives(kind: str, tmp_path: Path) -> None:
         copies = [copy.deepcopy(model), pickled(model), saved(model)]
     for other in copies:
         assert equal(statistics(other), statistics(model))
-        assert other[1].domain_in_use is None
+        assert other[1].active_domain is None
         train(other, 1)
     train(model, 1)
     assert all(equal(statistics(other), statistics(model)) for other in copies)
@@ -368,6 +368,18 @@ def test_from_the_meta_device() -> None:
 def test_names_are_checked(names: Any) -> None:
     with pytest.raises(ValueError, match="expected a list of different names without dots, got"):
         syncbn.domains(model_of("sync"), names)
+
+
+def test_any_name_is_free() -> None:
+    """Also those of attributes that layers and modules have."""
+    names = ["train", "eval", "buffers", "active", "statistics", "in_use", "running_mean", "a b", "é"]
+    model = syncbn.domains(model_of("sync"), names)
+    for name in names:
+        with syncbn.domain(model, name):
+            model(batch("clean", 0))
+    tracked = [value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")]
+    assert list(map(int, tracked)) == [1] * 2 * len(names)
+    assert "4.domain_é.running_var" in model.state_dict()
 
 
 def test_what_is_refused() -> None:
