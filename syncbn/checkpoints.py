@@ -137,12 +137,7 @@ def translate_state(
         raise ValueError(f"eps must be {'given' if known.has_std else 'left out'} with this format, got {eps!r}")
     translate = _from_theirs if target is None else _to_theirs
     names, needed = (known.names, known.needed) if target is None else (_TORCHS, ("running_mean", "running_var"))
-    layers: dict[str, dict[str, str]] = {}
-    for key in state:
-        match = _KEY.fullmatch(key)
-        if match and match["name"] in names:
-            layers.setdefault(match["prefix"], {})[match["name"]] = key
-    layers = {prefix: keys for prefix, keys in layers.items() if set(needed) <= keys.keys()}
+    layers = {prefix: keys for prefix, keys in _keys(state, names).items() if set(needed) <= keys.keys()}
     if not layers:
         raise ValueError(f"expected a layer with {' and '.join(needed)}, got the names {', '.join(list(state)[:8])}")
     read = {key for keys in layers.values() for key in keys.values()}
@@ -196,6 +191,16 @@ def _known(name: Any) -> _Format:
     if name not in _FORMATS:
         raise ValueError(f"the format must be one of {', '.join(map(repr, _FORMATS))}, got {name!r}")
     return _FORMATS[name]
+
+
+def _keys(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The keys of ``state`` that end in one of ``names``: by what is before the name, and by the name."""
+    found: dict[str, dict[str, str]] = {}
+    for key in state:
+        match = _KEY.fullmatch(key)
+        if match and match["name"] in names:
+            found.setdefault(match["prefix"], {})[match["name"]] = key
+    return found
 
 
 def _from_theirs(tensors: dict[str, Tensor], known: _Format, eps: float | None) -> dict[str, Tensor]:

@@ -104,25 +104,18 @@ def convert(module: M, kind: Any, *, where: Where = None, frozen: bool = False, 
 
     Calling it again with the same kind and options changes nothing. With others, layers are converted from what they
     were at first. Instance norms stay as they are. If no layer is converted, a warning says so. A converted
-    ``nn.BatchNorm2d`` still is an instance of that class, so that code which looks for it (parameter groups without
-    weight decay, functions that freeze) finds it; so are 1-D and 3-D layers.
-
-    Frozen layers stay frozen, unless ``frozen=True``. Then ``FrozenBatchNorm2d`` of torchvision and of detectron2,
-    timm's ``FrozenBatchNormAct2d``, and other layers with the same four buffers become trainable layers. Their
-    parameters start from the frozen numbers and share the memory of the buffers, so evaluation computes the same.
-    They did not exist before, so make the optimizer afterwards. A frozen layer has no momentum: it gets 0.1. One
-    without an attribute ``eps``, as in DETR, needs the option.
+    ``nn.BatchNorm2d`` still is an instance of that class, for code that looks for it; so are 1-D and 3-D layers.
 
     timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their dropout and activation. A ReLU, LeakyReLU or SiLU
-    without dropout is applied in the same pass over memory as the normalization; to replace it afterwards,
-    :func:`revert` first.
+    without dropout is applied in the same pass over memory; to replace it afterwards, :func:`revert` first.
 
     Args:
         module: a model or a single layer. Convert it before wrapping it with DistributedDataParallel, FSDP or
             torch.compile.
         kind: ``"sync"``, ``"ghost"`` or ``"renorm"``, or the class of the layer.
         where: convert only the layers for which ``where(qualified_name, layer)`` is true.
-        frozen: convert frozen layers too.
+        frozen: make frozen layers, such as torchvision's, detectron2's and timm's, trainable ones with the same numbers
+            and a momentum of 0.1. Make the optimizer afterwards. DETR's, whose ``eps`` is not known, need the option.
         options: ``eps``, ``momentum`` and the options of :class:`~syncbn.SyncBatchNorm`,
             :class:`~syncbn.GhostBatchNorm` or :class:`~syncbn.BatchRenorm`, such as ``ghost_batch_size``.
 
@@ -132,8 +125,8 @@ def convert(module: M, kind: Any, *, where: Where = None, frozen: bool = False, 
     Raises:
         ValueError: the kind has no such option or it has a wrong value; ``module`` is wrapped or contains a wrapper; a
             layer's class is an unknown subclass of batch normalization (see :func:`syncbn.register_batchnorm`); a
-            layer is lazy, parametrized, sharded, or has a ``forward`` of its own; or a frozen layer computes something
-            else than a batch normalization in evaluation. The model is unchanged then.
+            layer is lazy, parametrized, sharded, or has a ``forward`` of its own; or a frozen layer does more than
+            normalize. The model is unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))

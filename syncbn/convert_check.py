@@ -104,7 +104,9 @@ def largest_difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tens
             found, wanted = actual[name].detach().double(), tensor.detach().double()
             alike = (found == wanted) | (found.isnan() & wanted.isnan())  # also where both are infinite
             off = (found - wanted).abs().nan_to_num(nan=math.inf).where(~alike, 0.0)
-            worst = max(worst, (float(off.max()) / max(_largest(tensor), 1e-3 * largest, 1e-300), name))
+            difference = float(off.max()) / max(_largest(tensor), 1e-3 * largest, 1e-300)
+            if difference > worst[0]:
+                worst = (difference, name)
     return worst
 
 
