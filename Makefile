@@ -104,10 +104,10 @@ dist: setup
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --no-isolation --outdir dist
 	for wheel in dist/*-linux_*.whl; do [ ! -e "$$wheel" ] || { \
-	  PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist "$$wheel" && rm "$$wheel"; } || exit 1; done
+	  PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist "$$wheel" && rm "$$wheel"; } || exit 1; done
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
-	cd build/wheel && PYTHONPATH="$$PWD" ../../$(BIN)/python ../../examples/ghost.py && PYTHONPATH="$$PWD" ../../$(BIN)/python -m syncbn env
+	cd build/wheel && PYTHONPATH="$$PWD" $(abspath $(BIN))/python ../../examples/ghost.py && PYTHONPATH="$$PWD" $(abspath $(BIN))/python -m syncbn env
 	@ls -l dist
 
 lint: setup

@@ -112,7 +112,14 @@ def _cuda() -> str:
     if torch.version.cuda is None:
         return "this build of torch has none"
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
-    return f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, driver {driver or 'not found'}"
+    return f"{torch.version.cuda}, driver {driver or 'not found'}"
+
+
+def _cudnn() -> str:
+    import torch
+
+    version = torch.backends.cudnn.version()  # an error if it is not the one that torch was compiled for
+    return "none" if version is None else str(version)
 
 
 def _gpus() -> str:
@@ -166,6 +173,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "instructions": _instructions,
     "CPU kernels": _kernels,
     "CUDA": _cuda,
+    "cuDNN": _cudnn,
     "GPUs": _gpus,
     "distributed": _distributed,
     "packages": _packages,
