@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 import syncbn
 
-pt2e = pytest.importorskip("torchao.quantization.pt2e", reason="the extra `ecosystem` has torchao")
 steps = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="the extra `ecosystem` has torchao")
-x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason="as above")
+x86 = pytest.importorskip(
+    "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason="the extra `ecosystem` has torchao"
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     "sync": {},
@@ -36,8 +36,8 @@ def network(kind: str) -> nn.Sequential:
     return net
 
 
-def quantizer(aware: bool) -> Any:
-    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=aware))
+def quantizer() -> Any:
+    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
 
 
 def operators(model: Any) -> set[str]:
@@ -53,7 +53,7 @@ def check_close(found: Tensor, expected: Tensor) -> None:
 def test_after_training(kind: str) -> None:
     """The layers of the evaluated model are found, and become part of the convolutions."""
     net = network(kind).eval()
-    prepared = steps.prepare_pt2e(torch.export.export(net, (images(),)).module(), quantizer(aware=False))
+    prepared = steps.prepare_pt2e(torch.export.export(net, (images(),)).module(), quantizer())
     prepared(images())
     found = steps.convert_pt2e(prepared)
     assert not [name for name in operators(found) if "norm" in name]
@@ -62,24 +62,7 @@ def test_after_training(kind: str) -> None:
 
 
 @every_kind
-def test_while_training_after_revert(kind: str) -> None:
-    net = syncbn.revert(copy.deepcopy(network(kind))).train()
-    prepared = steps.prepare_qat_pt2e(
-        torch.export.export(net, (images(),), strict=True).module(), quantizer(aware=True)
-    )
-    optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
-    for _ in range(3):
-        prepared(images()).square().mean().backward()
-        optimizer.step()
-    pt2e.move_exported_model_to_eval(prepared)
-    expected = prepared(images())
-    found = steps.convert_pt2e(prepared)
-    assert not [name for name in operators(found) if "norm" in name]
-    check_close(found(images()), expected)
-
-
-@every_kind
 def test_while_training_says_what_to_do(kind: str) -> None:
-    """The program of a layer in training cannot be brought to evaluation."""
+    """The program of a layer in training cannot be brought to evaluation. That of a reverted one is torch's own."""
     with pytest.warns(UserWarning, match=r"quantization-aware training, export syncbn.revert\(model\)"):
         torch.export.export(network(kind), (images(),), strict=True)
