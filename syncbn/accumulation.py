@@ -24,6 +24,8 @@ class _Passes:
 
     def add(self, layer: SmallBatchNorm, count: Tensor, mean: Tensor, var: Tensor) -> None:
         """Add the groups of one forward pass: count (G, 1), mean and biased variance (G, C)."""
+        if not layer.track_running_stats:  # some code turns it off for a pass that is not to count
+            return
         weight = count if self._total else (count > 0).to(count.dtype)
         second = var + mean.square() if self._total else unbiased(var, count)
         self._sums.add_(torch.cat((weight, weight * mean, weight * second), 1).sum(0))

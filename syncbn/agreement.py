@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,9 @@ from syncbn.collectives import gathered, resolve
 from syncbn.domain_statistics import holders
 from syncbn.layers import SmallBatchNorm
 
+_BLOCK = 2**22
+"""Elements of a tensor that are looked at together: their positions take 8 bytes each."""
+_MIX = (-7046029254386353131, -4417276706812531889)  # splitmix64's odd factors, as signed integers
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -21,18 +25,18 @@ def verify_ranks(model: nn.Module) -> None:
     Data parallel training keeps the weights of all ranks the same, bit for bit. It does not notice if they are not: a
     rank that has loaded another checkpoint, has drawn other initial weights after wrapping, or has changed a parameter
     outside the optimizer trains on in silence. Call this on all ranks every few hundred steps, after the optimizer's
-    step. Each rank sums the bits of each tensor on its device, and one collective of 8 bytes a tensor compares them.
-    Without an initialized process group it does nothing.
+    step. Each rank sums the bits of each tensor, weighted by their place, on its device, and a collective of 8 bytes a
+    tensor compares the sums. Without an initialized process group it does nothing.
 
     It compares all parameters, and the running statistics of layers that share them among all ranks. Those of local
     layers differ until :func:`reconcile`. Parameters that are DTensors are left out, as each rank has a part of them.
 
     Args:
-        model: the model, wrapped or not, with the same parameters on every rank.
+        model: the model, wrapped or not.
 
     Raises:
         RuntimeError: tensors differ. It names the first, how many others there are, and the ranks that differ from
-            rank 0.
+            rank 0. Or the ranks' models have tensors of other names, shapes or dtypes.
 
     Example:
         >>> import syncbn
@@ -42,6 +46,15 @@ def verify_ranks(model: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     tensors = dict(_common(model))
+    described = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
+    device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    kinds = gathered(torch.tensor(zlib.crc32(repr(described).encode()), device=device))
+    if bool((kinds != kinds[0]).any()):
+        others = ", ".join(map(str, (kinds != kinds[0]).nonzero().flatten().tolist()))
+        raise RuntimeError(
+            f"the ranks hold different models: the tensors of rank {others} have not the names, shapes and dtypes of "
+            "those of rank 0; make the same model on every rank"
+        )
     if not tensors:
         return
     own = torch.stack([_digest(tensor) for tensor in tensors.values()])
@@ -82,6 +95,14 @@ def _is_shared(layer: nn.Module) -> bool:
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """() int64, the sum of the tensor's bits, read as integers of its width."""
+    """() int64, a sum over the elements: their bits as an integer, times an odd number that hashes their place."""
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return flat.contiguous().view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+    bits = flat.contiguous().view(_INTEGERS[flat.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _BLOCK):
+        block = bits[start : start + _BLOCK]
+        weight = torch.arange(start + 1, start + 1 + len(block), device=tensor.device) * _MIX[0]
+        weight = (weight ^ (weight >> 29)) * _MIX[1]
+        weight = (weight ^ (weight >> 32)) | 1
+        total += (block * weight).sum()
+    return total

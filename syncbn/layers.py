@@ -143,8 +143,8 @@ class SmallBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # The ranks agree on this number in each training, so a copy or a saved layer must not have it.
-        # A copy is in no context of syncbn.domain.
-        state = {**vars(self), "_agreed_groups": None}
+        # A copy is in no context of syncbn.domain or syncbn.accumulate_statistics.
+        state = {**vars(self), "_agreed_groups": None, "observer": None}
         state.pop("active_domain", None)
         return state
 

@@ -91,9 +91,13 @@ def begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> tuple
 def _begin(tensor: Tensor, group_name: str, reduction: Reduction | None) -> Position:
     _calls[group_name, reduction] += 1
     position = Position(reduction, _calls[group_name, reduction], group_name)
-    if DEBUG:
-        _compare(tensor, position)
     _waiting[threading.get_ident()] = position
+    if DEBUG:
+        try:
+            _compare(tensor, position)
+        except BaseException:
+            end(position)
+            raise
     return position
 
 

@@ -13,6 +13,8 @@ from syncbn import lockstep
 from syncbn.trees import leaves, tree_map
 
 Batch = TypeVar("Batch")
+_END: Any = object()
+"""In place of a batch, after the last one."""
 _NAME = "syncbn.uneven"
 """What a watchdog calls the place where ranks wait for each other here."""
 
@@ -49,19 +51,19 @@ def uneven(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = No
         ...     (model(x).square().sum() * factor).backward()
     """
     ranks = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
-    batches = iter(loader)
-    batch = next(batches, None)
-    empty = None if batch is None else tree_map(_no_samples, batch)
+    batches = (batch for batch in loader)  # which has ended for good when the loader has, also if that starts again
+    batch = next(batches, _END)
+    empty = None if batch is _END else tree_map(_no_samples, batch)
     counts = _count(batch, ranks, process_group)
     samples, unfinished = counts()
     if 0 < unfinished < ranks:  # all ranks know it
         empty = _agree(empty, process_group)
     while unfinished:
         # What comes next is counted before the step is computed, so that the host does not wait for the device.
-        following = next(batches, None)
+        following = next(batches, _END)
         counts = _count(following, ranks, process_group)
         if samples:
-            yield (empty if batch is None else batch), ranks / samples  # type: ignore[misc]
+            yield (empty if batch is _END else batch), ranks / samples  # type: ignore[misc]
         batch = following
         samples, unfinished = counts()
 
@@ -90,7 +92,7 @@ def _agree(empty: Any, group: dist.ProcessGroup | None) -> Any:
 
 def _count(batch: Any, ranks: int, group: dist.ProcessGroup | None) -> Callable[[], tuple[int, int]]:
     """Start to add the ranks' samples, and the ranks that have a batch; the result is called for both."""
-    here = (0, 0) if batch is None else (_samples(batch), 1)
+    here = (0, 0) if batch is _END else (_samples(batch), 1)
     if ranks == 1:
         return lambda: here
     # Not the device of the batch: with NCCL alone, ranks exchange only what is on a GPU, and batches may be on the CPU.

@@ -244,11 +244,13 @@ class watchdog:  # a context manager, named like contextlib's
         if self._store is None:
             return f"{start}: {self._server_gone}"
         gone = [
-            f"rank {rank} on {status.host}"
+            f"rank {rank}" if status is None else f"rank {rank} on {status.host}"
             for rank, status in after.items()
-            if status is not None and status.beat >= 0 and before[rank] == status
+            if before[rank] == status and (status is None or status.beat >= 0)
         ]
         if not gone:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                self._store.add(_LOST, -1)  # the next broken connection has a first rank again
             return None
         return (
             f"{start}: {', '.join(gone)} gives no sign of life; the process or its node is gone, or cannot be reached"

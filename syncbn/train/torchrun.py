@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from syncbn.train.stopping import MARK, STOPPED
+from syncbn.train.stopping import MARK, STOP_SIGNALS, STOPPED
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 STUCK_SECONDS = 20
-"""torchrun looks at its processes ten times in a second. If one has ended for so long unnoticed, it waits elsewhere."""
+"""torchrun looks at its processes ten times a second. If all have ended for so long unnoticed, it waits elsewhere."""
 
 
 def main(arguments: list[str]) -> int:
@@ -39,13 +39,26 @@ def main(arguments: list[str]) -> int:
         try:
             # torchrun leaves its own folder of logs behind.
             run.main([f"--signals-to-handle={SIGNALS}", "--log-dir", str(Path(folder) / "logs"), *arguments])
-        except (SignalException, ChildFailedError):
-            if not mark.exists():
+        except SignalException as error:
+            # Processes that had not come to their first step have left no mark, and nothing is lost.
+            if not (mark.exists() or error.sigval in STOP_SIGNALS):
                 raise
             return STOPPED
+        except ChildFailedError as error:
+            return STOPPED if mark.exists() else _failed(error)
         except RendezvousConnectionError as error:
             return _no_store(endpoint, f"has no connection to it ({error.__cause__ or error})")
     return 0
+
+
+def _failed(error: ChildFailedError) -> int:
+    """Say which process failed first, after torchrun's summary; returns the exit code."""
+    rank, failure = error.get_first_failure()
+    how = (
+        f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
+    )
+    print(f"{error}\nsyncbn: error: rank {rank} (process {failure.pid}) {how}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _no_store(endpoint: str, what: str) -> int:
@@ -57,20 +70,21 @@ def _no_store(endpoint: str, what: str) -> int:
 
 
 def _guard(endpoint: str) -> None:
-    """End torchrun if it does not notice that a process of it has ended; the others end with it.
+    """End torchrun if it does not notice that its processes have ended. While one lives, it may wait for that one.
 
     It counts its own rounds, as the time that a suspended process sleeps does not count.
     """
     rounds = 0
     while rounds < STUCK_SECONDS:
         time.sleep(1)
-        rounds = rounds + 1 if _has_uncollected_children() else 0
+        rounds = rounds + 1 if _has_uncollected_children_alone() else 0
     os._exit(_no_store(endpoint, "waits for its answer"))
 
 
-def _has_uncollected_children() -> bool:
+def _has_uncollected_children_alone() -> bool:
     try:
-        return any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process().children())
+        children = psutil.Process().children()
+        return bool(children) and all(child.status() == psutil.STATUS_ZOMBIE for child in children)
     except psutil.NoSuchProcess:  # a child was collected meanwhile
         return False
 

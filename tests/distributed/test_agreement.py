@@ -50,6 +50,41 @@ def test_one_bit_is_found(pools: Callable[[int], Pool], name: str, rank: int) ->
     assert found.startswith(f"the ranks hold different models: '{name}' is not on rank {others} what it is on rank 0;")
 
 
+def verdict_of_change(kind: str) -> str:
+    """What `verify_ranks` says if rank 1 has the same numbers in other places, or with other signs."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4)
+    if dist.get_rank() == 1:
+        w = net.weight.data
+        w[0, 0], w[0, 1], w[0, 2] = (0.5, -0.5, 0.25) if kind == "signs" else w[0].tolist()
+        if kind == "signs":
+            w[0, :2] *= -1
+        elif kind == "reversed":
+            w.copy_(w.flip(0))
+        elif kind == "swapped":
+            w[1, 0], w[3, 2] = float(w[3, 2]), float(w[1, 0])
+    elif kind == "signs":
+        net.weight.data[0] = torch.tensor([0.5, -0.5, 0.25])
+    if kind == "larger" and dist.get_rank() == 1:
+        net = nn.Sequential(net, nn.Linear(4, 1))
+    try:
+        syncbn.verify_ranks(net)
+    except RuntimeError as error:
+        return str(error)
+    return "the same"
+
+
+@pytest.mark.parametrize("kind", ["signs", "reversed", "swapped"])
+def test_the_same_numbers_in_other_places_are_found(pools: Callable[[int], Pool], kind: str) -> None:
+    (found,) = set(pools(2).run(verdict_of_change, kind))
+    assert "'weight' is not on rank 1 what it is on rank 0" in found
+
+
+def test_other_models_are_found(pools: Callable[[int], Pool]) -> None:
+    (found,) = set(pools(2).run(verdict_of_change, "larger"))
+    assert "the tensors of rank 1 have not the names, shapes and dtypes of those of rank 0" in found
+
+
 def test_the_first_of_several_is_named(pools: Callable[[int], Pool]) -> None:
     (found,) = set(pools(2).run(verdict, "sync", "3.bias 0.bias 1.running_var", 1))
     assert "'0.bias' is not on rank 1" in found

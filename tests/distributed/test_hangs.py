@@ -70,6 +70,15 @@ def test_a_hang_names_layer_call_and_rank(fault: str, line: str, function: str) 
     assert sentence in done.stderr.splitlines()[-2]
 
 
+def test_a_hang_is_seen_in_debug_mode_too() -> None:
+    """There, each reduction is preceded by another collective, in which the ranks wait."""
+    done = torchrun("train_alone", SYNCBN_DEBUG="1")
+    (sentence,) = errors(done.stderr)
+    expected = f"rank 0 has waited for {TIMEOUT} s in SyncBatchNorm '1' (forward), call 4: rank 1 is in no layer"
+    assert expected in sentence
+    assert re.search(rf"exitcode\s*: {EXIT_CODE}\b", done.stderr)
+
+
 @pytest.mark.fault(
     "hang",
     "one rank is busy alone in a loop over `syncbn.uneven`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -103,6 +104,41 @@ def test_batches_of_any_kind(pools: Callable[[int], Pool]) -> None:
     assert full[2][0][0].shape == (2, 3)
 
 
+class Starting:
+    """An iterator that starts again after its end, as some loaders of other libraries do."""
+
+    def __init__(self, batches: int) -> None:
+        self._batches, self._next = batches, 0
+
+    def __iter__(self) -> Starting:
+        return self
+
+    def __next__(self) -> Tensor:
+        self._next += 1
+        if self._next > self._batches:
+            self._next = 0
+            raise StopIteration
+        return torch.zeros(1, 1)
+
+
+def sizes_until_the_end(rank_batches: list[int]) -> list[int]:
+    return [len(x) for x, _ in syncbn.uneven(Starting(rank_batches[dist.get_rank()]))]
+
+
+def test_the_end_is_the_end(pools: Callable[[int], Pool]) -> None:
+    assert pools(2).run(sizes_until_the_end, [3, 4]) == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def userdicts() -> list[str]:
+    batch = UserDict(x=torch.zeros(2, 3), name="a")
+    data = [batch] if dist.get_rank() == 0 else []
+    return [f"{type(found).__name__} {tuple(found['x'].shape)} {found['name']}" for found, _ in syncbn.uneven(data)]
+
+
+def test_mappings_keep_their_class(pools: Callable[[int], Pool]) -> None:
+    assert pools(2).run(userdicts) == [["UserDict (2, 3) a"], ["UserDict (0, 3) a"]]
+
+
 def in_a_part_of_the_world() -> list[tuple[int, float]]:
     pair = dist.new_group([0, 2])
     if dist.get_rank() == 1:
@@ -121,6 +157,8 @@ def test_a_process_group(pools: Callable[[int], Pool]) -> None:
 def test_one_process() -> None:
     assert [(len(x), factor) for x, factor in syncbn.uneven([torch.zeros(4), torch.zeros(0)])] == [(4, 0.25)]
     assert list(syncbn.uneven([])) == []
+    with pytest.raises(ValueError, match="first dimension is the sample; this NoneType has none"):
+        list(syncbn.uneven([torch.zeros(2, 1), None, torch.zeros(3, 1)]))
     with pytest.raises(ValueError, match="first dimension is the sample; this dict has none"):
         list(syncbn.uneven([{"scale": torch.tensor(1.0), "name": "a"}]))
     with pytest.raises(ValueError, match=r"those of this one have \[2, 3\]"):

@@ -94,6 +94,46 @@ def test_torchrun_is_terminated(config, tmp_path):
 
 @pytest.mark.fault(
     "signal",
+    "SIGTERM to torchrun",
+    moment="while its processes start",
+    outcome="exit code 85; `--resume` starts",
+    lost="nothing",
+)
+def test_torchrun_is_terminated_before_the_first_step(config, tmp_path):
+    out = tmp_path / "out"
+    process = start("torchrun.sh", config, out, NPROC="2")
+    assert wait_for(lambda: len(workers_of(out)) == 2)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 85, output
+    assert "Traceback" not in output
+    assert workers_of(out) == []
+
+
+@pytest.mark.fault(
+    "death",
+    "a rank under `launch/torchrun.sh` is killed",
+    moment="in training",
+    outcome="exit code 1; the last line names the rank and the signal",
+    lost="the steps since the last checkpoint",
+)
+def test_torchrun_names_the_process_that_was_killed(config, tmp_path):
+    out = tmp_path / "out"
+    process = start("torchrun.sh", config, out, NPROC="2")
+    assert trains(out)
+    killed = workers_of(out)[0]
+    os.kill(killed, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 1, output
+    assert re.fullmatch(
+        rf"syncbn: error: rank [01] \(process {killed}\) was killed by SIGKILL", output.splitlines()[-1]
+    )
+    assert "Traceback" not in output
+    assert workers_of(out) == []
+
+
+@pytest.mark.fault(
+    "signal",
     "SIGTERM to a process and its loaders",
     moment="in training",
     outcome="the loaders work on until the checkpoint is written; exit code 85",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -130,3 +133,27 @@ def test_what_is_refused() -> None:
             pass
         norm(torch.randn(4, 3))
     assert int(norm.num_batches_tracked) == 1
+
+
+def test_a_pass_that_does_not_count() -> None:
+    """Some code turns `track_running_stats` off for a pass, as that of an adversarial example."""
+    counted, plain = (layer("GhostBatchNorm", {"remainder": "smaller"}, size=4) for _ in range(2))
+    plain(step(0))
+    with syncbn.accumulate_statistics(counted):
+        counted(step(0))
+        counted.track_running_stats = False
+        counted(step(1))
+        counted.track_running_stats = True
+    for ours, theirs in zip(counted.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_copy_is_in_no_context(copied: Callable[[nn.Module], nn.Module]) -> None:
+    net = layer("GhostBatchNorm", {"remainder": "smaller"}, size=4)
+    with syncbn.accumulate_statistics(net):
+        net(step(0))
+        other = copied(net)
+    other(step(0))
+    assert int(other.num_batches_tracked) == 1  # type: ignore[arg-type]
+    assert int(net.num_batches_tracked) == 1

@@ -182,11 +182,11 @@ def _record(line: bytes, path: Path) -> Record | None:
     if not isinstance(values, dict) or type(values.get("schema")) is not int:
         return None
     where, schema = f"records in {path}", values.pop("schema")
+    if "digest" in values and not _whole(line):
+        return None
     if schema > SCHEMA:
         raise ConfigError(where, f"schema {schema}", f"schema {SCHEMA} at most: a newer version of syncbn wrote them")
     if not {"key", "worker", "result"} <= values.keys():
-        return None
-    if "digest" in values and not _whole(line):
         return None
     try:
         return Record(
