@@ -37,11 +37,11 @@ def fake(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def launch(script: str, fake: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(script: str, fake: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     assert BASH is not None
     clean = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHON", "NPROC")}
     return subprocess.run(
-        [BASH, str(LAUNCH / script), *TRAIN[5:]],
+        [BASH, str(LAUNCH / script), *TRAIN[5:], *options],
         cwd=ROOT,
         env={**clean, "PATH": f"{fake}{os.pathsep}{os.environ['PATH']}", **environment},
         capture_output=True,
@@ -73,6 +73,13 @@ def test_torchrun_meets_on_a_free_port(fake: Path) -> None:
     assert got == [*start, "--nproc-per-node", "auto", "--max-restarts", "0", *TRAIN]
     got = arguments(launch("torchrun.sh", fake, CONFIG="run.yaml", MAX_RESTARTS="3"))
     assert got[got.index("--max-restarts") + 1] == "3"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "torchrun_multinode.sh", "accelerate.sh"])
+def test_a_resumed_run_needs_no_configuration(script: str, fake: Path) -> None:
+    nodes = {"NNODES": "2", "RDZV_ENDPOINT": "node0:1"}
+    got = arguments(launch(script, fake, "--out", "runs/one", "--resume", **nodes))
+    assert got[-10:] == [*TRAIN[:3], *TRAIN[5:], "--out", "runs/one", "--resume"]
 
 
 def test_defaults_can_be_overridden(fake: Path) -> None:
