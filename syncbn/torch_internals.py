@@ -74,7 +74,7 @@ def in_backward() -> bool:
 
 def is_profiled() -> bool:
     """Whether a profiler records what this thread does. Private: torch has no public query."""
-    return torch.autograd._profiler_enabled()
+    return torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
 
 
 def group_size(group_name: str) -> int:
