@@ -97,10 +97,11 @@ def test_graphs_for_batches_of_several_sizes(name: str) -> None:
     assert counted.forward == counted.backward == counted.graphs
 
 
-@pytest.mark.slow  # the inductor compiles C++ for each
+@pytest.mark.slow  # the inductor compiles C++
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 def test_the_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph with every layer, of which some are composed of torch's operations and others are our operator."""
+    """One graph with layers that are our operator and layers that are composed of torch's operations."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = nn.Sequential(*(make() for make in LAYERS.values())).double()
+    chosen = ("sync, relu", "ghost, sequential", "ghost, total", "ghost and renorm")
+    model = nn.Sequential(*(LAYERS[name]() for name in chosen)).double()
     train_both(model, torch.compile(model, fullgraph=True, backend="inductor"), (8, 8))
