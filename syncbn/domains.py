@@ -59,6 +59,13 @@ def domains(model: M, names: Sequence[str], *, affine: bool = False) -> M:
         (0, 1)
     """
     _check_names(names)
+    for layer in _layers(model):
+        set_domains(layer, names, affine)
+    return model
+
+
+def _layers(model: nn.Module) -> list[SmallBatchNorm]:
+    """The layers of ``model`` that can have domains; ValueError for one that needs them and cannot."""
     layers = []
     for path, layer in model.named_modules():
         if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
@@ -74,9 +81,7 @@ def domains(model: M, names: Sequence[str], *, affine: bool = False) -> M:
         layers.append(layer)
     if not layers:
         raise ValueError("domains: the model has no layer of this package with running statistics")
-    for layer in layers:
-        set_domains(layer, names, affine)
-    return model
+    return layers
 
 
 @contextmanager
