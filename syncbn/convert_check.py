@@ -163,10 +163,14 @@ def _convert_each(model: nn.Module, kind: Any, norms: Mapping[str, str]) -> dict
     refused: dict[str, str] = {}
     for name in norms:
         try:
-            convert(model, kind, where=lambda each, _, name=name: each == name, **KINDS[kind])
+            convert(model, kind, where=_only(name), **KINDS[kind])
         except ValueError as error:
             refused[name] = str(error)
     return refused
+
+
+def _only(name: str) -> Callable[[str, nn.Module], bool]:
+    return lambda each, layer: each == name
 
 
 def _computed(named: NamedModel, model: nn.Module, inputs: Any) -> dict[str, Tensors]:
