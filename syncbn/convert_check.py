@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -164,14 +163,14 @@ def _convert_each(model: nn.Module, kind: Any, norms: Mapping[str, str]) -> dict
     refused: dict[str, str] = {}
     for name in norms:
         try:
-            convert(model, kind, where=partial(_has_name, name), **KINDS[kind])
+            convert(model, kind, where=_only(name), **KINDS[kind])
         except ValueError as error:
             refused[name] = str(error)
     return refused
 
 
-def _has_name(wanted: str, name: str, layer: nn.Module) -> bool:
-    return name == wanted
+def _only(name: str) -> Callable[[str, nn.Module], bool]:
+    return lambda each, layer: each == name
 
 
 def _computed(named: NamedModel, model: nn.Module, inputs: Any) -> dict[str, Tensors]:

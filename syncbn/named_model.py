@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,7 +125,8 @@ def _transformers(name: str, size: int | None) -> tuple[nn.Module, Shape] | None
     if name not in transformers.CONFIG_MAPPING:
         return None
     config = transformers.AutoConfig.for_model(name)
-    model = _made("transformers", name, lambda: cast(Any, transformers.AutoModel).from_config(config))
+    auto: Any = transformers.AutoModel
+    model = _made("transformers", name, lambda: auto.from_config(config))
     takes = getattr(model, "main_input_name", None)
     expected = f"a model of images, not of {takes}; give MODULE:FUNCTION, which returns the model and its inputs"
     require(takes == "pixel_values", "model", f"transformers:{name}", expected)
