@@ -276,15 +276,11 @@ def _completion(shell: str) -> int:
 
 
 def _experiment(name: str, out: Path | None, workers: int | None, larger: bool) -> int:
-    from syncbn.experiments.commands import run_experiment
+    from syncbn.experiments.commands import list_experiments, run_experiment
 
+    if name == "list":
+        return list_experiments()
     return run_experiment(name, out or Path("runs") / "experiments" / Path(name).stem, workers, larger=larger)
-
-
-def _list_experiments() -> int:
-    from syncbn.experiments.commands import list_experiments
-
-    return list_experiments()
 
 
 def _bench(words: Sequence[str]) -> int:
@@ -407,13 +403,15 @@ COMMANDS: dict[str, Command] = {
         _experiment,
         "Measure a claim of the literature about batch normalization, and say whether it holds here.",
         {
-            "name": {"type": str, "help": "An experiment of `syncbn experiment list`, or the YAML file of one."},
+            "name": {
+                "type": str,
+                "help": "Name of an experiment, or its YAML file; `list` lists those of the package.",
+            },
             "--out": {"type": Path, "help": "Folder of the experiment (default: runs/experiments/NAME)."},
             "--workers": {"type": int, "help": "Runs at a time (default: one per core)."},
             "--larger": {"action": "store_true", "help": "Take the sizes for a GPU, if the experiment has them."},
         },
     ),
-    "experiment list": Command(_list_experiments, "List the experiments that come with the package."),
     "bench": Command(_bench, "Time the layers beside their peers."),
     "env": Command(_env, "Print what a bug report needs: versions, processor, kernels, GPUs, variables."),
     "completion": Command(

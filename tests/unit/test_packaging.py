@@ -355,7 +355,10 @@ def test_no_part_imports_what_it_never_should() -> None:
 
 def test_frameworks_are_imported_by_their_integration_alone() -> None:
     found = {(importer, imported.partition(".")[0]) for _, importer, imported, ours in imports() if not ours}
-    outside = {(part, name) for part, name in found if name in FRAMEWORKS and not within(part, "integrations")}
+    within_them = ("integrations", "named_model")  # the second makes a model that the user names
+    outside = {
+        (part, name) for part, name in found if name in FRAMEWORKS and not any(within(part, i) for i in within_them)
+    }
     assert not outside
 
 
