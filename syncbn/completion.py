@@ -39,7 +39,7 @@ def completion_script(shell: str, commands: Mapping[str, tuple[str, Mapping[str,
     return script
 
 
-def _add(parser: argparse.ArgumentParser, option: str, details: Mapping[str, Any], file: Mapping[str, str]) -> None:
+def _add(parser: argparse.ArgumentParser, option: str, details: Mapping[str, Any], file: Mapping[str, Any]) -> None:
     kind, text = details.get("type"), details["help"]
     if "action" in details:
         parser.add_argument(option, action=details["action"], help=text)

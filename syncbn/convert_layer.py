@@ -90,10 +90,7 @@ _TIMMS = "timm.layers.norm_act.BatchNormAct2d"
 _KNOWN_BY_NAME: dict[str, After] = {
     _TIMMS: drop_then_act,
     "timm.layers.norm_act.SyncBatchNormAct": drop_then_act,
-    **{
-        f"syncbn.integrations.timm.{name}Act2d": drop_then_act
-        for name in ("SyncBatchNorm", "GhostBatchNorm", "BatchRenorm")
-    },
+    **{f"syncbn.norm_act.{name}Act2d": drop_then_act for name in ("SyncBatchNorm", "GhostBatchNorm", "BatchRenorm")},
 }
 _registered: dict[type, After | None] = {}
 
@@ -121,7 +118,7 @@ globals().update({cls.__qualname__: cls for cls in _CONVERTED.values()})  # wher
 def converted_class(cls: type[SmallBatchNorm], original: type[_BatchNorm]) -> type[SmallBatchNorm]:
     """The class of an ``original`` that is converted to ``cls``."""
     if any(_full_name(base) == _TIMMS for base in original.__mro__):
-        from syncbn.integrations.timm import WITH_ACTIVATION  # timm is imported already, as there is a layer of it
+        from syncbn.norm_act import WITH_ACTIVATION  # timm is imported already, as there is a layer of it
 
         return WITH_ACTIVATION[cls]
     return next((_CONVERTED[cls, base] for base in original.__mro__ if (cls, base) in _CONVERTED), cls)

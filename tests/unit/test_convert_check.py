@@ -150,7 +150,7 @@ def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "test_resnet"])
 def test_a_model_of_timm(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("syncbn.integrations.timm", reason="it is timm's")
+    pytest.importorskip("syncbn.norm_act", reason="it is timm's")
     code, out, _ = check(capsys, name, "--input-size", "32", "--batch-size", "3")
     assert (code, out.splitlines()[0]) == (0, "timm:test_resnet, converted to sync")
 

@@ -20,6 +20,7 @@ timm = pytest.importorskip("timm", reason="these are timm's models")
 layers = import_timm("layers")
 create_norm_act = import_timm("layers.create_norm_act")
 integration: Any = pytest.importorskip("syncbn.integrations.timm")
+norm_act: Any = pytest.importorskip("syncbn.norm_act")
 
 NORMS: dict[str, Any] = {
     "sync": syncbn.SyncBatchNorm,
@@ -102,9 +103,9 @@ def test_models_that_take_a_norm_layer(name: str, number: int) -> None:
 def test_names_of_layers() -> None:
     assert type(layers.create_norm_layer("syncbatchnorm", 3)) is syncbn.SyncBatchNorm
     layer = layers.create_norm_act_layer("batchrenorm", 3, act_layer=nn.SiLU)
-    assert (type(layer), layer.activation) == (integration.BatchRenormAct2d, "silu")
+    assert (type(layer), layer.activation) == (norm_act.BatchRenormAct2d, "silu")
     model = timm.create_model("test_efficientnet", norm_layer="syncbatchnorm")
-    assert {type(m) for m in batchnorms(model)} == {integration.SyncBatchNormAct2d}
+    assert {type(m) for m in batchnorms(model)} == {norm_act.SyncBatchNormAct2d}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_names_of_layers() -> None:
     ids=str,
 )
 def test_dropout_and_activation(options: dict[str, Any], activation: str | None, follows: bool) -> None:
-    layer = integration.SyncBatchNormAct2d(3, **options).double()
+    layer = norm_act.SyncBatchNormAct2d(3, **options).double()
     assert (layer.activation, layer.after is not None) == (activation, follows)
     own = {key: value for key, value in options.items() if key != "activation"}
     plain = layers.BatchNormAct2d(3, **own).double()
@@ -142,17 +143,17 @@ def test_layers_are_copied_pickled_and_converted_again() -> None:
     file.seek(0)
     for net in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         same(net(images()), expected)
-        assert type(net.bn1) is integration.GhostBatchNormAct2d
-    assert type(syncbn.revert(model).bn1) is integration.GhostBatchNormAct2d, "it was made as one"
+        assert type(net.bn1) is norm_act.GhostBatchNormAct2d
+    assert type(syncbn.revert(model).bn1) is norm_act.GhostBatchNormAct2d, "it was made as one"
     syncbn.convert(model, "sync")
-    assert (type(model.bn1), model.bn1.activation) == (integration.SyncBatchNormAct2d, "silu")
+    assert (type(model.bn1), model.bn1.activation) == (norm_act.SyncBatchNormAct2d, "silu")
     same(model(images()), expected)
-    assert (type(syncbn.revert(model).bn1), model.bn1.ghost_batch_size) == (integration.GhostBatchNormAct2d, 2)
+    assert (type(syncbn.revert(model).bn1), model.bn1.ghost_batch_size) == (norm_act.GhostBatchNormAct2d, 2)
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
 def test_fold(act: type[nn.Module]) -> None:
-    layer = integration.SyncBatchNormAct2d(4, act_layer=act)
+    layer = norm_act.SyncBatchNormAct2d(4, act_layer=act)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), layer).double()
     model(images())
     folded = syncbn.fold(model.eval())
@@ -164,7 +165,7 @@ def test_fold(act: type[nn.Module]) -> None:
 @pytest.mark.parametrize("how", ["made", "converted"])
 def test_timms_functions_keep_the_activation(act: type[nn.Module], how: str) -> None:
     plain = layers.BatchNormAct2d(3, act_layer=act)
-    layer = integration.SyncBatchNormAct2d(3, act_layer=act) if how == "made" else syncbn.convert(plain, "sync")
+    layer = norm_act.SyncBatchNormAct2d(3, act_layer=act) if how == "made" else syncbn.convert(plain, "sync")
     net = nn.Sequential(layer).double()
     net(images())
     expected = net.eval()(images())
@@ -186,4 +187,4 @@ def test_a_timm_with_other_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchs_layer_is_taken_by_its_name() -> None:
     """The docstring says so; timm itself has no equivalent of it."""
     model = timm.create_model("test_efficientnet", norm_layer=nn.SyncBatchNorm)
-    assert type(model.bn1) is integration.SyncBatchNormAct2d
+    assert type(model.bn1) is norm_act.SyncBatchNormAct2d
