@@ -81,6 +81,11 @@ def train_small_model(name, options, sizes):
             (5, 2),
         ),
         ("BatchRenorm", {"sync": True, "warmup_steps": 2, "r_ramp_end": 5, "d_ramp_end": 5}, (4, 3)),
+        (
+            "BatchRenorm",
+            {"sync": True, "ghost_batch_size": 2, "warmup_steps": 2, "r_ramp_end": 5, "d_ramp_end": 5},
+            (4, 4),
+        ),
     ],
     ids=str,
 )
@@ -88,6 +93,37 @@ def test_each_layer_in_one_graph(pools, name, options, sizes):
     steps = 4 if options.get("running_update") == "sequential" else 2
     first = 3 if name == "BatchRenorm" else 0
     assert pools(2).run(train_small_model, name, options, sizes) == [{"1.num_batches_tracked": first + steps}] * 2
+
+
+def count_graphs(name, options):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    run = torch.compile(make_layer(name, options), fullgraph=True, backend=backend)
+    for n in (4, 8, 6, 12, 10):
+        run(torch.randn(n, 4, 3, 3, dtype=torch.float64, requires_grad=True)).sum().backward()
+    torch.compiler.reset()
+    return len(graphs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SyncBatchNorm", {}),
+        ("GhostBatchNorm", {"ghost_batch_size": 2, "sync": True}),
+        ("GhostBatchNorm", {"ghost_batch_size": 2, "sync": True, "max_ghost_groups": 8}),
+        ("BatchRenorm", {"ghost_batch_size": 2, "sync": True}),
+    ],
+    ids=str,
+)
+def test_batches_of_several_sizes_need_no_more_graphs_than_torchs_layer(pools, name, options):
+    """One for the first batch, and one for all others: as tests/unit/test_compiled_graphs.py has it for torch's."""
+    found = pools(2).run(count_graphs, name, options)
+    assert found[0] == found[1] <= 2
 
 
 def single_value():
