@@ -52,12 +52,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _failed(error: ChildFailedError) -> int:
-    """Say which process failed first, after torchrun's summary; returns the exit code."""
+    """Print torchrun's summary, which ends with what the first process to fail has said; returns the exit code."""
+    print(error, file=sys.stderr, flush=True)
     rank, failure = error.get_first_failure()
-    how = (
-        f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
-    )
-    print(f"{error}\nsyncbn: error: rank {rank} (process {failure.pid}) {how}", file=sys.stderr, flush=True)
+    if failure.exitcode < 0:
+        killed = f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}"
+        print(f"syncbn: error: {killed}", file=sys.stderr, flush=True)
     return 1
 
 
