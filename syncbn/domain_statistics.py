@@ -90,5 +90,9 @@ def add_missing_domains(layer: nn.Module, state_dict: dict[str, Any], prefix: st
         return
     for domain, statistics in held.items():
         for name in statistics.state_dict():
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}{PREFIX}{domain}.{name}"] = state_dict[prefix + name]
+            value = state_dict.get(prefix + name)
+            if value is None and name == "num_batches_tracked":  # a checkpoint of before torch 0.4.1
+                value = torch.tensor(0)
+            if value is not None:
+                # With load_state_dict(assign=True) a tensor of the checkpoint becomes the layer's own.
+                state_dict[f"{prefix}{PREFIX}{domain}.{name}"] = value.clone()

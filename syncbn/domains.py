@@ -47,7 +47,8 @@ def domains(model: M, names: Sequence[str], *, affine: bool = False) -> M:
 
     Raises:
         ValueError: ``names`` are no distinct names; the model has no layer with running statistics, or has one of
-            torch's; or it is within :func:`domain`. The model is unchanged then.
+            torch's; it is within :func:`domain`; or its parameters are frozen and domains are to have their own. The
+            model is unchanged then.
 
     Example:
         >>> import syncbn
@@ -59,12 +60,12 @@ def domains(model: M, names: Sequence[str], *, affine: bool = False) -> M:
         (0, 1)
     """
     _check_names(names)
-    for layer in _layers(model):
+    for layer in _layers(model, affine):
         set_domains(layer, names, affine)
     return model
 
 
-def _layers(model: nn.Module) -> list[SmallBatchNorm]:
+def _layers(model: nn.Module, affine: bool) -> list[SmallBatchNorm]:
     """The layers of ``model`` that can have domains; ValueError for one that needs them and cannot."""
     layers = []
     for path, layer in model.named_modules():
@@ -78,6 +79,8 @@ def _layers(model: nn.Module) -> list[SmallBatchNorm]:
         if layer.active_domain is not None:
             within = layer.active_domain.domain
             raise ValueError(f"domains: the model is in the domain {within!r}; leave its context first")
+        if affine and layer.frozen_state is not None and layer.frozen_state.parameters:
+            raise ValueError(f"domains: the parameters of layer {path!r} are frozen; call syncbn.unfreeze(model) first")
         layers.append(layer)
     if not layers:
         raise ValueError("domains: the model has no layer of this package with running statistics")

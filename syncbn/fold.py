@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from syncbn.convert import revert
 from syncbn.convert_layer import follows, is_convertible
 from syncbn.domains import set_domains
 from syncbn.drop_act import drop_then_act
@@ -50,7 +49,7 @@ def fold(model: M) -> M:
         >>> type(folded[1]).__name__, torch.allclose(folded(x), model(x), atol=1e-5)
         ('Identity', True)
     """
-    folded = revert(_settled(model))
+    folded = _settled(model)
     norms = {name: m for name, m in folded.named_modules() if isinstance(m, _BatchNorm)}
     training = [name for name, norm in norms.items() if norm.training]
     if training:
@@ -65,7 +64,7 @@ def fold(model: M) -> M:
 
 
 def _settled(model: M) -> M:
-    """A copy whose layers have the statistics in use alone, and are not frozen: torch's layers are neither."""
+    """A copy whose layers have the statistics in use alone, and are not frozen."""
     settled = copy.deepcopy(model)
     for layer, own in zip(list(model.modules()), list(settled.modules()), strict=True):
         if isinstance(layer, SmallBatchNorm) and layer.default_domain is not None:
@@ -116,6 +115,8 @@ def _layers_before(model: nn.Module, norms: dict[str, _BatchNorm]) -> dict[str, 
 
 
 def _is_known(norm: _BatchNorm) -> bool:
+    if isinstance(norm, SmallBatchNorm):
+        return norm.after in (None, drop_then_act)
     return is_convertible(type(norm)) and follows(type(norm)) in (None, drop_then_act)
 
 

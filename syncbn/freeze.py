@@ -90,8 +90,9 @@ def _stop_training(layer: SmallBatchNorm) -> tuple[str, ...]:
     """Freeze the weights and biases of ``layer``; the names of those that were trained."""
     stopped = []
     for prefix, holder in holders(layer):
-        for name, parameter in holder.named_parameters(recurse=False):
-            if name in AFFINE and parameter.requires_grad:
+        for name, parameter in holder.named_parameters():
+            own = name in AFFINE or name.startswith("parametrizations.")
+            if own and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None  # an optimizer would go on with the old one
                 stopped.append(prefix + name)

@@ -277,6 +277,8 @@ class SmallBatchNorm(_BatchNorm):
             output = recorded(f"syncbn.{type(self).__name__}", self._in_its_domain, input, residual, mask)
         else:
             output = self._in_its_domain(input, residual, mask)
+        if mask is not None:
+            output = zero_invalid(output, mask)
         return output if self.after is None else self.after(self, output)
 
     def _in_its_domain(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -294,7 +296,7 @@ class SmallBatchNorm(_BatchNorm):
             if residual is not None:
                 output = output + residual
             output = activate(output, Epilogue(None, self.activation, self.negative_slope))
-        return output if mask is None else zero_invalid(output, mask)
+        return output
 
     @contextmanager
     def _in_domain_of_first_pass(self) -> Iterator[None]:
@@ -374,7 +376,8 @@ class SmallBatchNorm(_BatchNorm):
         if mask is not None:
             x, filling = fill(x, mask, groups)
             # On CUDA the count of valid elements is known to the device alone, and the host must not wait in each step.
-            has_variance, wait = False, not x.is_cuda
+            # Under a transform such as vmap it is known to nobody.
+            has_variance, wait = has_transforms(), not x.is_cuda
         weight, bias = self._affine()
         if self.save == "output" and weight is not None:
             self._check_weight(x, weight, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ class LazyPackage(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         home = vars(self)["_homes"].get(name)
+        if home is None and not name.startswith("_") and find_spec(f"{self.__name__}.{name}") is not None:
+            return import_module(f"{self.__name__}.{name}")
         if home is None:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}", name=name, obj=self)
         value = getattr(import_module(f"{self.__name__}.{home}"), name)

@@ -248,6 +248,8 @@ def batch_statistics(
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
+            if _is_frozen(module):
+                stack.callback(setattr, module, "frozen_state", module.frozen_state)
         model.eval()
         for name, layer in (_layers(model) if layers is None else layers).items():
             observer: Any = observe(name) if observe is not None else lambda *statistics: None

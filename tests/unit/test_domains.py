@@ -466,3 +466,30 @@ def test_split_batch_norm_in_one_pass_is_a_ghost_group_for_each_part() -> None:
     syncbn.update_population_statistics(norm, [x[:4]])
     torch.testing.assert_close(norm.running_mean, x[:4].mean(0))
     torch.testing.assert_close(norm.running_var, x[:4].var(0))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_domains_share_nothing_after_an_assigned_checkpoint(affine: bool) -> None:
+    model = syncbn.domains(syncbn.SyncBatchNorm(3), ["a", "b"], affine=affine)
+    model.load_state_dict(nn.BatchNorm1d(3).state_dict(), assign=True)
+    with syncbn.domain(model, "b"):
+        model(torch.randn(8, 3) + 5)
+    assert model.running_mean is not None
+    assert (model.running_mean.tolist(), int(model.num_batches_tracked)) == ([0, 0, 0], 0)  # type: ignore[arg-type]
+    places = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    assert len(set(places)) == len(places)
+
+
+def test_a_checkpoint_without_a_number_of_batches_loads() -> None:
+    state = dict(nn.BatchNorm1d(3).state_dict())
+    del state["num_batches_tracked"]
+    model = syncbn.domains(syncbn.SyncBatchNorm(3), ["a", "b"])
+    model.load_state_dict(state)
+    assert int(model.domain_b.num_batches_tracked) == 0  # type: ignore[arg-type, union-attr]
+
+
+def test_frozen_parameters_are_not_copied() -> None:
+    model = syncbn.freeze(syncbn.SyncBatchNorm(3), affine=True)
+    with pytest.raises(ValueError, match=r"the parameters of layer '' are frozen; call syncbn.unfreeze"):
+        syncbn.domains(model, ["a", "b"], affine=True)
+    syncbn.domains(model, ["a", "b"])  # which share them

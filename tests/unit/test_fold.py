@@ -121,3 +121,14 @@ def test_what_cannot_be_folded_is_named(net: nn.Module, said: str) -> None:
 def test_a_model_in_training() -> None:
     with pytest.raises(ValueError, match=r"'1' is in training mode; call model\.eval"):
         syncbn.fold(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+
+
+@pytest.mark.parametrize("options", [{"activation": "relu"}, {"activation": "silu"}, {"eps": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", ["sync", "renorm"])
+def test_what_a_conversion_was_given_stays(kind: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    model = syncbn.convert(net, kind, **options).eval()
+    model[1].running_var.fill_(0.1)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(syncbn.fold(model)(x), model(x), rtol=1e-12, atol=1e-12)

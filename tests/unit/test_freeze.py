@@ -267,3 +267,19 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             syncbn.freeze(model)
         assert all(module.training for module in model.modules())
+
+
+def test_population_statistics_leave_the_mode_that_was_asked_for() -> None:
+    model = nn.Sequential(syncbn.SyncBatchNorm(3), syncbn.SyncBatchNorm(3)).train()
+    syncbn.freeze(model[0])
+    syncbn.update_population_statistics(model, [torch.randn(8, 3)])
+    assert syncbn.unfreeze(model)[0].training
+
+
+def test_a_parametrized_weight_is_frozen() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    syncbn.freeze(layer, affine=True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    syncbn.unfreeze(layer)
+    assert all(parameter.requires_grad for parameter in layer.parameters())

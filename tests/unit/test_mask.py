@@ -402,3 +402,25 @@ def test_rows_of_a_nested_tensor() -> None:
     mask = torch.arange(5) < lengths[:, None]
     check([y.values()], [truth(x.mT, mask=mask).mT[mask]])
     check(states(layer), states(truth))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one mask", "a mask each"])
+def test_vmap(batched: bool) -> None:
+    layer = syncbn.SyncBatchNorm(3, affine=False, track_running_stats=False, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 6, dtype=torch.float64)
+    masks = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.7
+    if batched:
+        found = torch.func.vmap(lambda a, m: layer(a, mask=m))(x, masks)
+    else:
+        found = torch.func.vmap(lambda a: layer(a, mask=masks[0]))(x)
+    expected = torch.stack([layer(x[i], mask=masks[i * batched]) for i in range(2)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_profiler_shows_both_passes() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    x = torch.randn(6, 3, 5, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        layer(x, mask=torch.ones(6, 1, 5, dtype=torch.bool)).sum().backward()
+    found = {event.key for event in profile.key_averages() if event.key.startswith("syncbn.")}
+    assert found == {"syncbn.SyncBatchNorm", "syncbn.SyncBatchNorm, backward"}
