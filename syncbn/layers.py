@@ -236,6 +236,7 @@ class SmallBatchNorm(_BatchNorm):
             parts.append(f"ghost_batch_size={self.ghost_batch_size}, remainder={self.remainder!r}")
         usual = {"running_update": "mean", "activation": None, "negative_slope": 0.01, "save": "input"}
         parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
+        parts += ["frozen=True"] if self.frozen_state is not None else []
         return ", ".join(parts)
 
     # -- the data path -------------------------------------------------------------------------------------------------
@@ -331,7 +332,8 @@ class SmallBatchNorm(_BatchNorm):
         if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
             got = f"{tuple(residual.shape)}, {residual.dtype}, {residual.device}"
             wanted = f"the residual must have the input's shape, dtype and device ({x.dtype}, {x.device})"
-            self._fail(x, f"{wanted}, got {got}")
+            hint = "; a mask is given by name: layer(x, mask=...)" if residual.dtype == torch.bool else ""
+            self._fail(x, f"{wanted}, got {got}{hint}")
 
     def _full_mask(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mask as (N, 1, *)."""

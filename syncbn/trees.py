@@ -18,7 +18,8 @@ def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         if type(tree) is dict or not isinstance(tree, MutableMapping):
             return values
         made = copy.copy(tree)  # of its class, such as transformers' BatchEncoding
-        made.update(values)
+        for key, value in values.items():  # some of them have no update()
+            made[key] = value
         return made
     if isinstance(tree, list | tuple):
         mapped = [tree_map(function, value) for value in tree]

@@ -221,4 +221,6 @@ def _work(
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", limit, world_size, rank)
     dist.barrier()  # a process that ended before another has connected to it would break that one
     Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(function(*args)))
+    # gloo's thread holds on to the work of the last backward pass, and must not let go of it while Python ends.
+    dist.barrier()
     dist.destroy_process_group()

@@ -9,26 +9,31 @@ from functools import partial
 from pathlib import Path
 
 from syncbn.experiments.checks import measure
-from syncbn.experiments.experiment import experiment_names, load_experiment
+from syncbn.experiments.experiment import described_experiments, load_experiment
 from syncbn.experiments.page import checks_table, verdict, write_experiment
 from syncbn.experiments.runs import Runs
-from syncbn.study.plan.grid import study_cells
-from syncbn.study.report.format import plural
+from syncbn.study.plan.folder import FILE, study_in
 from syncbn.study.report.tables import console, print_rich
 from syncbn.study.run.own_loop import train_function
 from syncbn.study.run.runner import run_cells
 from syncbn.study.run.signals import StudyStopped, stopping
 from syncbn.study.stages import run_stages
+from syncbn.train.config import require
 from syncbn.train.stopping import STOPPED
 
 
 def list_experiments() -> int:
-    """Print the experiments that come with the package: name, title, authors and year, number of runs."""
-    for name in experiment_names():
-        experiment = load_experiment(name)
-        runs = plural(len(study_cells(experiment.study)), "run")
-        print(f"{name:<16}{experiment.study.title} ({experiment.source.partition(',')[0]}): {runs}")
+    """Print the experiments that come with the package: name, title, source."""
+    for name, title, source in described_experiments():
+        print(f"{name:<16}{title} ({source})")
     return 0
+
+
+def _check_folder(out: Path, name: str) -> None:
+    """Raise ConfigError if ``out`` holds another experiment, whose page this one would replace."""
+    if (out / FILE).is_file():
+        held = study_in(out, None, "--out").name
+        require(held == name, "out", out, f"a new folder, or that of {name}; it holds {held}")
 
 
 def run_experiment(name: str, out: Path, workers: int | None = None, *, larger: bool = False) -> int:
@@ -40,11 +45,14 @@ def run_experiment(name: str, out: Path, workers: int | None = None, *, larger: 
     experiment = load_experiment(name, larger=larger)
     study = experiment.study
     command = shlex.join(["syncbn", "experiment", name, *(["--larger"] if larger else []), "--out", str(out)])
+    _check_folder(out, study.name)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
         with stopping():
             cells, outcomes = run_stages(study, out, partial(run_cells, train=train_function(study), workers=workers))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; to go on: {command}") from None
     except StudyStopped as error:
         print(f"syncbn: stopped by {error}; to go on: {command}", file=sys.stderr)
         return STOPPED

@@ -56,6 +56,12 @@ def experiment_names() -> list[str]:
     return sorted(_installed())
 
 
+def described_experiments() -> list[tuple[str, str, str]]:
+    """Name, title and source of each, without building their runs."""
+    found = [(name, read_yaml(path, "config")) for name, path in sorted(_installed().items())]
+    return [(name, str(content["title"]), str(content["source"])) for name, content in found]
+
+
 def load_experiment(path_or_name: str | Path, *, larger: bool = False) -> Experiment:
     """Read an experiment from its YAML file, or the packaged one of this name.
 

@@ -13,13 +13,20 @@ from syncbn.experiments.experiment import Experiment
 from syncbn.experiments.runs import Runs
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.report.figures import save
-from syncbn.study.report.format import capital
+from syncbn.study.report.format import joined, plural
 from syncbn.study.report.report import template, versions_of, write_page
 from syncbn.study.report.tables import Table
 from syncbn.train.result import RunResult
 from syncbn.train.yaml_file import yaml_text
 
 WORDS: dict[Agreement, str] = {"agrees": "agrees", "disagrees": "does not agree", "open": "not decided"}
+
+
+_VERBS: dict[Agreement, tuple[str, str]] = {
+    "agrees": ("agrees", "agree"),
+    "disagrees": ("does not agree", "do not agree"),
+    "open": ("is not decided", "are not decided"),
+}
 
 
 def write_experiment(experiment: Experiment, results: Mapping[str, RunResult], out: Path, *, command: str) -> Path:
@@ -52,9 +59,9 @@ def checks_table(found: Sequence[Measured]) -> Table:
 
 def verdict(found: Sequence[Measured]) -> str:
     """How many checks agree, do not agree, or are not decided."""
-    counts = {word: sum(m.agreement == kind for m in found) for kind, word in WORDS.items()}
-    parts = [f"{count} of {len(found)} checks: {word}" for word, count in counts.items() if count]
-    return f"{capital('; '.join(parts))}."
+    counts = [(sum(m.agreement == kind for m in found), *words) for kind, words in _VERBS.items()]
+    parts = [f"{count} {one if count == 1 else several}" for count, one, several in counts if count]
+    return f"Of {plural(len(found), 'check')}, {joined(parts)}."
 
 
 def _drawn(experiment: Experiment, runs: Runs) -> Figure:

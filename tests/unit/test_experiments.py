@@ -327,7 +327,7 @@ def test_page(tmp_path: Path) -> None:
     experiment = experiment_from_dict(CONTENT, "two", "two.yaml")
     results = results_of(experiment, tmp_path)
     page = write_experiment(experiment, results, tmp_path, command="syncbn experiment two").read_text()
-    assert "1 of 1 checks: agrees." in page
+    assert "Of 1 check, 1 agrees." in page
     for words in ("Two arms", "Nobody 2000, section 1", "3.2 (2.95 to 3.45)", "<svg", "syncbn experiment two"):
         assert words in page
     some = dict(list(results.items())[:2])
@@ -341,7 +341,7 @@ def test_every_experiment_can_be_loaded(capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     for name in experiment_names():
         experiment = load_experiment(name)
-        assert f"{name:<16}{experiment.study.title} (" in said
+        assert f"{name:<16}{experiment.study.title} ({experiment.source})" in said
         assert len(experiment.study.seeds) >= 5
         assert callable(experiment.figure)
 
@@ -361,5 +361,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "out" / "experiment.html").exists()
     assert main(["experiment", str(path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
     assert "0 runs in" in capsys.readouterr().out
+    assert main(["experiment", "smoothing", "--out", str(tmp_path / "out")]) == 2
+    assert "expected a new folder, or that of smoothing; it holds small" in capsys.readouterr().err
     assert main(["experiment", "nothing"]) == 2
     assert "experiment: got 'nothing', expected an existing YAML file or the name of" in capsys.readouterr().err
