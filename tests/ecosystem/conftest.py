@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from syncbn.compat import import_torchvision
 
@@ -22,3 +23,11 @@ import_torchvision()
 def pools() -> Iterator[Callable[[int], Pool]]:
     """Workers are forked from this process, which has imported the libraries: that takes them seconds each."""
     yield from pools_by_size("fork")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Frameworks make one and leave it, and processes that are forked later would have it too."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
