@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.resources
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from syncbn.experiments.checks import Check, check_from
 from syncbn.experiments.runs import Runs
 from syncbn.study.plan.content import mapping, text
 from syncbn.study.plan.grid import Study
-from syncbn.study.plan.study_file import study_from_dict
+from syncbn.study.plan.study_file import packaged, study_from_dict
 from syncbn.train.config import ConfigError, require
 from syncbn.train.yaml_file import read_yaml
 
@@ -53,12 +52,12 @@ class Experiment:
 
 def experiment_names() -> list[str]:
     """The experiments that come with the package, sorted."""
-    return sorted(_installed())
+    return sorted(packaged("experiments"))
 
 
 def described_experiments() -> list[tuple[str, str, str]]:
     """Name, title and source of each, without building their runs."""
-    found = [(name, read_yaml(path, "config")) for name, path in sorted(_installed().items())]
+    found = [(name, read_yaml(path, "config")) for name, path in sorted(packaged("experiments").items())]
     return [(name, str(content["title"]), str(content["source"])) for name, content in found]
 
 
@@ -73,7 +72,7 @@ def load_experiment(path_or_name: str | Path, *, larger: bool = False) -> Experi
         ValueError: there is no such experiment, or its file has a mistake; the message names the file, the key, the
             value and what was expected.
     """
-    installed = _installed()
+    installed = packaged("experiments")
     path = Path(path_or_name) if Path(path_or_name).is_file() else installed.get(str(path_or_name))
     if path is None:
         expected = f"an existing YAML file or the name of an experiment ({', '.join(sorted(installed))})"
@@ -116,10 +115,3 @@ def _figure_of(study: Study) -> Callable[[Runs], Figure]:
     assert isinstance(study.run, str), "an experiment's file names its function"
     module = importlib.import_module(study.run.partition(":")[0])
     return module.figure  # type: ignore[no-any-return]
-
-
-def _installed() -> dict[str, Path]:
-    package = Path(str(importlib.resources.files("syncbn")))
-    # A source checkout has the configurations beside the package; a wheel has them inside it.
-    folders = (package.parent / "configs" / "experiments", package / "configs" / "experiments")
-    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs, Trace
-from syncbn.experiments.training import error_of, trained
+from syncbn.experiments.training import error_of, report_errors, trained
 from syncbn.study import Setting
 
 
@@ -60,9 +60,7 @@ def run(setting: Setting) -> dict[str, float]:
         return nn.Sequential(nn.BatchNorm2d(1, affine=False), *layers, *end)
 
     result, model, images, labels = trained(setting, network)
-    for entry in result.history:
-        if entry["test"] is not None:
-            setting.report(entry["step"], error=entry["test"]["error"])
+    report_errors(setting, result)
     kinds = {entry["statistics"]: entry["test"] for entry in result.evaluations}
     population = (kinds.get("population") or {}).get("error")
     some = slice(None, None, max(1, len(labels) // o["images"]))  # of all classes

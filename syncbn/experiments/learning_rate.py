@@ -9,7 +9,7 @@ from torch import nn
 
 from syncbn.experiments.drawing import log_axis, panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, trained
+from syncbn.experiments.training import Perceptron, error_of, report_errors, trained
 from syncbn.study import Setting
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
@@ -31,8 +31,7 @@ def run(setting: Setting) -> dict[str, float]:
     )
     result = trained(setting, lambda: network).result
     evaluated = [(entry["step"], entry["test"]["error"]) for entry in result.history if entry["test"] is not None]
-    for step, error in evaluated:
-        setting.report(step, error=error)
+    report_errors(setting, result)
     budget = setting.config.budget.steps
     assert budget is not None, "the experiment counts steps"
     steps = next((step for step, error in evaluated if error is not None and error < o["target"]), budget)

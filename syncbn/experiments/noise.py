@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, trained
+from syncbn.experiments.training import Perceptron, error_of, report_errors, trained
 from syncbn.study import Setting
 
 MEAN, STD, SPREAD = 0.5, 1.25, 0.1
@@ -58,9 +58,7 @@ def run(setting: Setting) -> dict[str, float]:
 
     result = trained(setting, network).result
     changes = [(b[0] - a[0]).abs() / (a[1] + 1e-6) for a, b in itertools.pairwise(means)]
-    for entry in result.history:
-        if entry["test"] is not None:
-            setting.report(entry["step"], error=entry["test"]["error"])
+    report_errors(setting, result)
     kept = [c[c < 100].mean() for c in changes]  # not of units that are dead in a batch
     return {"error": error_of(result), "instability": float(torch.stack(kept).nanmean())}
 

@@ -109,6 +109,13 @@ def trained(setting: Setting, network: Callable[[], nn.Module], probe: Probe | N
     return Trained(result, task.seen.eval(), *task.test)
 
 
+def report_errors(setting: Setting, result: RunResult) -> None:
+    """Report the test error of each evaluation, for curves."""
+    for entry in result.history:
+        if entry["test"] is not None:
+            setting.report(entry["step"], error=entry["test"]["error"])
+
+
 def error_of(result: RunResult) -> float:
     """The test error, that of guessing among ten classes if the run diverged."""
     return result.score if result.status == "ok" else 0.9

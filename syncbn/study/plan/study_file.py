@@ -31,7 +31,7 @@ def load_study(path_or_name: str | Path) -> Study:
 
 def available_studies() -> list[str]:
     """Names of the studies that come with the package, sorted."""
-    return sorted(_installed())
+    return sorted(packaged("study"))
 
 
 def study_from_dict(content: object, source: str = "study") -> Study:
@@ -81,15 +81,16 @@ def study_from_dict(content: object, source: str = "study") -> Study:
     return study
 
 
-def _installed() -> dict[str, Path]:
+def packaged(kind: str) -> dict[str, Path]:
+    """The YAML files of ``configs/KIND`` that come with the package, by name."""
     package = Path(str(importlib.resources.files("syncbn")))
     # A source checkout has the configurations beside the package; a wheel has them inside it.
-    folders = (package.parent / "configs" / "study", package / "configs" / "study")
+    folders = (package.parent / "configs" / kind, package / "configs" / kind)
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def _find_study(path_or_name: str) -> Path:
-    installed = _installed()
+    installed = packaged("study")
     path = Path(path_or_name) if Path(path_or_name).is_file() else installed.get(path_or_name)
     if path is None:
         names = ", ".join(sorted(installed)) or "none is installed"
