@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -152,6 +153,14 @@ def _packages() -> str:
     return ", ".join(found)
 
 
+def _torchvision() -> str:
+    if importlib.util.find_spec("torchvision") is None:
+        return "not installed"
+    from syncbn.compat import has_torchvision_operators
+
+    return "its operators can be called" if has_torchvision_operators() else "it has no operators for this torch"
+
+
 def _variables() -> str:
     names = [name for name in sorted(os.environ) if name.startswith(PREFIXES) or name in VARIABLES]
     return " ".join(f"{name}={_shown(name, os.environ[name])}" for name in names) or "none of those that matter"
@@ -177,6 +186,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "GPUs": _gpus,
     "distributed": _distributed,
     "packages": _packages,
+    "torchvision": _torchvision,
     "variables": _variables,
 }
 """What finds each line, by its label."""

@@ -87,6 +87,7 @@ _FORMATS: dict[str, _Format] = {
         has_std=True,
     ),
 }
+_COUNTERS = ("num_batches_tracked", "steps")
 _KEY = re.compile(r"(?P<prefix>(?:.*[./])?)(?P<name>[^./:]+)(?::\d+)?")
 """`stage1/bn/gamma:0` is `gamma` of the layer `stage1/bn`."""
 
@@ -120,8 +121,8 @@ def translate_state(
         zeros, and the step counter begins at 0.
 
     Raises:
-        ValueError: a format is not known, or ``state`` has no layer of it; ``eps`` is missing, or larger than the
-            square of a standard deviation.
+        ValueError: a format is not known, or ``state`` has no layer of it; the tensors of a layer differ in shape;
+            ``eps`` is missing, or larger than the square of a standard deviation.
 
     Example:
         >>> import syncbn
@@ -145,6 +146,7 @@ def translate_state(
     for prefix, keys in layers.items():
         tensors = {name: torch.as_tensor(state[key]) for name, key in keys.items()}
         try:
+            _check_shapes(tensors, needed[0])
             found |= {prefix + name: tensor for name, tensor in translate(tensors, known, eps).items()}
         except ValueError as error:
             raise ValueError(f"{prefix or 'the layer'}: {error}") from error
@@ -201,6 +203,15 @@ def _keys(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[
         if match and match["name"] in names:
             found.setdefault(match["prefix"], {})[match["name"]] = key
     return found
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], mean: str) -> None:
+    """Refuse a layer whose tensors are not (C,), as those of another kind of layer with these names."""
+    wanted = tensors[mean].shape
+    for name, tensor in tensors.items():
+        if name not in _COUNTERS and (tensor.dim() != 1 or tensor.shape != wanted):
+            got = f"{tuple(tensor.shape)} beside a {mean} of {tuple(wanted)}"
+            raise ValueError(f"{name} must have the shape (C,), a value for each channel, got {got}")
 
 
 def _from_theirs(tensors: dict[str, Tensor], known: _Format, eps: float | None) -> dict[str, Tensor]:

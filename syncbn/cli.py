@@ -236,10 +236,9 @@ def _integers(key: str, text: str) -> list[int]:
 
 
 def _convert_check(model: str, kind: str, batch_size: int, input_size: int | None) -> int:
-    from syncbn.convert_check import KINDS, compare, lines
+    from syncbn.convert_check import compare, lines
     from syncbn.named_model import build
 
-    require(kind in KINDS, "kind", kind, f"one of {', '.join(KINDS)}")
     require(batch_size > 1, "batch-size", batch_size, "an integer of at least 2, as one sample may have no variance")
     require(input_size is None or input_size > 0, "input-size", input_size, "a positive integer")
     found = compare(build(model, batch_size, input_size), kind)
@@ -330,7 +329,7 @@ COMMANDS: dict[str, Command] = {
                 "type": str,
                 "help": "timm:NAME, torchvision:NAME, transformers:NAME, a bare NAME of these, or MODULE:FUNCTION.",
             },
-            "--kind": {"type": str, "default": "sync", "help": "sync, ghost or renorm."},
+            "--kind": {"type": Literal["sync", "ghost", "renorm"], "default": "sync", "help": "Of the new layers."},
             "--batch-size": {"type": int, "default": 4, "help": "Images in the batch."},
             "--input-size": {"type": int, "help": "Height and width of the images (default: the model's own)."},
         },

@@ -148,6 +148,9 @@ def convert(module: M, kind: Any, *, where: Where = None, frozen: bool = False, 
                 states.append((name, layer, converted_state(layer, cls, name or None, options)))
     if not states:
         _warn_of_nothing(module, where is not None, frozen)
+    if frozen and any(layer.frozen_state is not None for _, layer, _ in states if isinstance(layer, SmallBatchNorm)):
+        said = "frozen=True is about frozen classes; layers frozen by syncbn.freeze stay so until syncbn.unfreeze(model)"
+        warnings.warn(f"syncbn.convert: {said}", UserWarning, stacklevel=2)
     for name, layer, state in states:
         if state is not None:
             set_state(layer, state["_conversion"].converted, state)
@@ -254,6 +257,8 @@ def _check_layer(layer: nn.Module) -> None:
     if "forward" in vars(layer):
         raise ValueError("its forward was replaced on the instance and would not be called; delete it first")
     if isinstance(layer, _BatchNorm) and "_conversion" not in vars(layer) and not is_convertible(cls):
+        if cls.__name__ == "SplitBatchNorm2d":  # timm's
+            raise ValueError("it has several sets of statistics; convert the model without them, then syncbn.domains")
         raise ValueError(
             f"{cls.__module__}.{cls.__qualname__} is a subclass that may do more than normalize. Say what it does with "
             f"syncbn.register_batchnorm({cls.__name__}, after), or leave the layer out with where=..."

@@ -154,10 +154,17 @@ class SmallBatchNorm(_BatchNorm):
             self.frozen_state, self.training = self.frozen_state._replace(training=mode), False
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         if self.default_domain is not None:
             add_missing_domains(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        conversion = vars(self).get("_conversion")
+        if conversion is not None and conversion.frozen is not None:
+            # Frozen layers have no num_batches_tracked. torch adds it to a checkpoint without a version; detectron2's
+            # FrozenBatchNorm2d has one.
+            local_metadata = {**local_metadata, "version": None}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def reset_running_stats(self) -> None:
         if self.frozen_state is not None:  # torch.optim.swa_utils.update_bn resets all layers, also in evaluation mode
@@ -388,7 +395,7 @@ class SmallBatchNorm(_BatchNorm):
             groups,
             group_name,
             self.save == "output",
-            None if has_variance else functools.partial(self._check_count, x, wait),
+            None if has_variance else functools.partial(self._check_count, x, mask is not None, wait),
             # The repetition of a forward pass has nothing new to show.
             None if self.observer is None or is_repeated() else functools.partial(self.observer, self),
             # A compiled graph that knew the name could not serve the blocks of a model that are alike.
@@ -477,15 +484,16 @@ class SmallBatchNorm(_BatchNorm):
             self._fail(x, f"{filled} ghost groups, but the ranks have agreed on {number}; {remedy}")
         return number
 
-    def _check_count(self, x: Tensor, wait: bool, counts: Tensor) -> None:
+    def _check_count(self, x: Tensor, masked: bool, wait: bool, counts: Tensor) -> None:
         """Raise unless each group (counts are (G,), over all processes) has a variance.
 
         All ranks raise or none does: the ranks that skip this check know from their shapes that no total is 1.
         ``wait`` is that of :meth:`_require`.
         """
         problem = (
-            "a group of samples holds one value per channel over all processes, which has no variance; use a larger "
-            "batch, more processes in the group, or eval mode with running statistics"
+            f"a group of samples holds one {'valid ' if masked else ''}value per channel over all processes, which has "
+            f"no variance; use {'a mask with more valid elements, ' if masked else ''}a larger batch, more processes in "
+            "the group, or eval mode with running statistics"
         )
         self._require(x, (counts != 1).all(), problem, BatchError, wait)
 

@@ -109,6 +109,20 @@ def test_a_layer_of_keras_without_scale_or_center(left_out: str, name: str, valu
     assert translate_state(without, source="keras").keys() == {"running_mean", "running_var", "num_batches_tracked"}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "problem"),
+    [
+        ("moving_variance", (C, C), rf"bn/: moving_variance must have the shape \(C,\).*got \({C}, {C}\) beside"),
+        ("gamma", (1,), rf"bn/: gamma must have.*got \(1,\) beside a moving_mean of \({C},\)"),
+        ("moving_mean", (1, C), "bn/: moving_mean must have"),
+    ],
+)
+def test_tensors_of_another_kind_of_layer(name: str, shape: tuple[int, ...], problem: str) -> None:
+    state = {f"bn/{key}": tensor for key, tensor in SOURCES["keras"][0].items()}
+    with pytest.raises(ValueError, match=problem):
+        translate_state(state | {f"bn/{name}": torch.ones(shape)}, source="keras")
+
+
 def test_a_step_of_keras() -> None:
     """Its running mean after one step, and its variance but for n / (n - 1)."""
     theirs, momentum, n = SOURCES["keras"][0], 0.99, 8

@@ -131,7 +131,7 @@ def test_a_layer_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["checked_models:without"], "a model with batch normalization (it has 1 GroupNorm, 1 InstanceNorm2d)"),
         (["checked_models:no_tensor"], "it returns no tensor that depends on its inputs"),
         (["checked_models:too_small", "--input-size", "4"], "a model that takes (4, 3, 4, 4) in float64 ("),
-        (["checked_models:whole", "--kind", "batch"], "kind: got 'batch', expected one of sync, ghost, renorm"),
+        (["checked_models:whole", "--kind", "batch"], "kind: got 'batch', expected one of 'sync', 'ghost', 'renorm'"),
         (["checked_models:whole", "--batch-size", "1"], "batch-size: got 1, expected an integer of at least 2"),
         (["checked_models:whole", "--input-size", "0"], "input-size: got 0, expected a positive integer"),
         (["timm:resnet18x"], "the name of a model of timm; did you mean resnet18"),

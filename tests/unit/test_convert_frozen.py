@@ -174,7 +174,7 @@ def test_checkpoints_load_both_ways(name: str) -> None:
     frozen.load_state_dict(other.state_dict(), strict=name in ("torchvision", "timm", "timm, GELU"))
     near(frozen(images()), other.eval()(images()))
     model = converted(name)
-    model.load_state_dict(frozen.state_dict(), strict=name != "detectron2")  # whose version asks for the counter
+    model.load_state_dict(frozen.state_dict())
     near(model.eval()(images()), frozen(images()))
 
 

@@ -283,3 +283,10 @@ def test_a_parametrized_weight_is_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     syncbn.unfreeze(layer)
     assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_convert_says_that_frozen_true_is_no_unfreeze() -> None:
+    model = syncbn.freeze(syncbn.convert(nn.Sequential(nn.BatchNorm2d(3)), "sync"))
+    with pytest.warns(UserWarning, match=r"layers frozen by syncbn.freeze stay so until syncbn.unfreeze\(model\)"):
+        syncbn.convert(model, "sync", frozen=True)
+    assert model[0].frozen_state is not None
