@@ -149,7 +149,9 @@ def convert(module: M, kind: Any, *, where: Where = None, frozen: bool = False, 
     if not states:
         _warn_of_nothing(module, where is not None, frozen)
     if frozen and any(layer.frozen_state is not None for _, layer, _ in states if isinstance(layer, SmallBatchNorm)):
-        said = "frozen=True is about frozen classes; layers frozen by syncbn.freeze stay so until syncbn.unfreeze(model)"
+        said = (
+            "frozen=True is about frozen classes; layers frozen by syncbn.freeze stay so until syncbn.unfreeze(model)"
+        )
         warnings.warn(f"syncbn.convert: {said}", UserWarning, stacklevel=2)
     for name, layer, state in states:
         if state is not None:

@@ -492,8 +492,8 @@ class SmallBatchNorm(_BatchNorm):
         """
         problem = (
             f"a group of samples holds one {'valid ' if masked else ''}value per channel over all processes, which has "
-            f"no variance; use {'a mask with more valid elements, ' if masked else ''}a larger batch, more processes in "
-            "the group, or eval mode with running statistics"
+            f"no variance; use {'a mask with more valid elements, ' if masked else ''}a larger batch, more processes "
+            "in the group, or eval mode with running statistics"
         )
         self._require(x, (counts != 1).all(), problem, BatchError, wait)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from syncbn.train.config import ConfigError, RunConfig, check_keys, described_type, meant, require
@@ -38,9 +39,8 @@ def read_options(
 
     set_loader("yaml12", plain_value, exceptions=(ValueError,))  # a value means the same here and in a file
     # Abbreviations would take a misspelt key for another, and torchrun's options for ours.
-    parser = ArgumentParser(
-        prog=f"syncbn {command}", description=description, exit_on_error=False, allow_abbrev=False, parser_mode="yaml12"
-    )
+    how: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "yaml12"}
+    parser = ArgumentParser(prog=f"syncbn {command}", description=description, formatter_class=_formatter(), **how)
     options = {**options, **(_RUN_OPTIONS if takes_run else {})}
     for option, details in options.items():
         parser.add_argument(option, **details)
@@ -80,6 +80,22 @@ def run_options() -> dict[str, Details]:
     """The options of a command that takes a run: ``--config``, ``--print-config`` and every key."""
     keys = {f"--{key}": hint for key, hint in _hints(RunConfig).items() if not is_dataclass(hint)}
     return {**_RUN_OPTIONS, **{option: {"type": hint, "help": described_type(hint)} for option, hint in keys.items()}}
+
+
+def _formatter() -> Any:
+    """jsonargparse's formatter of ``--help``, without defaults that are None and with a word for a path."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _get_help_string(self, action: Any) -> str:
+            shown: str = super()._get_help_string(action)
+            if action.default is None:
+                shown = re.sub(r"(, )?default: %\(default\)s", "", shown)
+            if getattr(action, "_typehint", None) is Path:
+                shown = shown.replace("type: %(type)s", "type: path")
+            return shown.replace(" ()", "")
+
+    return Formatter
 
 
 def _check_section(key: str, text: str | None, kind: type, parse: Callable[[str], Any]) -> None:

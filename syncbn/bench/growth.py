@@ -80,9 +80,9 @@ def all_reduce_us(link: Link, num_bytes: int, ranks: int) -> float:
     return link.base + latency + 2 * num_bytes * per_byte / 1e3  # a GB/s is 1e3 bytes per microsecond
 
 
-def step_ms(link: Link, ranks: int) -> float:
-    """Milliseconds of all all-reduces of a ResNet-50 step over so many ranks."""
-    return sum(all_reduce_us(link, size, ranks) for size in collective_bytes(RESNET50_CHANNELS)) / 1e3
+def step_ms(link: Link, ranks: int, channels: Sequence[int] = RESNET50_CHANNELS) -> float:
+    """Milliseconds of all all-reduces of a step over so many ranks, for layers with these channels."""
+    return sum(all_reduce_us(link, size, ranks) for size in collective_bytes(channels)) / 1e3
 
 
 def growth_rows() -> list[GrowthRow]:

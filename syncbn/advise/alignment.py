@@ -1,0 +1,87 @@
+"""How close the gradient with small normalization batches is to that with a large one, at the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from syncbn.layers import BatchError, SampleGroups
+from syncbn.population import restored
+from syncbn.train.batches import fetched, forward, loss_of
+from syncbn.train.config import LocalError
+from syncbn.train.data.samples import Key, batch_loader
+from syncbn.train.state import Run
+
+
+def gradient_alignment(run: Run, sizes: Sequence[int], samples: int, probes: int) -> dict[int, float | None]:
+    """The cosine between the gradient with normalization batches of each size and that with large ones.
+
+    A probe is a number of samples in the order of training, which is normalized in batches of each size, and as a
+    whole. The gradients are those of the same samples at the same weights, so that normalization alone differs. They
+    are added over the probes: what remains is their common direction, and not the noise of a single batch. Weights and
+    buffers stay as they are.
+
+    Args:
+        run: a prepared run with a synchronized norm, on one process.
+        sizes: normalization batch sizes: so many consecutive samples share a mean.
+        samples: of a probe, rounded up to whole global batches.
+        probes: from the beginning of the first epoch on; at most as many as the training set has.
+
+    Returns:
+        The cosine by size; None if a layer cannot normalize such a batch, because it has one value per channel.
+
+    Raises:
+        LocalError: a probe as a whole cannot be normalized, or the task's data or code raised an error.
+    """
+    keys = list(_probes(run, samples, probes))
+    sums: dict[int, Tensor | None] = dict.fromkeys(sizes, torch.zeros(()))
+    whole = torch.zeros(())
+    run.model.train()
+    with restored(run.model.buffers()):
+        for probe, batch in zip(keys, fetched(run, batch_loader(run.data.train, keys, 0)), strict=True):
+            whole = whole + gradient(run, batch, len(probe), len(probe))
+            for size, so_far in sums.items():
+                if so_far is not None:
+                    sums[size] = _added(so_far, run, batch, len(probe), size)
+    return {
+        size: None if found is None else float(cosine_similarity(found.double(), whole.double(), dim=0))
+        for size, found in sums.items()
+    }
+
+
+def _added(so_far: Tensor, run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor | None:
+    try:
+        return so_far + gradient(run, batch, samples, size)
+    except LocalError as error:
+        if isinstance(error.__cause__, BatchError):  # one value per channel has no variance
+            return None
+        raise
+
+
+def _probes(run: Run, samples: int, probes: int) -> Iterator[list[Key]]:
+    order, size = run.schedule.order(0), run.config.global_batch_size
+    length = min(-(-samples // size), max(len(order) // size, 1)) * size
+    number = min(probes, max(len(order) // length, 1))
+    for start in range(0, number * length, length):
+        yield [(0, index) for index in order[start : start + length]]
+
+
+def gradient(run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor:
+    """The gradient of a batch's loss with respect to all parameters, flat, with ``size`` samples to a mean."""
+    number = -(-samples // size)
+    index = None if number == 1 else torch.arange(samples, device=run.device) // size
+    groups = SampleGroups(index=index, number=number, smallest=samples % size or size)
+    for layer in run.norms:
+        layer.sample_groups = groups
+    torch.manual_seed(run.config.seed)  # dropout draws the same each time
+    inputs, targets = batch
+    per_gpu = run.config.per_gpu_batch_size
+    sizes = [min(per_gpu, samples - start) for start in range(0, samples, per_gpu)]
+    total, _ = loss_of(run, forward(run, run.wrapped, inputs, targets), targets, sizes)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([each.flatten() for each in gradients])
