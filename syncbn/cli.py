@@ -235,6 +235,18 @@ def _integers(key: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _advise(run: RunConfig, samples: int, probes: int, link: str, validate: int | None) -> int:
+    from syncbn.advise import advise, print_advice, try_nearest
+
+    require(validate is None or validate > 0, "validate", validate, "a positive number of optimizer steps")
+    found = advise(run, samples=samples, probes=probes, link=link)
+    print_advice(found)
+    if validate is not None:
+        for line in try_nearest(run, found, validate):
+            print(line, flush=True)
+    return 0
+
+
 def _convert_check(model: str, kind: str, batch_size: int, input_size: int | None) -> int:
     from syncbn.convert_check import compare, lines
     from syncbn.named_model import build
@@ -320,6 +332,24 @@ COMMANDS: dict[str, Command] = {
             "--samples": {"type": int, "default": 1024, "help": "Training images to measure on."},
             "--sizes": {"type": str, "help": "Normalization batch sizes, such as 1,2,4 (default: powers of 2)."},
         },
+    ),
+    "advise": Command(
+        _advise,
+        "Tell before training whether the batch per GPU will do, and over how many GPUs to synchronize if not.",
+        {
+            "--samples": {"type": int, "default": 128, "help": "Samples of a probe, which are normalized together."},
+            "--probes": {"type": int, "default": 8, "help": "Probes whose gradients are added."},
+            "--link": {
+                "type": Literal["nvlink", "pcie", "ethernet"],
+                "default": "nvlink",
+                "help": "What connects the GPUs, for the modelled time of the exchange.",
+            },
+            "--validate": {
+                "type": int,
+                "help": "Optimizer steps for which the recommended remedy and the next cheaper one are then trained.",
+            },
+        },
+        takes_run=True,
     ),
     "convert-check": Command(
         _convert_check,

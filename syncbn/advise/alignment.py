@@ -38,28 +38,33 @@ def gradient_alignment(run: Run, sizes: Sequence[int], samples: int, probes: int
         LocalError: a probe as a whole cannot be normalized, or the task's data or code raised an error.
     """
     keys = list(_probes(run, samples, probes))
-    sums: dict[int, Tensor | None] = dict.fromkeys(sizes, torch.zeros(()))
-    whole = torch.zeros(())
+    sums: dict[int, Tensor | None] = {}
+    whole: Tensor | None = None
     run.model.train()
     with restored(run.model.buffers()):
         for probe, batch in zip(keys, fetched(run, batch_loader(run.data.train, keys, 0)), strict=True):
-            whole = whole + gradient(run, batch, len(probe), len(probe))
-            for size, so_far in sums.items():
-                if so_far is not None:
-                    sums[size] = _added(so_far, run, batch, len(probe), size)
-    return {
-        size: None if found is None else float(cosine_similarity(found.double(), whole.double(), dim=0))
-        for size, found in sums.items()
-    }
+            gradient = _gradient(run, batch, len(probe), len(probe))
+            whole = gradient if whole is None else whole + gradient
+            for size in sizes:
+                if sums.get(size, whole) is not None:
+                    sums[size] = added_gradient(sums.get(size), run, batch, len(probe), size)
+    assert whole is not None, "a training set has samples"
+    return {size: None if found is None else _cosine(found, whole) for size, found in sums.items()}
 
 
-def _added(so_far: Tensor, run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor | None:
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def added_gradient(so_far: Tensor | None, run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor | None:
+    """``so_far`` plus the gradient of a batch; None if a layer cannot normalize ``size`` of its samples."""
     try:
-        return so_far + gradient(run, batch, samples, size)
+        gradient = _gradient(run, batch, samples, size)
     except LocalError as error:
         if isinstance(error.__cause__, BatchError):  # one value per channel has no variance
             return None
         raise
+    return gradient if so_far is None else so_far + gradient
 
 
 def _probes(run: Run, samples: int, probes: int) -> Iterator[list[Key]]:
@@ -70,7 +75,7 @@ def _probes(run: Run, samples: int, probes: int) -> Iterator[list[Key]]:
         yield [(0, index) for index in order[start : start + length]]
 
 
-def gradient(run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor:
+def _gradient(run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor:
     """The gradient of a batch's loss with respect to all parameters, flat, with ``size`` samples to a mean."""
     number = -(-samples // size)
     index = None if number == 1 else torch.arange(samples, device=run.device) // size

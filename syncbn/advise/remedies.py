@@ -10,11 +10,10 @@ from typing import Literal
 
 import torch
 
-from syncbn.advise.alignment import gradient_alignment
+from syncbn.advise.alignment import added_gradient, gradient_alignment
 from syncbn.bench.growth import LINKS, Link, step_ms
-from syncbn.layers import SampleGroups
 from syncbn.population import restored
-from syncbn.train.batches import fetched, forward, loss_of
+from syncbn.train.batches import fetched
 from syncbn.train.config import RunConfig, require
 from syncbn.train.data.samples import batch_loader
 from syncbn.train.launch import open_session, placement
@@ -51,9 +50,14 @@ class Remedy:
     @property
     def harm(self) -> Harm:
         """What is to be expected."""
-        if self.alignment is None:
-            return "cannot be normalized"
-        return "none" if self.alignment >= ENOUGH else "some" if self.alignment >= LITTLE else "large"
+        return expected_harm(self.alignment)
+
+
+def expected_harm(alignment: float | None) -> Harm:
+    """What an alignment foretells; None is a batch that cannot be normalized."""
+    if alignment is None:
+        return "cannot be normalized"
+    return "none" if alignment >= ENOUGH else "some" if alignment >= LITTLE else "large"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,9 @@ class Advice:
     """Layers that normalize."""
     remedies: Sequence[Remedy]
     """From local BatchNorm to statistics of all GPUs."""
+    needed: int | None
+    """The smallest normalization batch size, of these and of larger ones up to half a probe, of which no harm is
+    expected; None if there is none."""
     step_ms: float | None
     """Measured time of a forward and backward pass of one GPU's samples, without an exchange; None if a layer cannot
     normalize them."""
@@ -120,7 +127,8 @@ def advise(
     with open_session(config, None) as accelerator:
         run = prepare(config, Partition.of(config, placement()), accelerator, given=task)
         sizes = {k: k * config.per_gpu_batch_size for k in group_sizes(config.gpus)}
-        alignment = gradient_alignment(run, list(sizes.values()), samples, probes)
+        larger = _larger(config.global_batch_size, samples)
+        alignment = gradient_alignment(run, [*sizes.values(), *larger], samples, probes)
         channels = [layer.num_features for layer in run.norms]
         remedies = [
             Remedy(
@@ -135,6 +143,7 @@ def advise(
             title=config.model.name if task is None and config.task.name == "classification" else run.task_name,
             layers=len(channels),
             remedies=remedies,
+            needed=next((size for size, value in sorted(alignment.items()) if expected_harm(value) == "none"), None),
             step_ms=_step_ms(run),
             link=links[link],
             device=str(run.device),
@@ -156,21 +165,26 @@ def group_sizes(gpus: int) -> list[int]:
     return sorted({2**i for i in range(gpus.bit_length()) if gpus % 2**i == 0} | {gpus})
 
 
-def _step_ms(run: Run, steps: int = 5) -> float:
+def _larger(size: int, samples: int) -> list[int]:
+    """Sizes beyond a global batch of ``size``, up to half of ``samples``, each twice the one before."""
+    found = []
+    while 2 * size <= samples // 2:
+        size *= 2
+        found.append(size)
+    return found
+
+
+def _step_ms(run: Run, steps: int = 5) -> float | None:
     """Milliseconds of a forward and backward pass of one GPU's samples on this device; the median of some."""
     size = min(run.config.per_gpu_batch_size, len(run.data.train))
     keys = [(0, index) for index in run.schedule.order(0)[:size]]
-    inputs, targets = next(fetched(run, batch_loader(run.data.train, [keys], 0)))
-    groups = SampleGroups(index=None, number=1, smallest=size)
-    for layer in run.norms:
-        layer.sample_groups = groups
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    batch = next(fetched(run, batch_loader(run.data.train, [keys], 0)))
     seconds = []
     with restored(run.model.buffers()):
         for _ in range(steps):
             started = time.perf_counter()
-            total, _ = loss_of(run, forward(run, run.wrapped, inputs, targets), targets, [size])
-            torch.autograd.grad(total, parameters, allow_unused=True)
+            if added_gradient(None, run, batch, size, size) is None:
+                return None
             if run.device.type == "cuda":
                 torch.cuda.synchronize(run.device)
             seconds.append(time.perf_counter() - started)

@@ -25,13 +25,15 @@ def sentences(found: Advice) -> Iterator[str]:
     """The recommendation, and what it rests on."""
     gpus = found.remedies[-1].gpus
     best = found.recommended
-    if best is None:
+    if best is not None:
+        yield f"Recommended: {name_of(best, gpus)} ({options_of(best, gpus)}), the cheapest without expected harm."
+    elif found.needed is not None:
         yield (
-            "Recommended: none of these. All GPUs together have too few samples for one mean; take more of either, "
-            "or a norm that does not need them, such as GroupNorm."
+            f"Recommended: none of these. {found.needed} samples to a mean would do: take more samples per GPU or more "
+            "GPUs, or a norm that looks at single samples, such as GroupNorm."
         )
     else:
-        yield f"Recommended: {name_of(best, gpus)} ({options_of(best, gpus)}), the cheapest without expected harm."
+        yield "Recommended: none of these, and no larger batch that was tried. Shuffle the samples, or take GroupNorm."
     yield (
         "Alignment is the cosine between the gradient at the first weights with these statistics, and that of the same "
         "samples with statistics of all of them."
@@ -49,7 +51,7 @@ def print_advice(found: Advice) -> None:
 
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     gpus = found.remedies[-1].gpus
-    table = Table(title=f"{found.title}: {found.layers} normalizations, {gpus} GPUs")
+    table = Table(title=f"{found.title}: {found.layers} normalizations, {gpus} GPU{'s' * (gpus > 1)}")
     table.add_column("remedy")
     for heading in ("norm. batch", "alignment", "expected harm", f"exchange a step ({found.link.name}, modelled)"):
         table.add_column(heading, justify="right")

@@ -297,7 +297,9 @@ def test_a_single_valid_element_has_no_variance(name: str) -> None:
     mask[0 if name == "sync" else 2 :] = False
     mask[3, 2] = True
     before = states(layer)
-    with pytest.raises(ValueError, match=r"'encoder.norm'.*one valid value per channel over all processes.*a mask with more"):
+    with pytest.raises(
+        ValueError, match=r"'encoder.norm'.*one valid value per channel over all processes.*a mask with more"
+    ):
         layer(draw(0, 4, 3, 5), mask=mask)
     assert all(torch.equal(a, b) for a, b in zip(states(layer), before, strict=True))
 

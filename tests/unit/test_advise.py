@@ -1,0 +1,212 @@
+"""Advice before training: the alignment against plain torch in float64, the rule, and what the command says."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from task_cases import Sign
+from torch import Tensor, nn
+
+from syncbn.advise import Advice, Remedy, advise, try_nearest
+from syncbn.advise.remedies import ENOUGH, LITTLE, group_sizes
+from syncbn.advise.trial import nearest
+from syncbn.advise.words import sentences
+from syncbn.bench.growth import LINKS
+from syncbn.cli import main
+from syncbn.experiments.advice import judge
+from syncbn.train import RunConfig
+from syncbn.train.data.order import order_of
+
+SAMPLES = 32
+
+
+def config(**values: Any) -> RunConfig:
+    return RunConfig(**{"gpus": 8, "per_gpu_batch_size": 4, "precision": "fp64", "device": "cpu", **values})
+
+
+def advice(*alignments: float | None) -> Advice:
+    remedies = [
+        Remedy(gpus=2**i, normalization_batch_size=4 * 2**i, alignment=value, exchange_ms=0.1 * i)
+        for i, value in enumerate(alignments)
+    ]
+    return Advice(title="net", layers=2, remedies=remedies, needed=None, step_ms=1.0, link=LINKS[0], device="cpu")
+
+
+def test_alignment_is_that_of_plain_torch() -> None:
+    made: list[nn.Module] = []
+
+    class Kept(Sign):
+        def model(self) -> nn.Module:
+            model = super().model()
+            made.append(model)
+            return model
+
+    found = advise(config(), task=Kept(), samples=SAMPLES, probes=2)
+    ours = made[0]
+    plain = Sign().model().double()
+    plain.load_state_dict(ours.state_dict())  # the weights are as they were at first
+    order = order_of(64, None, 1, 0, 0)  # of the first epoch, which has two probes of 32
+    data = Sign().data(0).train
+    x, y = (torch.stack(each) for each in zip(*(data[i] for i in order), strict=True))
+
+    def gradient(size: int) -> Tensor:
+        plain.zero_grad()
+        for part, labels in zip(x.double().split(size), y.split(size), strict=True):
+            nn.functional.cross_entropy(plain(part), labels, reduction="sum").backward()
+        return torch.cat([p.grad.flatten() for p in plain.parameters()])
+
+    whole = gradient(SAMPLES)
+    for remedy in found.remedies:
+        expected = nn.functional.cosine_similarity(gradient(remedy.normalization_batch_size), whole, dim=0)
+        # Sums of 64 samples in another order.
+        assert remedy.alignment == pytest.approx(float(expected), abs=1e-12)
+    assert [remedy.gpus for remedy in found.remedies] == [1, 2, 4, 8]
+    assert found.remedies[-1].alignment == pytest.approx(1, abs=1e-12)
+    alignments = [remedy.alignment for remedy in found.remedies]
+    assert all(small < large for small, large in pairwise(alignments)), alignments
+
+
+def test_nothing_of_the_model_changes() -> None:
+    made: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    class Kept(Sign):
+        def model(self) -> nn.Module:
+            model = super().model()
+            made.append((model, {name: t.clone().double() for name, t in model.state_dict().items()}))
+            return model
+
+    advise(config(), task=Kept(), samples=SAMPLES, probes=1)
+    model, before = made[0]
+    assert all(torch.equal(t.double(), before[name]) for name, t in model.state_dict().items())
+
+
+def test_one_sample_of_one_value_cannot_be_normalized() -> None:
+    found = advise(config(per_gpu_batch_size=1), task=Sign(), samples=SAMPLES, probes=2)
+    assert [remedy.alignment is None for remedy in found.remedies] == [True, False, False, False]
+    assert found.remedies[0].harm == "cannot be normalized"
+    assert found.step_ms is None
+
+
+def test_larger_batches_are_tried_too() -> None:
+    alone = advise(config(gpus=1, per_gpu_batch_size=2), task=Sign(), samples=64, probes=1)
+    together = advise(config(gpus=16, per_gpu_batch_size=2), task=Sign(), samples=64, probes=1)
+    assert [remedy.normalization_batch_size for remedy in alone.remedies] == [2]
+    assert alone.recommended is None
+    assert together.recommended is not None
+    assert alone.needed == together.needed == together.recommended.normalization_batch_size > 2
+
+
+@pytest.mark.parametrize(
+    ("alignments", "gpus"),
+    [
+        ((0.99, 0.999, 1.0), 1),
+        ((ENOUGH, 0.999, 1.0), 1),
+        ((LITTLE, 0.94, 0.96), 4),
+        ((None, 0.97, 0.96), 2),
+        ((0.1, 0.2, 0.3), None),
+    ],
+)
+def test_the_cheapest_without_harm(alignments: tuple[float | None, ...], gpus: int | None) -> None:
+    found = advice(*alignments).recommended
+    assert (None if found is None else found.gpus) == gpus
+
+
+def test_words_for_harm() -> None:
+    assert [remedy.harm for remedy in advice(None, 0.79, 0.8, 0.949, 0.95).remedies] == [
+        "cannot be normalized", "large", "some", "some", "none",
+    ]  # fmt: skip
+
+
+def test_group_sizes() -> None:
+    assert [group_sizes(gpus) for gpus in (1, 6, 8, 7)] == [[1], [1, 2, 6], [1, 2, 4, 8], [1, 7]]
+
+
+def test_the_exchange_is_that_of_the_model_of_the_bench() -> None:
+    found = advise(config(), task=Sign(), samples=SAMPLES, probes=1, link="ethernet")
+    # A layer of 8 channels makes two collectives; over 2 ranks each takes base + 2 alpha + 2 bytes / bandwidth.
+    link = next(link for link in LINKS if link.name == "ethernet")
+    sizes = [8 * 17, 8 * 16]
+    expected = sum(link.base + 2 * link.alpha_node + 2 * size / link.bandwidth_node / 1e3 for size in sizes) / 1e3
+    assert found.remedies[0].exchange_ms == 0
+    assert found.remedies[1].exchange_ms == pytest.approx(expected)
+
+
+def test_what_is_said_when_no_group_is_enough() -> None:
+    none = advice(0.1, 0.2)
+    assert any("Shuffle the samples" in sentence for sentence in sentences(none))
+    said = list(sentences(Advice(**{**vars(none), "needed": 64})))
+    assert said[0].startswith("Recommended: none of these. 64 samples to a mean would do")
+
+
+# ---- a short training
+
+
+def test_the_nearest_two() -> None:
+    assert [remedy.gpus for remedy in nearest(advice(0.1, 0.96, 0.99))] == [1, 2]
+    assert [remedy.gpus for remedy in nearest(advice(0.96, 0.98))] == [1]
+    assert [remedy.gpus for remedy in nearest(advice(0.1, 0.2, 0.3))] == [2, 4]
+    assert [remedy.gpus for remedy in nearest(advice(None, 0.96))] == [2]
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_short_training_of_both(validated: bool) -> None:
+    first, second = try_nearest(config(), advice(0.1, 0.96, 0.99, 1.0), 5, Sign(validation=24 if validated else 0))
+    score = "validation accuracy" if validated else "training loss"
+    assert first.startswith(f"local BatchNorm, 5 steps: {score} ")
+    assert second.startswith(f"SyncBatchNorm over 2 GPUs, 5 steps: {score} ")
+
+
+# ---- the judgement of the advice by trained errors
+
+
+def test_judge() -> None:
+    errors = {4: [0.50, 0.55, 0.52], 8: [0.031, 0.029, 0.030], 16: [0.029, 0.030, 0.0295]}
+    right = judge(errors, {4: 0.5, 8: 0.96, 16: 0.99})
+    assert (right.recommended, right.cheapest, right.safe, right.right) == (8, 8, True, True)
+    dear = judge(errors, {4: 0.5, 8: 0.9, 16: 0.99})
+    assert (dear.recommended, dear.safe, dear.right) == (16, True, False)
+    wrong = judge(errors, {4: 0.96, 8: 0.97, 16: 0.99})
+    assert (wrong.recommended, wrong.safe, wrong.right) == (4, False, False)
+    assert judge(errors, {4: -1.0, 8: 0.1, 16: 0.2}).recommended == 16
+
+
+# ---- the command
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    data = [
+        "--data.name",
+        "synthetic",
+        "--data.synthetic_samples",
+        "64",
+        "--data.image_size",
+        "8",
+        "--model.width",
+        "4",
+    ]
+    words = ["advise", *data, "--gpus", "4", "--per_gpu_batch_size", "4", "--samples", "32", "--device", "cpu"]
+    assert main([*words, "--validate", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "convnet: 6 normalizations, 4 GPUs" in out
+    assert "SyncBatchNorm over all 4 GPUs" in out
+    assert "- Recommended: " in out
+    assert "2 steps: validation error" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "1"], "samples: got 1, expected an integer of at least 2"),
+        (["--probes", "0"], "probes: got 0, expected an integer of at least 1"),
+        (["--link", "rail"], "link: got 'rail', expected one of 'nvlink', 'pcie', 'ethernet'"),
+        (["--validate", "0"], "validate: got 0, expected a positive number of optimizer steps"),
+        (["--task.name", "nowhere:Task"], "a module that Python finds"),
+    ],
+    ids=str,
+)
+def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err
