@@ -208,9 +208,10 @@ def _keys(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[
 def _check_shapes(tensors: Mapping[str, Tensor], mean: str) -> None:
     """Refuse a layer whose tensors are not (C,), as those of another kind of layer with these names."""
     wanted = tensors[mean].shape
-    for name, tensor in tensors.items():
+    for name, tensor in {mean: tensors[mean], **tensors}.items():
         if name not in _COUNTERS and (tensor.dim() != 1 or tensor.shape != wanted):
-            got = f"{tuple(tensor.shape)} beside a {mean} of {tuple(wanted)}"
+            beside = f" beside a {mean} of {tuple(wanted)}" if name != mean else ""
+            got = f"{tuple(tensor.shape)}{beside}"
             raise ValueError(f"{name} must have the shape (C,), a value for each channel, got {got}")
 
 

@@ -146,13 +146,7 @@ def convert(module: M, kind: Any, *, where: Where = None, frozen: bool = False, 
             with _naming(name, layer, "converted"):
                 _check_layer(layer)
                 states.append((name, layer, converted_state(layer, cls, name or None, options)))
-    if not states:
-        _warn_of_nothing(module, where is not None, frozen)
-    if frozen and any(layer.frozen_state is not None for _, layer, _ in states if isinstance(layer, SmallBatchNorm)):
-        said = (
-            "frozen=True is about frozen classes; layers frozen by syncbn.freeze stay so until syncbn.unfreeze(model)"
-        )
-        warnings.warn(f"syncbn.convert: {said}", UserWarning, stacklevel=2)
+    _warn_of_what_stays(module, [layer for _, layer, _ in states], where is not None, frozen)
     for name, layer, state in states:
         if state is not None:
             set_state(layer, state["_conversion"].converted, state)
@@ -209,16 +203,22 @@ def _check_options(cls: type[SmallBatchNorm], options: dict[str, Any]) -> None:
     cls(num_features=1, device="cpu", **options)  # a wrong value raises here, before an error could blame a layer
 
 
-def _warn_of_nothing(module: nn.Module, selected: bool, frozen: bool) -> None:
-    """Say that no layer was converted, and which layers may have been meant."""
-    kinds = Counter(type(m).__name__ for m in module.modules() if "norm" in type(m).__name__.lower())
-    found = ", ".join(f"{number} {name}" for name, number in kinds.items())
-    other = f"; it has {found}, which stay as they are" if found else ""
-    left_out = ", or `where` leaves all of them out" if selected else ""
-    has_frozen = not frozen and any(is_frozen(m) for m in module.modules())
-    remedy = "; frozen=True makes the frozen ones trainable layers" if has_frozen else ""
-    said = f"syncbn.convert has changed nothing: the model has no batch normalization{left_out}{other}{remedy}"
-    warnings.warn(said, UserWarning, stacklevel=3)
+def _warn_of_what_stays(module: nn.Module, found: list[nn.Module], selected: bool, frozen: bool) -> None:
+    """Say that no layer was found and which may have been meant, or that frozen ones stay frozen."""
+    if not found:
+        kinds = Counter(type(m).__name__ for m in module.modules() if "norm" in type(m).__name__.lower())
+        names = ", ".join(f"{number} {name}" for name, number in kinds.items())
+        other = f"; it has {names}, which stay as they are" if names else ""
+        left_out = ", or `where` leaves all of them out" if selected else ""
+        has_frozen = not frozen and any(is_frozen(m) for m in module.modules())
+        remedy = "; frozen=True makes the frozen ones trainable layers" if has_frozen else ""
+        said = f"syncbn.convert has changed nothing: the model has no batch normalization{left_out}{other}{remedy}"
+        warnings.warn(said, UserWarning, stacklevel=3)
+    if frozen and any(layer.frozen_state is not None for layer in found if isinstance(layer, SmallBatchNorm)):
+        said = (
+            "frozen=True is about frozen classes; layers frozen by syncbn.freeze stay so until syncbn.unfreeze(model)"
+        )
+        warnings.warn(f"syncbn.convert: {said}", UserWarning, stacklevel=3)
 
 
 @contextmanager
