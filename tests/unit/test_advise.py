@@ -17,7 +17,9 @@ from syncbn.advise.words import sentences
 from syncbn.bench.growth import LINKS
 from syncbn.cli import main
 from syncbn.experiments.advice import judge
-from syncbn.train import RunConfig
+from syncbn.experiments.advice import run as measured
+from syncbn.study import Setting
+from syncbn.train import RunConfig, load_config
 from syncbn.train.data.order import order_of
 
 SAMPLES = 32
@@ -171,6 +173,19 @@ def test_judge() -> None:
     wrong = judge(errors, {4: 0.96, 8: 0.97, 16: 0.99})
     assert (wrong.recommended, wrong.safe, wrong.right) == (4, False, False)
     assert judge(errors, {4: -1.0, 8: 0.1, 16: 0.2}).recommended == 16
+
+
+def test_a_run_of_the_study_behind_it() -> None:
+    options = {"data": {"name": "digits", "train_samples": 200}, "model": {"name": "convnet", "width": 4}}
+    run = {"gpus": 8, "per_gpu_batch_size": 4, "budget.epochs": 1, "device": "cpu", "task.options": options}
+    small, whole = (
+        measured(
+            Setting(config=load_config(None, {**run, "per_gpu_batch_size": b, "gpus": 32 // b}), out=None, resume=False)
+        )
+        for b in (4, 32)
+    )
+    assert 0 < small["error"] <= 1
+    assert small["alignment"] < whole["alignment"] < 1  # a probe has 128 samples
 
 
 # ---- the command
