@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
 
 from syncbn.advise.alignment import gradient_alignment
 from syncbn.advise.remedies import PROBES, SAMPLES, Remedy, recommended, synchronized
@@ -81,3 +85,70 @@ def judge(errors: Mapping[int, Sequence[float]], alignment: Mapping[int, float])
 def _low(errors: Sequence[float], others: Sequence[float]) -> float:
     """The lower end of the interval of the difference, paired by seed."""
     return interval(np.subtract(errors, others))[1]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The advice of all seeds of a study beside its errors."""
+
+    settings: int
+    """Tasks, orders and numbers of samples per GPU."""
+    right: tuple[float, float, float]
+    """The share of advice that is right, and its 95 % interval over tasks and orders (a bootstrap)."""
+    safe: tuple[float, float, float]
+    """The same of advice that is not shown to be worse than the best."""
+    dearer: float
+    """The share that recommends more than the cheapest that would do."""
+    correlation: tuple[float, float, float]
+    """Spearman's, of an alignment with what its size costs against the best, with its interval likewise."""
+
+
+def validate(results: Path) -> Validation:
+    """Judge the advice by the ``results.csv`` of the study ``advise``."""
+    runs = pd.read_csv(results)
+    blocks = [_Block.of(table) for _, table in runs.groupby(["arm", "data.class_skew"])]
+    advice = [judgement for block in blocks for judgement in block.judged]
+    return Validation(
+        settings=sum(block.settings for block in blocks),
+        right=_spread(blocks, lambda some: np.mean([j.right for block in some for j in block.judged])),
+        safe=_spread(blocks, lambda some: np.mean([j.safe for block in some for j in block.judged])),
+        dearer=float(np.mean([judgement.recommended > judgement.cheapest for judgement in advice])),
+        correlation=_spread(blocks, _correlation),
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The runs of one task and order."""
+
+    settings: int
+    judged: list[Judged]
+    alignment: list[float]
+    cost: list[float]
+    """By size, as the alignments: the mean error, less that of the best size."""
+
+    @classmethod
+    def of(cls, runs: pd.DataFrame) -> _Block:
+        size, seed = "normalization_batch_size", "seed"
+        errors = runs.pivot(index=size, columns=seed, values="test_error")
+        alignment = runs.pivot(index=size, columns=seed, values="test_alignment")
+        whole = {int(n): list(row) for n, row in errors.iterrows()}
+        judged = [
+            judge({n: e for n, e in whole.items() if n >= b}, {int(n): a for n, a in alignment[s].items() if n >= b})
+            for b in sorted(whole)[:-1]
+            for s in alignment
+        ]
+        mean = errors.mean(axis=1)
+        return cls(len(whole) - 1, judged, list(alignment.mean(axis=1)), list(mean - mean.min()))
+
+
+def _correlation(blocks: Sequence[_Block]) -> float:
+    alignment = [value for block in blocks for value in block.alignment]
+    return float(spearmanr(alignment, [value for block in blocks for value in block.cost]).statistic)
+
+
+def _spread(blocks: list[_Block], of: Callable[[Sequence[_Block]], Any]) -> tuple[float, float, float]:
+    drawn = np.random.default_rng(0).integers(len(blocks), size=(2000, len(blocks)))
+    values = [float(of([blocks[i] for i in row])) for row in drawn]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(of(blocks)), float(low), float(high)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from syncbn.advise.trial import nearest
 from syncbn.advise.words import sentences
 from syncbn.bench.growth import LINKS
 from syncbn.cli import main
-from syncbn.experiments.advice import judge
+from syncbn.experiments.advice import judge, validate
 from syncbn.experiments.advice import run as measured
 from syncbn.study import Setting
 from syncbn.train import RunConfig, load_config
@@ -173,6 +175,30 @@ def test_judge() -> None:
     wrong = judge(errors, {4: 0.96, 8: 0.97, 16: 0.99})
     assert (wrong.recommended, wrong.safe, wrong.right) == (4, False, False)
     assert judge(errors, {4: -1.0, 8: 0.1, 16: 0.2}).recommended == 16
+
+
+def planted(path: Path, errors: dict[int, float], alignment: dict[int, float]) -> Path:
+    """The results of a study of two orders, whose seeds differ by less than a tenth of a point."""
+    lines = ["arm,data.class_skew,normalization_batch_size,seed,test_error,test_alignment"]
+    for skew, size, seed in itertools.product((1, 4), errors, range(3)):
+        lines.append(f"net,{skew},{size},{seed},{errors[size] + 1e-4 * (seed - 1) * size},{alignment[size]}")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_validation_of_planted_studies(tmp_path: Path) -> None:
+    errors = {2: 0.5, 4: 0.3, 8: 0.05, 16: 0.02}
+    foreseen = validate(planted(tmp_path / "a.csv", errors, {2: 0.2, 4: 0.5, 8: 0.9, 16: 0.99}))
+    assert (foreseen.settings, foreseen.right, foreseen.safe, foreseen.dearer) == (6, (1, 1, 1), (1, 1, 1), 0)
+    assert foreseen.correlation == pytest.approx((-1, -1, -1))
+    backwards = validate(planted(tmp_path / "b.csv", errors, {2: 0.99, 4: 0.9, 8: 0.5, 16: 0.2}))
+    # From 4 samples a GPU on, no size is enough, so that the advice counts as that of the largest.
+    assert (backwards.right[0], backwards.safe[0]) == pytest.approx((2 / 3, 2 / 3))
+    assert backwards.correlation[0] == pytest.approx(1)
+    dear = validate(
+        planted(tmp_path / "c.csv", {2: 0.02, 4: 0.02, 8: 0.02, 16: 0.02}, {2: 0.2, 4: 0.5, 8: 0.9, 16: 0.99})
+    )
+    assert (dear.right[0], dear.safe[0], dear.dearer) == (0, 1, 1)
 
 
 def test_a_run_of_the_study_behind_it() -> None:
