@@ -235,11 +235,11 @@ def _integers(key: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _advise(run: RunConfig, samples: int, probes: int, link: str, validate: int | None) -> int:
+def _advise(run: RunConfig, steps: int, samples: int, probes: int, link: str, validate: int | None) -> int:
     from syncbn.advise import advise, print_advice, try_nearest
 
     require(validate is None or validate > 0, "validate", validate, "a positive number of optimizer steps")
-    found = advise(run, samples=samples, probes=probes, link=link)
+    found = advise(run, steps=steps, samples=samples, probes=probes, link=link)
     print_advice(found)
     if validate is not None:
         for line in try_nearest(run, found, validate):
@@ -337,6 +337,11 @@ COMMANDS: dict[str, Command] = {
         _advise,
         "Tell before training whether the batch per GPU will do, and over how many GPUs to synchronize if not.",
         {
+            "--steps": {
+                "type": int,
+                "default": 50,
+                "help": "Optimizer steps to train before, synchronized over all GPUs.",
+            },
             "--samples": {"type": int, "default": 128, "help": "Samples of a probe, which are normalized together."},
             "--probes": {"type": int, "default": 8, "help": "Probes whose gradients are added."},
             "--link": {

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from syncbn.layers import BatchError, SampleGroups
 from syncbn.population import restored
 from syncbn.train.batches import fetched, forward, loss_of
-from syncbn.train.config import LocalError
+from syncbn.train.config import LocalError, require
 from syncbn.train.data.samples import Key, batch_loader
 from syncbn.train.state import Run
 
@@ -22,8 +23,9 @@ def gradient_alignment(run: Run, sizes: Sequence[int], samples: int, probes: int
 
     A probe is a number of samples in the order of training, which is normalized in batches of each size, and as a
     whole. The gradients are those of the same samples at the same weights, so that normalization alone differs. They
-    are added over the probes: what remains is their common direction, and not the noise of a single batch. Weights and
-    buffers stay as they are.
+    are added over the probes: what remains is their common direction, and not the noise of a single batch. The cosine
+    is that of each weight (convolutions, linear layers), and the mean is taken: the gradient as a whole is that of its
+    largest part, which is often the last layer's and depends on no statistics. Weights and buffers stay as they are.
 
     Args:
         run: a prepared run with a synchronized norm, on one process.
@@ -49,11 +51,26 @@ def gradient_alignment(run: Run, sizes: Sequence[int], samples: int, probes: int
                 if sums.get(size, whole) is not None:
                     sums[size] = added_gradient(sums.get(size), run, batch, len(probe), size)
     assert whole is not None, "a training set has samples"
-    return {size: None if found is None else _cosine(found, whole) for size, found in sums.items()}
+    return {size: None if found is None else _mean_cosine(run, found, whole) for size, found in sums.items()}
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(cosine_similarity(a.double(), b.double(), dim=0))
+def _mean_cosine(run: Run, a: Tensor, b: Tensor) -> float:
+    """The mean over the weights of the cosine of two flat gradients; a weight without any gradient does not count."""
+    parameters = _trained(run)
+    sizes = [parameter.numel() for parameter in parameters]
+    cosines = [
+        float(cosine_similarity(x.double(), y.double(), dim=0))
+        for parameter, x, y in zip(parameters, a.split(sizes), b.split(sizes), strict=True)
+        if parameter.dim() > 1 and bool(y.any())
+    ]
+    require(
+        bool(cosines), "task.name", run.task_name, "a model with a weight of at least two dimensions that is trained"
+    )
+    return fmean(cosines)
+
+
+def _trained(run: Run) -> list[nn.Parameter]:
+    return [parameter for parameter in run.model.parameters() if parameter.requires_grad]
 
 
 def added_gradient(so_far: Tensor | None, run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tensor | None:
@@ -87,6 +104,5 @@ def _gradient(run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tens
     per_gpu = run.config.per_gpu_batch_size
     sizes = [min(per_gpu, samples - start) for start in range(0, samples, per_gpu)]
     total, _ = loss_of(run, forward(run, run.wrapped, inputs, targets), targets, sizes)
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(total, _trained(run), allow_unused=True, materialize_grads=True)
     return torch.cat([each.flatten() for each in gradients])

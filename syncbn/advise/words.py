@@ -35,8 +35,8 @@ def sentences(found: Advice) -> Iterator[str]:
     else:
         yield "Recommended: none of these, and no larger batch that was tried. Shuffle the samples, or take GroupNorm."
     yield (
-        "Alignment is the cosine between the gradient at the first weights with these statistics, and that of the same "
-        "samples with statistics of all of them."
+        "Alignment is the cosine between the gradients of the weights with these statistics, and those of the same "
+        "samples with statistics of all of them, early in training."
     )
     yield (
         "Not known: what the learning rate and the running statistics add in training, and what BatchRenorm or "

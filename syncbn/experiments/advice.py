@@ -1,4 +1,4 @@
-"""The study behind the advice: each run trains, and measures what the advice would have measured before."""
+"""The studies behind the advice: the errors of trained models, and what the advice measured of the same tasks."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from syncbn.advise.alignment import gradient_alignment
-from syncbn.advise.remedies import PROBES, SAMPLES, Remedy, recommended, synchronized
+from syncbn.advise import Remedy, advise
+from syncbn.advise.remedies import recommended
 from syncbn.study import Setting
 from syncbn.study.analysis.statistics import interval
-from syncbn.train import train
+from syncbn.train import RunConfig, train
 from syncbn.train.config import ModelConfig, TaskConfig
-from syncbn.train.launch import open_session, placement
-from syncbn.train.logical_gpus import Partition
-from syncbn.train.state import prepare
 
 
 def run(setting: Setting) -> dict[str, float]:
-    """The test ``error`` of a training with local statistics, and the ``alignment`` at its first weights.
+    """The test ``error`` of a training with local statistics.
 
-    Where larger scores are better, the error is 1 minus the score. A diverged run has the error of guessing, 0.9. An
-    alignment of -1 stands for a batch that a layer cannot normalize. The options ``data`` and ``model`` are those
-    sections of a run.
+    Where larger scores are better, the error is 1 minus the score. A diverged run has the error of guessing, 0.9. The
+    options are the sections ``data`` and ``model`` of a classification, or ``segmentation``, the options of that task.
     """
-    given, options = setting.config, setting.options
-    data = replace(given.data, **options["data"])
-    config = replace(given, task=TaskConfig(), data=data, model=ModelConfig(**options["model"]))
-    result = train(config)
+    result = train(_config(setting))
     error = 0.9
     if result.status == "ok":
         error = 1 - result.score if result.metric.higher_is_better else result.score
-    config = synchronized(config)
-    with open_session(config, None) as accelerator:
-        prepared = prepare(config, Partition.of(config, placement()), accelerator)
-        size = setting.per_gpu_batch_size
-        alignment = gradient_alignment(prepared, [size], SAMPLES, PROBES)[size]
-    return {"error": error, "alignment": -1.0 if alignment is None else alignment}
+    return {"error": error}
+
+
+def aligned(setting: Setting) -> dict[str, float]:
+    """What :func:`~syncbn.advise.advise` measures of the same tasks: ``alignment_1``, ``alignment_2`` and so on, by size.
+
+    An alignment of -1 stands for a batch that a layer cannot normalize.
+    """
+    found = advise(_config(setting))
+    by_size = {remedy.normalization_batch_size: remedy.alignment for remedy in found.remedies}
+    return {f"alignment_{size}": -1.0 if value is None else value for size, value in by_size.items()}
+
+
+def _config(setting: Setting) -> RunConfig:
+    given, options = setting.config, setting.options
+    if "segmentation" in options:
+        return replace(given, task=TaskConfig(name="segmentation", options=options["segmentation"]))
+    data = replace(given.data, **options["data"])
+    return replace(given, task=TaskConfig(), data=data, model=ModelConfig(**options["model"]))
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,11 @@ class Validation:
     """Spearman's, of an alignment with what its size costs against the best, with its interval likewise."""
 
 
-def validate(results: Path) -> Validation:
-    """Judge the advice by the ``results.csv`` of the study ``advise``."""
-    runs = pd.read_csv(results)
-    blocks = [_Block.of(table) for _, table in runs.groupby(["arm", "data.class_skew"])]
+def validate(errors: Path, alignments: Path) -> Validation:
+    """Judge the advice by the ``results.csv`` of the studies ``advise_errors`` and ``advise_alignments``."""
+    trained, measured = pd.read_csv(errors), pd.read_csv(alignments)
+    by_block = dict(list(measured.groupby(["arm", "data.class_skew"])))
+    blocks = [_Block.of(runs, by_block[key]) for key, runs in trained.groupby(["arm", "data.class_skew"])]
     advice = [judgement for block in blocks for judgement in block.judged]
     return Validation(
         settings=sum(block.settings for block in blocks),
@@ -128,18 +135,19 @@ class _Block:
     """By size, as the alignments: the mean error, less that of the best size."""
 
     @classmethod
-    def of(cls, runs: pd.DataFrame) -> _Block:
-        size, seed = "normalization_batch_size", "seed"
-        errors = runs.pivot(index=size, columns=seed, values="test_error")
-        alignment = runs.pivot(index=size, columns=seed, values="test_alignment")
-        whole = {int(n): list(row) for n, row in errors.iterrows()}
+    def of(cls, runs: pd.DataFrame, measured: pd.DataFrame) -> _Block:
+        table = runs.pivot(index="normalization_batch_size", columns="seed", values="test_error")
+        errors = {int(size): list(row) for size, row in table.iterrows()}
+        by_seed = measured.set_index("seed")
+        alignment = {size: by_seed[f"test_alignment_{size}"] for size in errors}
         judged = [
-            judge({n: e for n, e in whole.items() if n >= b}, {int(n): a for n, a in alignment[s].items() if n >= b})
-            for b in sorted(whole)[:-1]
-            for s in alignment
+            judge({n: errors[n] for n in errors if n >= b}, {n: float(alignment[n][seed]) for n in errors if n >= b})
+            for b in sorted(errors)[:-1]
+            for seed in by_seed.index
         ]
-        mean = errors.mean(axis=1)
-        return cls(len(whole) - 1, judged, list(alignment.mean(axis=1)), list(mean - mean.min()))
+        means = {size: float(np.mean(values)) for size, values in errors.items()}
+        cost = [mean - min(means.values()) for mean in means.values()]
+        return cls(len(errors) - 1, judged, [float(alignment[size].mean()) for size in errors], cost)
 
 
 def _correlation(blocks: Sequence[_Block]) -> float:

@@ -202,6 +202,24 @@ def _train_epoch(run: Run, out: Path | None) -> bool:
     return False
 
 
+def take_steps(run: Run, number: int) -> None:
+    """Take the first ``number`` optimizer steps of a run, or all if it has fewer.
+
+    Raises:
+        ConfigError: the training diverged in them.
+    """
+    for epoch in range(run.schedule.epochs):
+        steps = list(run.schedule.steps(epoch))[: max(number - run.progress.step, 0)]
+        batches = [run.local(batch) for step in steps for batch in step]
+        loaded = fetched(run, batch_loader(run.data.train, batches, run.config.data.workers))
+        run.wrapped.train()
+        for step in steps:
+            _train_step(run, step, loaded)
+    expected = f"one with which {run.progress.step} steps have a finite loss"
+    finite = all(bool(counted.isfinite().all()) for counted in run.pending)
+    require(finite, "optimizer.lr", run.config.optimizer.lr, expected)
+
+
 def _train_step(run: Run, step: list[list[Key]], loaded: Iterator[tuple[Any, Any]]) -> None:
     """One optimizer step on its global batches, of which ``loaded`` has this process's shares."""
     # Dropout is seeded by the step, so that a resumed run draws the same numbers.
