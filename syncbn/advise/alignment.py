@@ -63,9 +63,8 @@ def _mean_cosine(run: Run, a: Tensor, b: Tensor) -> float:
         for parameter, x, y in zip(parameters, a.split(sizes), b.split(sizes), strict=True)
         if parameter.dim() > 1 and bool(y.any())
     ]
-    require(
-        bool(cosines), "task.name", run.task_name, "a model with a weight of at least two dimensions that is trained"
-    )
+    expected = "a model whose weights get a gradient; a smaller optimizer.lr may help"
+    require(bool(cosines), "task.name", run.task_name, expected)
     return fmean(cosines)
 
 

@@ -33,7 +33,7 @@ def run(setting: Setting) -> dict[str, float]:
 
 
 def aligned(setting: Setting) -> dict[str, float]:
-    """What :func:`~syncbn.advise.advise` measures of the same tasks: ``alignment_1``, ``alignment_2`` and so on, by size.
+    """What the advice measures of the same tasks: ``alignment_1``, ``alignment_2`` and so on, by size.
 
     An alignment of -1 stands for a batch that a layer cannot normalize.
     """
