@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -108,6 +109,11 @@ def _run(words: list[str]) -> int:
     except LaunchError as error:
         report_error(str(error))
         return 2 if error.mistake else 1
+    except RuntimeError as error:
+        # Torch raises this in a signal handler, so it may come from anywhere.
+        if not re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
+            raise
+        return _fail(str(error), everywhere=True)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"syncbn: {str(interrupt) or 'stopped by Ctrl-C'}", file=sys.stderr)

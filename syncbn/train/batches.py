@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from syncbn.train.state import Run
 
 
+_SIGNAL_S = 2.0
+"""A connection breaks because a loader process is gone. Torch's handler of its signal, which comes within this time,
+raises an error that names it."""
 _TOO_FEW = re.compile(r"Expected more than 1 (value per channel|spatial element) when training, got input size")
 
 
@@ -55,6 +59,9 @@ def fetched(run: Run, loaded: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, 
         with blamed(run.task_name, "its data"):
             try:
                 batch = next(loaded, None)
+            except (ConnectionError, EOFError):
+                time.sleep(_SIGNAL_S)
+                raise
             except (ConfigError, RuntimeError) as error:
                 # The DataLoader passes on a loader process's error as a RuntimeError whose text ends with the message.
                 found = re.search(r"ConfigError: (.+)", f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripts import finish, running, start, wait_for, workers_of
@@ -19,9 +21,11 @@ from syncbn.study import load_study
 from syncbn.study.commands import run_study
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.run.status import study_outcomes
-from syncbn.train import load_config, train
+from syncbn.train import load_config, loop, train
+from syncbn.train.batches import fetched
 from syncbn.train.parity import TOLERANCE, Trained, compare_runs
 from syncbn.train.stopping import STOP_SIGNALS
+from syncbn.train.tasks.named import TaskError
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launch scripts are for bash")
 
@@ -285,6 +289,36 @@ def test_a_loader_is_killed(config, tmp_path, capfd):
     assert "Traceback" not in error
     assert main(["train", "--out", str(out), "--resume", "--progress", "false"]) == 0
     check_whole(config, out)
+
+
+DIED = "DataLoader worker (pid 7) is killed by signal: Killed."
+
+
+def test_a_connection_of_a_dead_loader_waits_for_the_signal_that_names_it():
+    def broken():
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        yield
+
+    def handler(signum, frame):
+        raise RuntimeError(DIED)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(TaskError, match=f"mine: its data raised RuntimeError: {re.escape(DIED)}"):
+            next(fetched(SimpleNamespace(task_name="mine"), broken()))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_the_signal_of_a_dead_loader_may_come_from_anywhere(config, tmp_path, capfd, monkeypatch):
+    def step(*arguments):
+        raise RuntimeError(DIED)
+
+    monkeypatch.setattr(loop, "_step", step)
+    assert main(["train", "--config", str(config), "--progress", "false", "--out", str(tmp_path / "out")]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"syncbn: error: {DIED}"
 
 
 # ---- studies
