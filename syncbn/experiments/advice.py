@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from syncbn.advise import Remedy, advise
-from syncbn.advise.remedies import recommended
+from syncbn.advise.remedies import expected_harm, recommended
 from syncbn.study import Setting
 from syncbn.study.analysis.statistics import interval
 from syncbn.train import RunConfig, train
@@ -76,9 +76,8 @@ def judge(errors: Mapping[int, Sequence[float]], alignment: Mapping[int, float])
         errors: by normalization batch size, from the local one to that of all GPUs, the error of each seed.
         alignment: by the same sizes; -1 for a batch that cannot be normalized.
     """
-    sizes = sorted(errors)
-    best = min(sizes, key=lambda size: float(np.mean(errors[size])))
-    fine = [size for size in sizes if size == best or _low(errors[size], errors[best]) <= 0]
+    sizes, best = sorted(errors), _best(errors)
+    fine = [size for size in sizes if not _worse(errors, size, best)]
     remedies = [
         Remedy(gpus=size // sizes[0], normalization_batch_size=size, alignment=alignment[size], exchange_ms=0.0)
         for size in sizes
@@ -88,9 +87,16 @@ def judge(errors: Mapping[int, Sequence[float]], alignment: Mapping[int, float])
     return Judged(recommended=size, cheapest=fine[0], safe=size in fine)
 
 
-def _low(errors: Sequence[float], others: Sequence[float]) -> float:
-    """The lower end of the interval of the difference, paired by seed."""
-    return interval(np.subtract(errors, others))[1]
+@dataclass(frozen=True)
+class Foretold:
+    """What training gave where the advice expected a certain harm."""
+
+    number: int
+    """Sizes of a task, an order and a seed of the advice."""
+    worse: float
+    """The share whose error is shown to be worse than the best size's."""
+    cost: float
+    """The median difference of the mean error from that of the best size."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,18 @@ class Validation:
 
     settings: int
     """Tasks, orders and numbers of samples per GPU."""
+    advice: int
+    """Pieces of advice: settings times seeds."""
     right: tuple[float, float, float]
     """The share of advice that is right, and its 95 % interval over tasks and orders (a bootstrap)."""
     safe: tuple[float, float, float]
     """The same of advice that is not shown to be worse than the best."""
-    dearer: float
-    """The share that recommends more than the cheapest that would do."""
+    near: float
+    """The share that is safe and at most twice the cheapest size that would do."""
     correlation: tuple[float, float, float]
     """Spearman's, of an alignment with what its size costs against the best, with its interval likewise."""
+    foretold: Mapping[str, Foretold]
+    """By the harm that was expected."""
 
 
 def validate(errors: Path, alignments: Path) -> Validation:
@@ -116,11 +126,13 @@ def validate(errors: Path, alignments: Path) -> Validation:
     blocks = [_Block.of(runs, by_block[key]) for key, runs in trained.groupby(["arm", "data.class_skew"])]
     advice = [judgement for block in blocks for judgement in block.judged]
     return Validation(
-        settings=sum(block.settings for block in blocks),
+        settings=sum(len(block.cost) - 1 for block in blocks),
+        advice=len(advice),
         right=_spread(blocks, lambda some: np.mean([j.right for block in some for j in block.judged])),
         safe=_spread(blocks, lambda some: np.mean([j.safe for block in some for j in block.judged])),
-        dearer=float(np.mean([judgement.recommended > judgement.cheapest for judgement in advice])),
+        near=float(np.mean([j.safe and j.recommended <= 2 * j.cheapest for j in advice])),
         correlation=_spread(blocks, _correlation),
+        foretold=_foretold(blocks),
     )
 
 
@@ -128,31 +140,53 @@ def validate(errors: Path, alignments: Path) -> Validation:
 class _Block:
     """The runs of one task and order."""
 
-    settings: int
     judged: list[Judged]
-    alignment: list[float]
-    cost: list[float]
-    """By size, as the alignments: the mean error, less that of the best size."""
+    alignment: Mapping[int, list[float]]
+    """By size, of each seed."""
+    cost: Mapping[int, float]
+    """By size: the mean error, less that of the best size."""
+    worse: Mapping[int, bool]
+    """By size: whether its error is shown to be worse than the best."""
 
     @classmethod
     def of(cls, runs: pd.DataFrame, measured: pd.DataFrame) -> _Block:
         table = runs.pivot(index="normalization_batch_size", columns="seed", values="test_error")
         errors = {int(size): list(row) for size, row in table.iterrows()}
-        by_seed = measured.set_index("seed")
-        alignment = {size: by_seed[f"test_alignment_{size}"] for size in errors}
+        by_size = {size: list(measured[f"test_alignment_{size}"]) for size in errors}
         judged = [
-            judge({n: errors[n] for n in errors if n >= b}, {n: float(alignment[n][seed]) for n in errors if n >= b})
+            judge({n: errors[n] for n in errors if n >= b}, {n: by_size[n][seed] for n in errors if n >= b})
             for b in sorted(errors)[:-1]
-            for seed in by_seed.index
+            for seed in range(len(measured))
         ]
-        means = {size: float(np.mean(values)) for size, values in errors.items()}
-        cost = [mean - min(means.values()) for mean in means.values()]
-        return cls(len(errors) - 1, judged, [float(alignment[size].mean()) for size in errors], cost)
+        best = _best(errors)
+        cost = {size: float(np.mean(values) - np.mean(errors[best])) for size, values in errors.items()}
+        return cls(judged, by_size, cost, {size: _worse(errors, size, best) for size in errors})
+
+
+def _best(errors: Mapping[int, Sequence[float]]) -> int:
+    return min(errors, key=lambda size: float(np.mean(errors[size])))
+
+
+def _worse(errors: Mapping[int, Sequence[float]], size: int, best: int) -> bool:
+    """Whether the interval of the difference, paired by seed, is above 0."""
+    return size != best and interval(np.subtract(errors[size], errors[best]))[1] > 0
+
+
+def _foretold(blocks: Sequence[_Block]) -> dict[str, Foretold]:
+    found: dict[str, list[tuple[bool, float]]] = {}
+    for block in blocks:
+        for size, alignments in block.alignment.items():
+            for value in alignments:
+                found.setdefault(expected_harm(value), []).append((block.worse[size], block.cost[size]))
+    return {
+        harm: Foretold(len(cells), float(np.mean([w for w, _ in cells])), float(np.median([c for _, c in cells])))
+        for harm, cells in found.items()
+    }
 
 
 def _correlation(blocks: Sequence[_Block]) -> float:
-    alignment = [value for block in blocks for value in block.alignment]
-    return float(spearmanr(alignment, [value for block in blocks for value in block.cost]).statistic)
+    alignment = [float(np.mean(values)) for block in blocks for values in block.alignment.values()]
+    return float(spearmanr(alignment, [value for block in blocks for value in block.cost.values()]).statistic)
 
 
 def _spread(blocks: list[_Block], of: Callable[[Sequence[_Block]], Any]) -> tuple[float, float, float]:
@@ -160,3 +194,23 @@ def _spread(blocks: list[_Block], of: Callable[[Sequence[_Block]], Any]) -> tupl
     values = [float(of([blocks[i] for i in row])) for row in drawn]
     low, high = np.quantile(values, (0.025, 0.975))
     return float(of(blocks)), float(low), float(high)
+
+
+def lines(found: Validation) -> list[str]:
+    """The validation as a page shows it."""
+    right, safe = (" to ".join(f"{100 * share:.0f}" for share in part[1:]) for part in (found.right, found.safe))
+    rows = [
+        f"| recommended size not shown to be worse than the best | {100 * found.safe[0]:.0f} % ({safe}) |",
+        f"| and at most twice the smallest such size | {100 * found.near:.0f} % |",
+        f"| and the smallest such size | {100 * found.right[0]:.0f} % ({right}) |",
+        f"| rank correlation of alignment and cost | {found.correlation[0]:.2f} ({found.correlation[1]:.2f} to "
+        f"{found.correlation[2]:.2f}) |",
+    ]
+    rows = [f"| {found.advice} pieces of advice in {found.settings} settings | |", "|---|---|", *rows, ""]
+    rows += ["| expected harm | sizes | shown to be worse than the best | median cost in points |", "|---|---|---|---|"]
+    rows += [
+        f"| {harm} | {cell.number} | {100 * cell.worse:.0f} % | {100 * cell.cost:.1f} |"
+        for harm in ("none", "some", "large")
+        if (cell := found.foretold.get(harm)) is not None
+    ]
+    return rows

@@ -18,7 +18,7 @@ from syncbn.advise.trial import nearest
 from syncbn.advise.words import sentences
 from syncbn.bench.growth import LINKS
 from syncbn.cli import main
-from syncbn.experiments.advice import aligned, judge, validate
+from syncbn.experiments.advice import Foretold, aligned, judge, validate
 from syncbn.experiments.advice import run as trained
 from syncbn.study import Setting
 from syncbn.train import RunConfig, load_config
@@ -220,7 +220,9 @@ def planted(folder: Path, errors: dict[int, float], alignment: dict[int, float])
 def test_validation_of_planted_studies(tmp_path: Path) -> None:
     errors = {2: 0.5, 4: 0.3, 8: 0.05, 16: 0.02}
     foreseen = validate(*planted(tmp_path / "foreseen", errors, {2: 0.2, 4: 0.5, 8: 0.8, 16: 0.99}))
-    assert (foreseen.settings, foreseen.right, foreseen.safe, foreseen.dearer) == (6, (1, 1, 1), (1, 1, 1), 0)
+    assert (foreseen.settings, foreseen.advice, foreseen.near) == (6, 18, 1)
+    assert foreseen.right == foreseen.safe == (1, 1, 1)
+    assert foreseen.foretold["large"] == Foretold(12, 1.0, pytest.approx(0.38))  # sizes of 2 and 4: 0.48 and 0.28
     assert foreseen.correlation == pytest.approx((-1, -1, -1))
     backwards = validate(*planted(tmp_path / "backwards", errors, {2: 0.99, 4: 0.8, 8: 0.5, 16: 0.2}))
     # From 4 samples a GPU on, no size is enough, so that the advice counts as that of the largest.
@@ -228,7 +230,8 @@ def test_validation_of_planted_studies(tmp_path: Path) -> None:
     assert backwards.correlation[0] == pytest.approx(1)
     harmless = {2: 0.02, 4: 0.0201, 8: 0.0202, 16: 0.0203}
     dear = validate(*planted(tmp_path / "dear", harmless, {2: 0.2, 4: 0.5, 8: 0.8, 16: 0.99}))
-    assert (dear.right[0], dear.safe[0], dear.dearer) == (0, 1, 1)
+    assert (dear.right[0], dear.safe[0]) == (0, 1)
+    assert dear.near == pytest.approx(1 / 3)  # of 8 samples a GPU alone, 16 are at most twice as many
 
 
 def test_a_run_of_the_studies_behind_it() -> None:
