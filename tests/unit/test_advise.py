@@ -18,13 +18,14 @@ from syncbn.advise.trial import nearest
 from syncbn.advise.words import sentences
 from syncbn.bench.growth import LINKS
 from syncbn.cli import main
-from syncbn.experiments.advice import Foretold, aligned, judge, validate
+from syncbn.experiments.advice import Foretold, aligned, judge, lines, validate
 from syncbn.experiments.advice import run as trained
 from syncbn.study import Setting
 from syncbn.train import RunConfig, load_config
 from syncbn.train.config import ConfigError, OptimizerConfig
 from syncbn.train.data.order import order_of
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 32
 
 
@@ -232,6 +233,14 @@ def test_validation_of_planted_studies(tmp_path: Path) -> None:
     dear = validate(*planted(tmp_path / "dear", harmless, {2: 0.2, 4: 0.5, 8: 0.8, 16: 0.99}))
     assert (dear.right[0], dear.safe[0]) == (0, 1)
     assert dear.near == pytest.approx(1 / 3)  # of 8 samples a GPU alone, 16 are at most twice as many
+
+
+def test_the_page_has_what_the_kept_studies_say() -> None:
+    kept = ROOT / "configs" / "study" / "results"
+    found = validate(kept / "advise_errors" / "results.csv", kept / "advise_alignments" / "results.csv")
+    page = (ROOT / "docs" / "advise.md").read_text()
+    start, end = page.index("advise_alignments -->\n"), page.index("\n<!-- end of validation")
+    assert page[start:end].splitlines()[1:] == lines(found)
 
 
 def test_a_run_of_the_studies_behind_it() -> None:
