@@ -276,7 +276,7 @@ def test_a_signal_that_ends_a_run_at_once(config, tmp_path, how, code):
     moment="while it loads data",
     outcome="one line; `--resume` goes on",
     lost="the steps since the last checkpoint",
-    # When a connection breaks, torch opens some temporary files to see whether it may; its signal handler may come between.
+    # When a connection breaks, torch opens temporary files to see whether it may, and its signal handler may come then.
     keeps=["tmp????????"],
 )
 def test_a_loader_is_killed(config, tmp_path, capfd):

@@ -213,8 +213,8 @@ def planted(folder: Path, errors: dict[int, float], alignment: dict[int, float])
         measured.append(f"net,{skew},{seed},{','.join(map(str, alignment.values()))}")
         rows += [f"net,{skew},{size},{seed},{error + 1e-4 * (seed - 1) * size}" for size, error in errors.items()]
     folder.mkdir()
-    for name, lines in (("errors.csv", rows), ("alignments.csv", measured)):
-        (folder / name).write_text("\n".join(lines))
+    (folder / "errors.csv").write_text("\n".join(rows))
+    (folder / "alignments.csv").write_text("\n".join(measured))
     return folder / "errors.csv", folder / "alignments.csv"
 
 
