@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
@@ -209,7 +210,9 @@ def take_steps(run: Run, number: int) -> None:
         ConfigError: the training diverged in them.
     """
     for epoch in range(run.schedule.epochs):
-        steps = list(run.schedule.steps(epoch))[: max(number - run.progress.step, 0)]
+        if run.progress.step >= number:
+            break
+        steps = list(itertools.islice(run.schedule.steps(epoch), number - run.progress.step))
         batches = [run.local(batch) for step in steps for batch in step]
         loaded = fetched(run, batch_loader(run.data.train, batches, run.config.data.workers))
         run.wrapped.train()
