@@ -71,7 +71,7 @@ def _expectations(mean: float, std: float, loss: str) -> tuple[float, float]:
 
 def figure(runs: Runs) -> Figure:
     """The gap along the steps, for each loss."""
-    drawn, axes = panels(runs, 2, height=2.4)
+    drawn, axes = panels(runs, 2)
     for each, loss in zip(axes, runs.study.axes["task.options.loss"], strict=True):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.curve("gap", arm.name, {"task.options.loss": loss}))

@@ -67,12 +67,11 @@ def _steps_to(level: float, gaps: list[float], most: int) -> int:
 
 def figure(runs: Runs) -> Figure:
     """The gap after the last step against the learning rate, and the steps that it takes."""
-    drawn, axes = panels(runs, 2, height=2.4)
+    drawn, axes = panels(runs, 2)
     for each, quantity, label in zip(axes, ("gap", "steps"), ("gap after the last step", "steps to 1e-6"), strict=True):
         for arm in runs.study.arms:
             if not arm.only:
                 trace(each, runs, arm.name, runs.along(quantity, arm.name, "optimizer.lr"), marked=True)
-        each.set(xscale="log", yscale="log", ylabel=label)
+        each.set(xscale="log", yscale="log", ylabel=label, xlabel="learning rate x largest eigenvalue")
     axes[0].set_ylim(1e-32, 1e32)
-    axes[-1].set_xlabel("learning rate times the largest eigenvalue")
     return drawn
