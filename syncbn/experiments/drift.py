@@ -72,12 +72,12 @@ def _inputs_of_last_sigmoid(model: nn.Module, images: Tensor) -> Tensor:
 def figure(runs: Runs) -> Figure:
     """The test error along the steps, and the percentiles of a unit, without and with the normalization."""
     drawn, (errors, *units) = panels(runs, 3)
+    units[1].sharey(units[0])
     for axes, name in zip(units, ("none", "batch"), strict=True):
         for quantity in ("p15", "p50", "p85"):
             trace(axes, runs, name, runs.curve(quantity, name))
         trace(errors, runs, name, runs.curve("error", name), marked=True)
         axes.set(xlabel="step", title=next(arm.label for arm in runs.study.arms if arm.name == name))
-    units[1].sharey(units[0])
     units[0].set_ylabel("15th, 50th, 85th percentile")
     errors.set(ylabel="test error", xlabel="step", yscale="log")
     return drawn
