@@ -27,13 +27,19 @@ def panels(runs: Runs, count: int, *, columns: int = 3, height: float = 2.7) -> 
     return figure, axes
 
 
+def plain(value: float) -> str:
+    """A number at a tick: 0.01, 1000, 1e4, 1e−8."""
+    digits, _, power = (f"{value:.0e}" if value >= 1e4 else f"{value:g}").partition("e")
+    return digits + (f"e{int(power)}".replace("-", MINUS) if power else "")
+
+
 def label_log_scales(figure: Figure) -> None:
     """Plain numbers at the ticks of logarithmic axes, as a figure's text is not parsed for formulas."""
     for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
         if axis.get_scale() == "log" and not isinstance(axis.get_major_locator(), FixedLocator):
             start, end = axis.get_view_interval()
             axis.set_major_locator(log_locator(start, end, start, end))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
             axis.set_minor_locator(NullLocator())
 
 
@@ -41,7 +47,7 @@ def log_axis(axes: Axes, values: Sequence[Value]) -> None:
     """A logarithmic horizontal axis, with a label at each value of an axis of the study."""
     numbers = [value for value in values if isinstance(value, int | float)]
     axes.set_xscale("log")
-    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    axes.set_xticks(numbers, [plain(number) for number in numbers])
     axes.minorticks_off()
 
 
@@ -53,6 +59,13 @@ def trace(axes: Axes, runs: Runs, arm: str, found: Trace, *, marked: bool = Fals
     axes.plot(found.places, found.mean, color=mark.colour, marker=mark.marker if marked else None, linewidth=1.5)
     low, high = np.nanmin(found.values, axis=1), np.nanmax(found.values, axis=1)
     axes.fill_between(found.places, low, high, color=mark.colour, alpha=0.15, linewidth=0)
+
+
+def positive(found: Trace) -> Trace:
+    """Without what has no place on a logarithmic axis."""
+    values = np.where(found.values > 0, found.values, np.nan)
+    rows = [i for i in range(len(found.places)) if np.isfinite(values[i]).any()]
+    return Trace([found.places[i] for i in rows], values[rows])
 
 
 def band(axes: Axes, runs: Runs, arm: str, low: Trace, high: Trace) -> None:

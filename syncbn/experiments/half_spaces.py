@@ -76,5 +76,5 @@ def figure(runs: Runs) -> Figure:
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.curve("gap", arm.name, {"task.options.loss": loss}))
         each.set(yscale="log", ylabel="1 - cos² of the angle", xlabel="step")
-        each.set_title(str(loss))
+        each.set_title({"softplus": "logistic loss"}.get(str(loss), f"{loss} loss"))
     return drawn

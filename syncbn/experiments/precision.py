@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
-from syncbn.experiments.drawing import log_axis, panels, trace
+from syncbn.experiments.drawing import log_axis, panels, positive, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
 
@@ -49,7 +49,8 @@ def figure(runs: Runs) -> Figure:
     for each, dtype in zip(axes, dtypes, strict=True):
         for arm in runs.study.arms:
             place = {"task.options.dtype": dtype}
-            trace(each, runs, arm.name, runs.along("error", arm.name, "task.options.mean", place), marked=True)
+            found = positive(runs.along("error", arm.name, "task.options.mean", place))
+            trace(each, runs, arm.name, found, marked=True)
         each.set(yscale="log", ylim=(1e-9, 2), xlabel="mean / standard deviation")
         log_axis(each, means)
         each.set_title(str(dtype))
