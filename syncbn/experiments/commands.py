@@ -15,6 +15,7 @@ from syncbn.experiments.runs import Runs
 from syncbn.study.plan.folder import FILE, study_in
 from syncbn.study.report.tables import console, print_rich
 from syncbn.study.run.own_loop import train_function
+from syncbn.study.run.progress import Display
 from syncbn.study.run.runner import run_cells
 from syncbn.study.run.signals import StudyStopped, stopping
 from syncbn.study.stages import run_stages
@@ -50,7 +51,8 @@ def run_experiment(name: str, out: Path, workers: int | None = None, *, larger: 
     started = time.monotonic()
     try:
         with stopping():
-            cells, outcomes = run_stages(study, out, partial(run_cells, train=train_function(study), workers=workers))
+            run = partial(run_cells, train=train_function(study), workers=workers, progress=Display(part=""))
+            cells, outcomes = run_stages(study, out, run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped by Ctrl-C; to go on: {command}") from None
     except StudyStopped as error:

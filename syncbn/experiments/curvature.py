@@ -1,4 +1,4 @@
-"""The largest curvature in training, with and without a normalization (Ghorbani et al. 2019, Karakida et al. 2019)."""
+"""The largest curvatures in training, with and without a normalization (Ghorbani et al. 2019, Karakida et al. 2019)."""
 
 from __future__ import annotations
 
@@ -8,44 +8,56 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, trained
+from syncbn.experiments.training import Perceptron, error_of, features, trained
 from syncbn.study import Setting
 
 Product = Callable[[Tensor], Tensor]
+CLASSES = 10
+"""Outliers of a Hessian are as many as there are classes, or fewer."""
 
 
 def run(setting: Setting) -> dict[str, float]:
-    """The largest eigenvalue of the Hessian and of the Fisher matrix of the training loss of a batch.
+    """The largest eigenvalues of the Hessian and of the Fisher matrix of the training loss of a batch.
 
     The Fisher matrix of a softmax is its Gauss-Newton matrix. Both by Lanczos (ARPACK), to 1 percent, on one fixed
-    batch in float64. Reports them; returns the means over the training, ``hessian`` and ``fisher``, those at the start,
-    ``first_...``, and the test ``error``.
+    batch in float64. Reports ``hessian`` and ``fisher``, the largest of each, and ``spread``, the largest of the
+    Hessian over its tenth largest; returns their means over the training, those at the start, ``first_...``, and the
+    test ``error``. With ``outputs``, the outputs are normalized too.
     """
     o = setting.options
     fixed: list[tuple[Tensor, Tensor]] = []
-    seen: list[tuple[float, float]] = []
+    seen: list[dict[str, float]] = []
 
     def probe(step: int, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         if not fixed:
             fixed.append((images, labels))
         if step % o["look_every"] == 0:
-            seen.append(largest_eigenvalues(model, *fixed[0]))
-            setting.report(step, hessian=seen[-1][0], fisher=seen[-1][1])
+            hessian, fisher = largest_eigenvalues(model, *fixed[0])
+            seen.append({"hessian": hessian[0], "fisher": fisher, "spread": hessian[0] / hessian[-1]})
+            setting.report(step, **seen[-1])
 
-    result = trained(setting, lambda: Perceptron((784, 50, o["depth"], 10)), probe).result
-    hessian, fisher = (float(np.mean(values)) for values in zip(*seen[1:] or seen, strict=True))
-    first = {"first_hessian": seen[0][0], "first_fisher": seen[0][1]}
-    return {"error": error_of(result), "hessian": hessian, "fisher": fisher, **first}
+    def prepare(model: nn.Module) -> nn.Module:
+        return nn.Sequential(model, nn.BatchNorm1d(CLASSES)) if o["outputs"] else model
+
+    sizes = (features(setting), 50, o["depth"], CLASSES)
+    found = {"error": error_of(trained(setting, lambda: Perceptron(sizes), probe, prepare).result)}
+    for name, first in seen[0].items():
+        found |= {f"first_{name}": first, name: float(np.mean([values[name] for values in seen[1:] or seen]))}
+    return found
 
 
-def largest_eigenvalues(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Of the Hessian (its algebraically largest) and of the Gauss-Newton matrix of a batch's mean cross entropy."""
+def largest_eigenvalues(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[list[float], float]:
+    """Of a batch's mean cross entropy: as many of the Hessian as there are classes, and one of the Gauss-Newton matrix.
+
+    They are the algebraically largest, from the largest on.
+    """
     copied = copy.deepcopy(model).double()
     parameters = list(copied.parameters())
     z = copied(inputs.double())
@@ -64,15 +76,17 @@ def largest_eigenvalues(model: nn.Module, inputs: Tensor, labels: Tensor) -> tup
         return _flat(torch.autograd.grad(z, parameters, of_softmax, retain_graph=True))
 
     size = sum(parameter.numel() for parameter in parameters)
-    return _largest(hessian, size), _largest(fisher, size)
+    return _largest(hessian, size, z.device, CLASSES), _largest(fisher, size, z.device, 1)[0]
 
 
-def _largest(product: Product, size: int) -> float:
-    operator = LinearOperator(
-        (size, size), matvec=lambda v: product(torch.from_numpy(v.ravel())).numpy(), dtype=np.float64
-    )
+def _largest(product: Product, size: int, device: torch.device, number: int) -> list[float]:
+    def multiply(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(product(torch.from_numpy(v.ravel()).to(device)).cpu())
+
+    operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)
-    return float(eigsh(operator, k=1, which="LA", tol=0.01, v0=start, return_eigenvectors=False)[0])
+    found = eigsh(operator, k=number, which="LA", tol=0.01, v0=start, return_eigenvectors=False)
+    return sorted(found.tolist(), reverse=True)
 
 
 def _split(v: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
@@ -86,10 +100,10 @@ def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
 
 def figure(runs: Runs) -> Figure:
     """The eigenvalues along the steps."""
-    drawn, axes = panels(runs, 2, height=2.3)
-    for each, quantity, label in zip(axes, ("hessian", "fisher"), ("Hessian", "Fisher matrix"), strict=True):
+    drawn, axes = panels(runs, 3)
+    words = {"hessian": "Hessian, largest", "fisher": "Fisher matrix, largest", "spread": "Hessian, largest / tenth"}
+    for each, (quantity, label) in zip(axes, words.items(), strict=True):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.curve(quantity, arm.name))
-        each.set(yscale="log", ylabel=f"largest eigenvalue, {label}")
-    axes[1].set_xlabel("step")
+        each.set(yscale="log", ylabel=label, xlabel="step")
     return drawn

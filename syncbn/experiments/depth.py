@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from syncbn.experiments.drawing import log_axis, panels, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
+from syncbn.study.report.figures import arm_marks
 
 
 class Layer(nn.Module):
@@ -39,9 +40,8 @@ def run(setting: Setting) -> dict[str, float]:
     o = setting.options
     depth, width = o["depth"], o["width"]
     layers = [Layer(width, o["activation"], o["scale"], o["residual"]) for _ in range(depth)]
-    network = setting.normalize(nn.Sequential(*layers)).children()
-    x = torch.randn(setting.batch_size, width, dtype=torch.float64)
-    dy = torch.randn(setting.batch_size, width, dtype=torch.float64)
+    network = setting.normalize(nn.Sequential(*layers)).to(setting.device).children()
+    x, dy = torch.randn(2, setting.batch_size, width, dtype=torch.float64).to(setting.device)
     outputs = [x.requires_grad_()]
     for layer in network:
         outputs.append(layer(outputs[-1]))
@@ -56,14 +56,21 @@ def run(setting: Setting) -> dict[str, float]:
 
 
 def figure(runs: Runs) -> Figure:
-    """The squared gradient against the layer, counted from the last one, at the largest batch; growth by batch."""
+    """The squared gradient against the layer, counted from the last one, at the largest batch; growth by batch.
+
+    Dashed are the paper's ``pi / (pi - 1)`` for ReLU, and its ``(B - 2) / (B - 3)`` for the linear network.
+    """
     sizes = runs.study.axes["per_gpu_batch_size"]
-    drawn, (top, bottom) = panels(runs, 2, height=2.6)
+    drawn, (left, right) = panels(runs, 2, height=2.9)
     for arm in runs.study.arms:
-        trace(top, runs, arm.name, runs.curve("gradient", arm.name, {"per_gpu_batch_size": sizes[-1]}))
-        trace(bottom, runs, arm.name, runs.along("growth", arm.name, "per_gpu_batch_size"), marked=True)
-    top.set(yscale="log", xlabel="layers below the last one", ylabel="squared gradient")
-    top.set_title(f"{sizes[-1]} samples on each GPU")
-    bottom.set(xlabel="samples on each GPU", ylabel="growth in a layer")
-    log_axis(bottom, sizes)
+        trace(left, runs, arm.name, runs.curve("gradient", arm.name, {"per_gpu_batch_size": sizes[-1]}))
+        trace(right, runs, arm.name, runs.along("growth", arm.name, "per_gpu_batch_size"), marked=True)
+    marks = arm_marks(runs.study)
+    right.axhline(math.pi / (math.pi - 1), color=marks["relu"].colour, linestyle="--", linewidth=1)
+    batches = [size for size in sizes if isinstance(size, int)]
+    right.plot(batches, [(b - 2) / (b - 3) for b in batches], color=marks["linear"].colour, linestyle="--", linewidth=1)
+    left.set(yscale="log", xlabel="layers below the last one", ylabel="squared gradient")
+    left.set_title(f"{sizes[-1]} samples on each GPU")
+    right.set(xlabel="samples on each GPU", ylabel="growth in a layer")
+    log_axis(right, sizes)
     return drawn

@@ -71,10 +71,10 @@ def _expectations(mean: float, std: float, loss: str) -> tuple[float, float]:
 
 def figure(runs: Runs) -> Figure:
     """The gap along the steps, for each loss."""
-    drawn, axes = panels(runs, 2, height=2.4)
+    drawn, axes = panels(runs, 2)
     for each, loss in zip(axes, runs.study.axes["task.options.loss"], strict=True):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.curve("gap", arm.name, {"task.options.loss": loss}))
         each.set(yscale="log", ylabel="1 - cos² of the angle", xlabel="step")
-        each.set_title(str(loss))
+        each.set_title({"softplus": "logistic loss"}.get(str(loss), f"{loss} loss"))
     return drawn

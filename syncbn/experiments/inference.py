@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs, Trace
-from syncbn.experiments.training import error_of, report_errors, trained
+from syncbn.experiments.training import error_of, report_errors, trained, whole
 from syncbn.study import Setting
 
 
@@ -59,7 +59,8 @@ def run(setting: Setting) -> dict[str, float]:
         end = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
         return nn.Sequential(nn.BatchNorm2d(1, affine=False), *layers, *end)
 
-    result, model, images, labels = trained(setting, network)
+    result, model, sets = trained(setting, network)
+    images, labels = whole(sets.test)
     report_errors(setting, result)
     kinds = {entry["statistics"]: entry["test"] for entry in result.evaluations}
     population = (kinds.get("population") or {}).get("error")

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from syncbn.experiments.drawing import panels, trace
+from syncbn.experiments.drawing import band, panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, trained
+from syncbn.experiments.training import Perceptron, error_of, features, trained
 from syncbn.study import Setting
 
 FACTORS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -21,20 +21,21 @@ FACTORS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 def run(setting: Setting) -> dict[str, float]:
     """Walk from a point of the training along its gradient, on its batch, and back.
 
-    Reports ``range``, the largest minus the smallest loss on the way; ``change``, the largest distance of the gradient
-    from that of the start; ``beta``, the largest such distance over the length of the way. Returns their means over the
-    first hundred steps (``early_...``) and over the rest, and the test ``error``.
+    Reports ``lowest`` and ``highest``, the smallest and largest loss on the way; ``change``, the largest distance of
+    the gradient from that of the start; ``beta``, the largest such distance over the length of the way. Returns the
+    means of ``range``, the largest minus the smallest loss, and of the other two over the first hundred steps
+    (``early_...``) and over the rest, and the test ``error``.
     """
     o = setting.options
     seen: list[tuple[int, float, float, float]] = []
 
     def probe(step: int, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         if step % o["look_every"] == 0:
-            spread, change, beta = _walk(model, images, labels, setting.config.optimizer.lr)
-            seen.append((step, spread, change, beta))
-            setting.report(step, range=spread, change=change, beta=beta)
+            (lowest, highest), change, beta = _walk(model, images, labels, setting.config.optimizer.lr)
+            seen.append((step, highest - lowest, change, beta))
+            setting.report(step, lowest=lowest, highest=highest, change=change, beta=beta)
 
-    result = trained(setting, lambda: Perceptron((784, 100, o["depth"], 10)), probe).result
+    result = trained(setting, lambda: Perceptron((features(setting), 100, o["depth"], 10)), probe).result
     found = {"error": error_of(result)}
     for i, name in enumerate(("range", "change", "beta"), start=1):
         for prefix, part in (("early_", [s[i] for s in seen if s[0] < 100]), ("", [s[i] for s in seen if s[0] >= 100])):
@@ -42,7 +43,7 @@ def run(setting: Setting) -> dict[str, float]:
     return found
 
 
-def _walk(model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> tuple[float, float, float]:
+def _walk(model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> tuple[tuple[float, float], float, float]:
     walker = copy.deepcopy(model)
     parameters = list(walker.parameters())
     start = [p.detach().clone() for p in parameters]
@@ -57,7 +58,7 @@ def _walk(model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> tupl
         losses.append(loss)
         changes.append(_norm([a - b for a, b in zip(there, gradient, strict=True)]))
         betas.append(changes[-1] / (factor * rate * length))
-    return max(losses) - min(losses), max(changes), max(betas)
+    return (min(losses), max(losses)), max(changes), max(betas)
 
 
 def _loss_and_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[Tensor]]:
@@ -70,12 +71,13 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 def figure(runs: Runs) -> Figure:
-    """The three quantities along the steps."""
-    drawn, axes = panels(runs, 3, height=2.1)
-    words = ("range of the loss", "change of the gradient", "effective beta")
-    for each, quantity, label in zip(axes, ("range", "change", "beta"), words, strict=True):
-        for arm in runs.study.arms:
-            trace(each, runs, arm.name, runs.curve(quantity, arm.name))
-        each.set(yscale="log", ylabel=label)
-    axes[-1].set_xlabel("step")
+    """The losses on the way, and the two quantities of the gradient, along the steps."""
+    drawn, axes = panels(runs, 3)
+    for arm in runs.study.arms:
+        band(axes[0], runs, arm.name, runs.curve("lowest", arm.name), runs.curve("highest", arm.name))
+        trace(axes[1], runs, arm.name, runs.curve("change", arm.name))
+        trace(axes[2], runs, arm.name, runs.curve("beta", arm.name))
+    words = ("losses along the gradient", "change of the gradient", "effective beta")
+    for each, label in zip(axes, words, strict=True):
+        each.set(yscale="log", ylabel=label, xlabel="step")
     return drawn

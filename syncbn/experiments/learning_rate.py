@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from matplotlib.figure import Figure
 from torch import nn
 
 from syncbn.experiments.drawing import log_axis, panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, report_errors, trained
+from syncbn.experiments.training import Perceptron, error_of, features, report_errors, trained
 from syncbn.study import Setting
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
@@ -21,15 +19,9 @@ def run(setting: Setting) -> dict[str, float]:
     ``steps`` are counted to the first evaluation below the target; the whole budget if there is none.
     """
     o = setting.options
-    std = o["scale"] * math.sqrt(2 / 100)
-    network = Perceptron(
-        (784, 100, o["depth"], 10),
-        ACTIVATIONS[o["activation"]],
-        std if o["scale"] != 1 else None,
-        norm_after=o["norm_after"],
-        dropout=o["dropout"],
-    )
-    result = trained(setting, lambda: network).result
+    sizes = (features(setting), 100, o["depth"], 10)
+    own = {name: o[name] for name in ("norm_after", "dropout", "scale")}
+    result = trained(setting, lambda: Perceptron(sizes, ACTIVATIONS[o["activation"]], **own)).result
     evaluated = [(entry["step"], entry["test"]["error"]) for entry in result.history if entry["test"] is not None]
     report_errors(setting, result)
     budget = setting.config.budget.steps
@@ -39,14 +31,18 @@ def run(setting: Setting) -> dict[str, float]:
 
 
 def figure(runs: Runs) -> Figure:
-    """The error and the steps to the target against the learning rate."""
-    rates = runs.study.axes["optimizer.lr"]
-    drawn, axes = panels(runs, 2, height=2.6)
-    for each, quantity, label in zip(axes, ("error", "steps"), ("test error", "steps to the target"), strict=True):
-        for arm in runs.study.arms:
+    """The error and the steps to the target against the learning rate.
+
+    Arms at some of the learning rates have a row of their own, beside the first arm.
+    """
+    arms = runs.study.arms
+    drawn, axes = panels(runs, 4, columns=2)
+    main, varied = [arm for arm in arms if not arm.only], [arms[0], *(arm for arm in arms if arm.only)]
+    shown = zip(axes, (main, main, varied, varied), ("error", "steps") * 2, strict=True)
+    for each, some, quantity in shown:
+        for arm in some:
             trace(each, runs, arm.name, runs.along(quantity, arm.name, "optimizer.lr"), marked=True)
-        each.set_ylabel(label)
-        log_axis(each, rates)
-    axes[0].set_yscale("log")
-    axes[1].set_xlabel("learning rate")
+        each.set(ylabel="test error" if quantity == "error" else "steps to the target", xlabel="learning rate")
+        log_axis(each, runs.study.axes["optimizer.lr"])
+        each.set_yscale("log" if quantity == "error" else "linear")
     return drawn

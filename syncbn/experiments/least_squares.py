@@ -11,6 +11,7 @@ from torch import Tensor
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
+from syncbn.study.report.figures import arm_marks
 
 LARGEST = 1e30
 """A gap from which a descent does not come back: it has diverged."""
@@ -66,13 +67,16 @@ def _steps_to(level: float, gaps: list[float], most: int) -> int:
 
 
 def figure(runs: Runs) -> Figure:
-    """The gap after the last step against the learning rate, and the steps that it takes."""
-    drawn, axes = panels(runs, 2, height=2.4)
+    """The gap after the last step against the learning rate, and the steps that it takes; dashed, at the best rate."""
+    drawn, axes = panels(runs, 2)
     for each, quantity, label in zip(axes, ("gap", "steps"), ("gap after the last step", "steps to 1e-6"), strict=True):
         for arm in runs.study.arms:
             if not arm.only:
                 trace(each, runs, arm.name, runs.along(quantity, arm.name, "optimizer.lr"), marked=True)
-        each.set(xscale="log", yscale="log", ylabel=label)
+        each.set(xscale="log", yscale="log", ylabel=label, xlabel="learning rate x largest eigenvalue")
+    for arm in runs.study.arms:
+        if arm.only and (steps := runs.values("steps", arm.name)):
+            colour = arm_marks(runs.study)[arm.name].colour
+            axes[1].axhline(sum(steps.values()) / len(steps), color=colour, linestyle="--", linewidth=1.5)
     axes[0].set_ylim(1e-32, 1e32)
-    axes[-1].set_xlabel("learning rate times the largest eigenvalue")
     return drawn

@@ -13,8 +13,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, trained
+from syncbn.experiments.training import Perceptron, error_of, features, trained
 from syncbn.study import Setting
+from syncbn.study.report.figures import INK
 
 SCALES = (0.01, 0.1, 10.0, 100.0)
 """Factors of the weights that must not change a normalized network."""
@@ -45,7 +46,7 @@ def run(setting: Setting) -> dict[str, float]:
             before.append(w.clone())
             setting.report(step, length=float(w.norm(dim=1).mean()), angle=angles[-1][1] if angles else math.nan)
 
-    result = trained(setting, lambda: Perceptron((784, 100, o["depth"], 10), eps=1e-12), probe).result
+    result = trained(setting, lambda: Perceptron((features(setting), 100, o["depth"], 10), eps=1e-12), probe).result
     settled = math.sqrt(2 * c.lr * c.weight_decay)
     late = [angle for step, angle in angles if step >= 0.8 * result.steps]
     return {"error": error_of(result), "turn": sum(late) / len(late) / settled, **found}
@@ -66,7 +67,7 @@ def _invariance(model: nn.Module, layer: int, images: Tensor, labels: Tensor) ->
         gradients.append(g)
     change = max(float((y - outputs[0]).abs().max() / outputs[0].abs().max()) for y in outputs[1:])
     norms = torch.stack([g.norm() for g in gradients[1:]]).log()
-    slope = np.polyfit(np.log(SCALES), norms.numpy(), 1)[0]
+    slope = np.polyfit(np.log(SCALES), norms.cpu().numpy(), 1)[0]
     return {"output": change, "slope": float(slope), "orthogonal": _largest_cosine(gradients[0], kept)}
 
 
@@ -79,13 +80,15 @@ def _largest_cosine(first: Tensor, second: Tensor) -> float:
 
 
 def figure(runs: Runs) -> Figure:
-    """The length of the weights and the angle of a step along the training."""
-    drawn, axes = panels(runs, 2, height=2.3)
+    """The length of the weights and the angle of a step along the training; dashed is the angle of the theory."""
+    drawn, axes = panels(runs, 2)
     for each, quantity, label in zip(
         axes, ("length", "angle"), ("length of a unit's weights", "angle of a step"), strict=True
     ):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.curve(quantity, arm.name))
-        each.set(yscale="log", ylabel=label)
-    axes[1].set_xlabel("step")
+        each.set(yscale="log", ylabel=label, xlabel="step")
+    optimizer = runs.study.base["optimizer"]
+    settled = math.sqrt(2 * optimizer["lr"] * optimizer["weight_decay"])
+    axes[1].axhline(settled, color=INK, linestyle="--", linewidth=1)
     return drawn

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from syncbn.experiments.drawing import panels, trace
 from syncbn.experiments.runs import Runs
-from syncbn.experiments.training import Perceptron, error_of, report_errors, trained
+from syncbn.experiments.training import Perceptron, error_of, features, report_errors, trained
 from syncbn.study import Setting
 
 MEAN, STD, SPREAD = 0.5, 1.25, 0.1
@@ -34,6 +34,15 @@ class Noise(nn.Module):
         return s * x + m
 
 
+def noisy(model: nn.Module) -> nn.Module:
+    """``model`` with a noise behind each batch normalization."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(parent, name, nn.Sequential(child, Noise()))
+    return model
+
+
 def run(setting: Setting) -> dict[str, float]:
     """Train a deep perceptron; ``error`` of the test set, and how unstable the inputs of its last layer are.
 
@@ -43,20 +52,18 @@ def run(setting: Setting) -> dict[str, float]:
     o = setting.options
     means: list[Tensor] = []
 
-    def network() -> nn.Module:
-        layers: list[nn.Module] = []
-        for layer in Perceptron((784, 100, o["depth"], 10)):
-            layers += [layer, Noise()] if isinstance(layer, nn.BatchNorm1d) and o["noise"] else [layer]
-        model = nn.Sequential(*layers)
-        model[-1].register_forward_pre_hook(note)
-        return model
+    def prepare(model: nn.Module) -> nn.Module:
+        last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+        last.register_forward_pre_hook(note)
+        return noisy(model) if o["noise"] else model
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training and torch.is_grad_enabled():
             x = inputs[0].detach()
             means.append(torch.stack((x.mean(0), x.std(0))))
 
-    result = trained(setting, network).result
+    sizes = (features(setting), 100, o["depth"], 10)
+    result = trained(setting, lambda: Perceptron(sizes), prepare=prepare).result
     changes = [(b[0] - a[0]).abs() / (a[1] + 1e-6) for a, b in itertools.pairwise(means)]
     report_errors(setting, result)
     kept = [c[c < 100].mean() for c in changes]  # not of units that are dead in a batch
@@ -66,11 +73,10 @@ def run(setting: Setting) -> dict[str, float]:
 def figure(runs: Runs) -> Figure:
     """The test error along the steps, for each learning rate."""
     rates = runs.study.axes["optimizer.lr"]
-    drawn, axes = panels(runs, len(rates), height=2.3)
+    drawn, axes = panels(runs, len(rates))
     for each, rate in zip(axes, rates, strict=True):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.curve("error", arm.name, {"optimizer.lr": rate}), marked=True)
-        each.set(yscale="log", ylabel="test error")
+        each.set(yscale="log", ylabel="test error", xlabel="step")
         each.set_title(f"learning rate {rate:g}")
-    axes[-1].set_xlabel("step")
     return drawn

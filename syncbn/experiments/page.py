@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from syncbn.study.report.figures import save
 from syncbn.study.report.format import joined, plural
 from syncbn.study.report.report import template, versions_of, write_page
 from syncbn.study.report.tables import Table
-from syncbn.train.result import RunResult
+from syncbn.train.result import RunResult, write_atomically
 from syncbn.train.yaml_file import yaml_text
 
 WORDS: dict[Agreement, str] = {"agrees": "agrees", "disagrees": "does not agree", "open": "not decided"}
@@ -30,7 +32,10 @@ _VERBS: dict[Agreement, tuple[str, str]] = {
 
 
 def write_experiment(experiment: Experiment, results: Mapping[str, RunResult], out: Path, *, command: str) -> Path:
-    """Write ``experiment.html`` and ``figure.svg`` to ``out``, from the results that there are; returns the page."""
+    """Write ``experiment.html``, ``figure.svg`` and ``checks.csv`` to ``out``; returns the page.
+
+    Runs that are missing are left out.
+    """
     cells = study_cells(experiment.study)
     runs = Runs(experiment.study, cells, results)
     found = [measure(check, runs) for check in experiment.checks]
@@ -47,6 +52,7 @@ def write_experiment(experiment: Experiment, results: Mapping[str, RunResult], o
         base=yaml_text(experiment.study.base),
         command=command,
     )
+    write_atomically(out / "checks.csv", checks_csv(found))
     write_page(out / "experiment.html", page)
     return out / "experiment.html"
 
@@ -55,6 +61,17 @@ def checks_table(found: Sequence[Measured]) -> Table:
     """A row for each check."""
     rows = [[m.check.text, m.check.expected, m.words, str(m.seeds), WORDS[m.agreement]] for m in found]
     return Table(title="", head=["The claim says", "expected", "measured (95 % interval)", "seeds", "here"], rows=rows)
+
+
+def checks_csv(found: Sequence[Measured]) -> str:
+    """A line for each check; mean and interval have all their digits, and are empty without seeds."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("check", "expected", "mean", "low", "high", "seeds", "agrees"))
+    for m in found:
+        numbers = ("", "", "") if not m.seeds else (m.mean, m.low, m.high)
+        rows.writerow((m.check.text, m.check.expected, *numbers, m.seeds, WORDS[m.agreement]))
+    return text.getvalue()
 
 
 def verdict(found: Sequence[Measured]) -> str:

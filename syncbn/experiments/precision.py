@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
-from syncbn.experiments.drawing import log_axis, panels, trace
+from syncbn.experiments.drawing import log_axis, panels, positive, trace
 from syncbn.experiments.runs import Runs
 from syncbn.study import Setting
 
@@ -45,13 +45,14 @@ def _variance(x: Tensor, formula: str) -> Tensor:
 def figure(runs: Runs) -> Figure:
     """The error against the mean, for each dtype."""
     dtypes, means = (runs.study.axes[f"task.options.{name}"] for name in ("dtype", "mean"))
-    drawn, axes = panels(runs, len(dtypes), height=1.9)
+    drawn, axes = panels(runs, len(dtypes))
     for each, dtype in zip(axes, dtypes, strict=True):
         for arm in runs.study.arms:
             place = {"task.options.dtype": dtype}
-            trace(each, runs, arm.name, runs.along("error", arm.name, "task.options.mean", place), marked=True)
-        each.set(yscale="log", ylabel="relative error", ylim=(1e-9, 2))
+            found = positive(runs.along("error", arm.name, "task.options.mean", place))
+            trace(each, runs, arm.name, found, marked=True)
+        each.set(yscale="log", ylim=(1e-9, 2), xlabel="mean / standard deviation")
         log_axis(each, means)
         each.set_title(str(dtype))
-    axes[-1].set_xlabel("mean / standard deviation")
+    axes[0].set_ylabel("relative error")
     return drawn

@@ -86,12 +86,12 @@ def _gradient_and_curvature(
 def figure(runs: Runs) -> Figure:
     """The relative difference between the two sides, and the share of losses that violate the blog's form."""
     sizes = runs.study.axes["per_gpu_batch_size"]
-    drawn, axes = panels(runs, 3, height=1.9)
+    drawn, axes = panels(runs, 3)
     words = ("gradient: difference", "curvature: difference", "blog's form: violated")
     for each, quantity, label in zip(axes, ("first", "second", "violated"), words, strict=True):
         for arm in runs.study.arms:
             trace(each, runs, arm.name, runs.along(quantity, arm.name, "per_gpu_batch_size"), marked=True)
         each.set(ylabel=label, yscale="linear" if quantity == "violated" else "log")
         log_axis(each, sizes)
-    axes[-1].set_xlabel("samples on each GPU")
+        each.set_xlabel("samples on each GPU")
     return drawn

@@ -1,4 +1,4 @@
-"""Training a perceptron of images by the package's trainer, with a look at it before each step."""
+"""Training a network on images by the package's trainer, with a look at it before each step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from syncbn.train.tasks.classification import Classification
 
 Probe = Callable[[int, nn.Module, Tensor, Tensor], None]
 """Called before each step with its number, the model, and the batch: images (N, ...) and labels (N,)."""
+FEATURES = {"mnist5k": 784, "fashion_mnist": 784, "cifar10": 3072}
+"""Values of an image, of the data sets that the option ``data`` may name."""
+
+
+def features(setting: Setting) -> int:
+    """Inputs of a perceptron for the setting's images."""
+    return FEATURES[setting.options.get("data", "mnist5k")]
 
 
 class Perceptron(nn.Sequential):
@@ -24,7 +31,8 @@ class Perceptron(nn.Sequential):
     Args:
         sizes: features of an image, units of a hidden layer, hidden layers, classes.
         activation: makes the activation of a layer.
-        std: standard deviation of the Gaussian weights; None is He et al.'s, ``sqrt(2 / inputs)`` of each layer.
+        std: standard deviation of the Gaussian weights; None is He et al.'s, ``sqrt(2 / inputs)`` of each layer, times
+            ``scale``.
         norm_after: whether the normalization stands after the activation and not before it.
     """
 
@@ -37,6 +45,7 @@ class Perceptron(nn.Sequential):
         norm_after: bool = False,
         dropout: float = 0.0,
         eps: float = 1e-5,
+        scale: float = 1.0,
     ) -> None:
         inputs, width, depth, classes = sizes
         layers: list[nn.Module] = [nn.Flatten()]
@@ -48,32 +57,42 @@ class Perceptron(nn.Sequential):
         super().__init__(*layers, nn.Linear(inputs, classes))
         for layer in self:
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features) if std is None else std)
+                nn.init.normal_(layer.weight, std=scale * math.sqrt(2 / layer.in_features) if std is None else std)
                 nn.init.zeros_(layer.bias)
 
 
 class Images(Task):
-    """Classification of 5,000 images of MNIST, or of the option ``train_samples``, by a network of the experiment's."""
+    """Classification by a network of the experiment's of 5,000 images of MNIST, or as the options say.
+
+    ``data`` is the name of a data set, ``train_samples`` a number of its images, and ``model`` the name of a network of
+    the trainer's or a library's, in place of the experiment's.
+    """
 
     metric = Metric("error", of_samples=True)
 
-    def __init__(self, setting: Setting, network: Callable[[], nn.Module], probe: Probe | None) -> None:
-        data = DataConfig(train_samples=setting.options.get("train_samples"))
-        self._images = Classification(data, ModelConfig(), 0.0, setting.device)
-        self._network, self._probe = network, probe
+    def __init__(
+        self,
+        setting: Setting,
+        network: Callable[[], nn.Module],
+        probe: Probe | None,
+        prepare: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        o = setting.options
+        data = DataConfig(name=o.get("data", "mnist5k"), train_samples=o.get("train_samples"))
+        named = o.get("model")
+        self._images = Classification(data, ModelConfig(name=named or "convnet"), 0.0, setting.device)
+        self._network, self._probe, self._prepare = self._images.model if named else network, probe, prepare
         self._step = 0
         self.seen: nn.Module | None = None
         """The network that was trained."""
-        self.test: tuple[Tensor, Tensor] | None = None
-        """Images (n, ...) and labels (n,) of the test set."""
+        self.sets: Datasets | None = None
 
     def model(self) -> nn.Module:
-        return self._network()
+        return self._prepare(self._network())
 
     def data(self, seed: int) -> Datasets:
-        found = self._images.data(seed)
-        self.test = found.test.__getitems__([(0, index) for index in range(len(found.test))])
-        return found
+        self.sets = self._images.data(seed)
+        return self.sets
 
     def outputs(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
         if model.training and self._probe is not None:
@@ -91,22 +110,32 @@ class Images(Task):
 
 
 class Trained(NamedTuple):
-    """A run, its network in evaluation mode, and the test set, in the order of its classes."""
+    """A run, its network in evaluation mode, and its data, the test set in the order of its classes."""
 
     result: RunResult
     """Its history has the test error of each evaluation."""
     model: nn.Module
-    images: Tensor
-    labels: Tensor
+    sets: Datasets
 
 
-def trained(setting: Setting, network: Callable[[], nn.Module], probe: Probe | None = None) -> Trained:
-    """Train the network by the setting's configuration."""
-    task = Images(setting, network, probe)
+def whole(data: Any) -> tuple[Tensor, Tensor]:
+    """All images (n, ...) and labels (n,) of a data set."""
+    images, labels = data.__getitems__([(0, index) for index in range(len(data))])
+    return images, labels
+
+
+def trained(
+    setting: Setting,
+    network: Callable[[], nn.Module],
+    probe: Probe | None = None,
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Trained:
+    """Train the network, or that of the option ``model``, prepared, by the setting's configuration."""
+    task = Images(setting, network, probe, prepare)
     result = train(setting.config, task=task)
     assert task.seen is not None, "it was trained"
-    assert task.test is not None, "its data were loaded"
-    return Trained(result, task.seen.eval(), *task.test)
+    assert task.sets is not None, "its data were loaded"
+    return Trained(result, task.seen.eval(), task.sets)
 
 
 def report_errors(setting: Setting, result: RunResult) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import experiment_table
 import pytest
 import torch
 from torch import nn
@@ -15,10 +16,12 @@ from syncbn.cli import main
 from syncbn.experiments import experiment_names, load_experiment
 from syncbn.experiments.checks import measure
 from syncbn.experiments.curvature import largest_eigenvalues
+from syncbn.experiments.drift import divergence
 from syncbn.experiments.experiment import experiment_from_dict
+from syncbn.experiments.gradient_shift import shift_of_gradients
 from syncbn.experiments.inference import AverageNorm
-from syncbn.experiments.noise import Noise
-from syncbn.experiments.page import write_experiment
+from syncbn.experiments.noise import Noise, noisy
+from syncbn.experiments.page import verdict, write_experiment
 from syncbn.experiments.runs import Runs
 from syncbn.study.plan.grid import study_cells
 from syncbn.study.run.own_loop import Setting, train_function
@@ -26,7 +29,7 @@ from syncbn.train.config import ConfigError
 from syncbn.train.result import RunResult
 
 TRAINING = {
-    "batch_noise": {"task": {"depth": 2, "silhouette_samples": 50}, "steps": 6},
+    "batch_noise": {"task": {"depth": 2, "look_every": 2, "silhouette_samples": 50}, "steps": 6},
     "curvature": {"task": {"look_every": 3, "depth": 2}, "steps": 6},
     "inference": {"task": {"width": 2}, "steps": 4},
     "length": {"task": {}, "steps": 30},
@@ -137,6 +140,14 @@ def test_noise_has_the_moments_of_the_paper() -> None:
     assert Noise().eval()(x) is x
 
 
+def test_noise_stands_behind_each_normalization() -> None:
+    block = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model = noisy(nn.Sequential(block, nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 2)))
+    kinds = [type(module) for module in model.modules()]
+    assert [kinds[i + 1] for i, kind in enumerate(kinds) if kind in (nn.BatchNorm1d, nn.BatchNorm2d)] == [Noise] * 2
+    assert model(torch.randn(3, 1, 4, 4)).shape == (3, 2)
+
+
 def test_largest_eigenvalues() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -157,8 +168,41 @@ def test_largest_eigenvalues() -> None:
     fisher = torch.einsum("nap,nab,nbq->pq", j, of_softmax, j) / len(x)
     found = largest_eigenvalues(model, x, labels)
     # Lanczos stops at 1 percent.
-    assert found[0] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=0.01)
+    assert found[0] == pytest.approx(torch.linalg.eigvalsh(hessian).flip(0)[:10].tolist(), rel=0.01)
     assert found[1] == pytest.approx(float(torch.linalg.eigvalsh(fisher)[-1]), rel=0.01)
+
+
+def test_divergence_of_gaussians() -> None:
+    x = torch.randn(50, 3, dtype=torch.float64)
+    std = x.std(0)
+    torch.testing.assert_close(divergence(x, x), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(divergence(x, x + 2 * std), torch.full((3,), 2.0, dtype=torch.float64))
+    assert divergence(x, 2 * x + std)[0] != pytest.approx(float(divergence(2 * x + std, x)[0]))
+
+
+def test_shift_is_that_of_the_layers_below() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    x, labels = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 2
+
+    def gradient() -> torch.Tensor:
+        """That of the last layer; leaves those of the others in place."""
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        return torch.cat([p.grad.flatten() for p in model[2].parameters() if p.grad is not None])
+
+    assert shift_of_gradients(model, x, labels, 0.0) == pytest.approx({"cosine": 1, "distance": 0, "relative": 0})
+    found = shift_of_gradients(model, x, labels, 0.5)
+    old = gradient()
+    with torch.no_grad():
+        for p in model[:2].parameters():
+            assert p.grad is not None
+            p -= 0.5 * p.grad
+    new = gradient()
+    distance = float((old - new).norm())
+    assert distance > 1e-3
+    cosine = float(nn.functional.cosine_similarity(old, new, dim=0))
+    assert found == pytest.approx({"cosine": cosine, "distance": distance, "relative": distance / float(old.norm())})
 
 
 def test_averages_are_constants() -> None:
@@ -200,6 +244,19 @@ def test_each_arm_trains(name: str) -> None:
         found = run_of(name)(Setting(config=config, out=None, resume=False))
         assert all(math.isfinite(value) for value in found.values())
         assert 0 <= found["error"] <= 1
+
+
+@pytest.mark.parametrize("name", ["batch_noise", "curvature", "landscape", "noise"])
+def test_networks_of_the_trainer(name: str) -> None:
+    """With the option ``model``, as the sizes for a GPU have it."""
+    small = {**TRAINING[name]["task"], "train_samples": 60, "model": "convnet"}  # type: ignore[dict-item]
+    cells = study_cells(load_experiment(name).study)
+    special = {"curvature": "outputs", "noise": "noisy"}.get(name, "batch")
+    config = next(cell for cell in cells if cell.arm == special).config
+    options = {**config.task.options, **small, **({"look_every": 3} if name == "landscape" else {})}
+    budget = replace(config.budget, epochs=None, steps=102 if name == "landscape" else 4)
+    config = replace(config, task=replace(config.task, options=options), budget=budget)
+    assert all(math.isfinite(value) for value in run_of(name)(Setting(config=config, out=None, resume=False)).values())
 
 
 def test_looking_changes_nothing() -> None:
@@ -330,6 +387,12 @@ def test_page(tmp_path: Path) -> None:
     assert "Of 1 check, 1 agrees." in page
     for words in ("Two arms", "Nobody 2000, section 1", "3.2 (2.95 to 3.45)", "<svg", "syncbn experiment two"):
         assert words in page
+    head, line = (tmp_path / "checks.csv").read_text().splitlines()
+    assert head == "check,expected,mean,low,high,seeds,agrees"
+    check, expected, *numbers, seeds, agrees = line.split(",")
+    assert (check, expected, seeds, agrees) == ("larger", "above 2", "3", "agrees")
+    # 3.2 and Student's t for 2 degrees of freedom times a standard deviation of 0.1 over sqrt(3).
+    assert list(map(float, numbers)) == pytest.approx([3.2, 3.2 - 0.2484, 3.2 + 0.2484], abs=1e-4)
     some = dict(list(results.items())[:2])
     page = write_experiment(experiment, some, tmp_path, command="x").read_text()
     assert "2 of 12 runs are done" in page
@@ -344,6 +407,51 @@ def test_every_experiment_can_be_loaded(capsys: pytest.CaptureFixture[str]) -> N
         assert f"{name:<16}{experiment.study.title} ({experiment.source})" in said
         assert len(experiment.study.seeds) >= 5
         assert callable(experiment.figure)
+
+
+EXACT = {"half_spaces", "least_squares", "precision", "smoothing"}
+"""Experiments of a size that does not matter."""
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_sizes_for_a_gpu(name: str) -> None:
+    if name in EXACT:
+        with pytest.raises(ConfigError, match="the sizes for a GPU"):
+            load_experiment(name, larger=True)
+        return
+    small, large = load_experiment(name), load_experiment(name, larger=True)
+    assert large.checks == small.checks
+    assert "not been run" in large.study.notes
+    assert large.study.base["device"] == "auto"
+    assert large.study.base["task"]["options"] != small.study.base["task"]["options"]
+
+
+# -- the kept results --------------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_has_the_kept_results() -> None:
+    page = experiment_table.PAGE.read_text()
+    assert page == experiment_table.written(page), "run: python tests/experiment_table.py"
+
+
+def test_the_kept_pages_are_those_of_the_experiments() -> None:
+    folders = sorted(path for path in experiment_table.RESULTS.iterdir() if path.is_dir())
+    assert [path.name for path in folders] == experiment_names()
+    for path in folders:
+        assert sorted(file.name for file in path.iterdir()) == sorted(experiment_table.KEPT)
+        found = experiment_table.kept(load_experiment(path.name))
+        assert verdict(found) in (path / "experiment.html").read_text()
+        # The checks of deterministic quantities have seeds as well.
+        assert all(m.seeds >= 5 for m in found), path.name
+    files = [file for path in folders for file in path.iterdir()]
+    assert sum(file.stat().st_size for file in files) < 5e6
+
+
+def test_other_checks_than_the_kept_ones_are_noticed(tmp_path: Path) -> None:
+    experiment = load_experiment("depth")
+    changed = replace(experiment.checks[0], below=2.0)
+    with pytest.raises(ValueError, match="the check is now"):
+        experiment_table.kept(replace(experiment, checks=(changed, *experiment.checks[1:])))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,20 +218,21 @@ def log_locator(low: float, high: float, start: float, end: float) -> Locator:
     return FixedLocator([tick for power in powers for base in bases if start <= (tick := base * 10.0**power) <= end])
 
 
-def new_figure(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` axes in columns, each ``height`` inches high."""
+def new_figure(count: int, columns: int, height: float, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` axes in columns, each ``height`` inches high; ``width`` in units of 1/72 inch."""
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(WIDTH / 72, rows * height), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width / 72, rows * height), facecolor="white", layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
-def add_legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark]) -> None:
+def add_legend(figure: Figure, labels: Mapping[str, str], marks: Mapping[str, Mark], columns: int = 2) -> None:
     """A legend of the arms below all panels, for which the figure grows."""
     lines = [Line2D([], [], color=marks[name].colour, marker=marks[name].marker, linewidth=1.5) for name in labels]
     names = [textwrap.fill(label, 30) for label in labels.values()]
-    figure.legend(lines, names, loc="outside lower left", ncols=2)
+    figure.legend(lines, names, loc="outside lower left", ncols=columns)
     width, height = figure.get_size_inches()
-    rows = sum(max(n.count("\n") + 1 for n in names[i : i + 2]) for i in range(0, len(names), 2))
+    lines_of = [name.count("\n") + 1 for name in names]
+    rows = sum(max(lines_of[i : i + columns]) for i in range(0, len(names), columns))
     figure.set_size_inches(width, height + 0.21 * rows + 0.1)
 
 

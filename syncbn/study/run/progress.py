@@ -33,8 +33,10 @@ class _Running(NamedTuple):
 class Display:
     """Shows how many runs have ended, which ones are going on and about how long the rest takes. A context manager."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, part: str = "test") -> None:
+        """``part``: of the data that a run's score is of; empty if it is of none."""
         self.console = Console(quiet=quiet)
+        self.part = part
         self.total = self.done = 0
         self.workers = 1
         self._running: dict[str, _Running] = {}
@@ -97,12 +99,11 @@ class Display:
             news = f"diverged after {result.steps} steps"
         else:
             # A run of the tuning says what it is chosen by.
-            part: str = "test"
-            score: float | None = result.score
+            part, score = self.part, result.score
             if outcome.job.cell.tuning and result.validation is not None:
                 part, score = "validation", result.validation[result.metric.name]
             shown = "unknown" if score is None else result.metric.shown(score)
-            news = f"{part} {result.metric.name} {shown}, {duration(result.seconds)}"
+            news = f"{part} {result.metric.name} {shown}, {duration(result.seconds)}".lstrip()
         width = len(str(self.total))
         left = self._left()
         self._print(f"[{self.done:{width}}/{self.total}] {outcome.job.label}: {news}" + (f"; {left}" if left else ""))

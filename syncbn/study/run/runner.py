@@ -41,7 +41,7 @@ def run_cells(
     executor: Executor = "pool",
     options: Mapping[str, Any] | None = None,
     together: bool = False,
-    progress: bool = True,
+    progress: bool | Display = True,
 ) -> dict[str, Outcome]:
     """Run the cells that have no record yet.
 
@@ -51,7 +51,7 @@ def run_cells(
         executor, options: who does the runs, and for submitit the parameters of a job.
         together: all processes of a launcher do each run together. This is the first of them, and the others have to
             call :func:`syncbn.study.run.ranks.follow`.
-        progress: print what is done.
+        progress: print what is done, or what prints it.
 
     Returns:
         One outcome per key. A run that failed is an outcome; records or a result of another version are a ConfigError.
@@ -62,7 +62,7 @@ def run_cells(
     outcomes = {key: outcome for key, job in jobs.items() if (outcome := _settled(job, records))}
     limit = workers or (len(jobs) if executor == "slurm" else len(os.sched_getaffinity(0)))
     side_by_side = 1 if together or executor == "here" else min(limit, len(jobs) - len(outcomes))
-    with Display(quiet=not progress) as shown:
+    with progress if isinstance(progress, Display) else Display(quiet=not progress) as shown:
         shown.start(total=len(jobs), done=len(outcomes), workers=side_by_side)
         while left := [job for key, job in jobs.items() if key not in outcomes]:
             if free := different_first([job for job in left if not job.held()]):
