@@ -253,7 +253,7 @@ def test_networks_of_the_trainer(name: str) -> None:
     cells = study_cells(load_experiment(name).study)
     special = {"curvature": "outputs", "noise": "noisy"}.get(name, "batch")
     config = next(cell for cell in cells if cell.arm == special).config
-    options = {**config.task.options, **small, **({"look_every": 3} if name == "landscape" else {})}
+    options = {**config.task.options, **small, **({"look_every": 50} if name == "landscape" else {})}
     budget = replace(config.budget, epochs=None, steps=102 if name == "landscape" else 4)
     config = replace(config, task=replace(config.task, options=options), budget=budget)
     assert all(math.isfinite(value) for value in run_of(name)(Setting(config=config, out=None, resume=False)).values())

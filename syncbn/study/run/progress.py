@@ -99,7 +99,8 @@ class Display:
             news = f"diverged after {result.steps} steps"
         else:
             # A run of the tuning says what it is chosen by.
-            part, score = self.part, result.score
+            part = self.part
+            score: float | None = result.score
             if outcome.job.cell.tuning and result.validation is not None:
                 part, score = "validation", result.validation[result.metric.name]
             shown = "unknown" if score is None else result.metric.shown(score)
