@@ -160,9 +160,9 @@ class SmallBatchNorm(_BatchNorm):
         if self.default_domain is not None:
             add_missing_domains(self, state_dict, prefix)
         conversion = vars(self).get("_conversion")
-        if conversion is not None and conversion.frozen is not None:
-            # Frozen layers have no num_batches_tracked. torch adds it to a checkpoint without a version; detectron2's
-            # FrozenBatchNorm2d has one.
+        if conversion is not None and conversion.frozen is not None and (local_metadata.get("version") or 0) > 2:
+            # A frozen layer has no num_batches_tracked. torch adds it to a checkpoint of version 1 or none, but that of
+            # detectron2's FrozenBatchNorm2d is 3. BatchNorm's own is 2.
             local_metadata = {**local_metadata, "version": None}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from syncbn.layers import BatchError, SampleGroups
+from syncbn.layers import BatchError, RowsError, SampleGroups
 from syncbn.population import restored
 from syncbn.train.batches import fetched, forward, loss_of
-from syncbn.train.config import LocalError, require
+from syncbn.train.config import ConfigError, LocalError, require
 from syncbn.train.data.samples import Key, batch_loader
 from syncbn.train.state import Run
 
@@ -30,16 +31,20 @@ def gradient_alignment(run: Run, sizes: Sequence[int], samples: int, probes: int
     Args:
         run: a prepared run with a synchronized norm, on one process.
         sizes: normalization batch sizes: so many consecutive samples share a mean.
-        samples: of a probe, rounded up to whole global batches.
+        samples: of a probe; see :func:`probe_length`.
         probes: from the beginning of the first epoch on; at most as many as the training set has.
 
     Returns:
-        The cosine by size; None if a layer cannot normalize such a batch, because it has one value per channel.
+        The cosine by size, of those that divide a probe into at least two: a size compared with itself would look
+        harmless. None if a layer cannot normalize such a batch, because it has one value per channel.
 
     Raises:
+        ConfigError: a gradient is not finite or zero everywhere, or the rows of a layer are not samples.
         LocalError: a probe as a whole cannot be normalized, or the task's data or code raised an error.
     """
-    keys = list(_probes(run, samples, probes))
+    length = probe_length(run, samples)
+    sizes = [size for size in sizes if length % size == 0 and length >= 2 * size]
+    keys = list(_probes(run, length, probes))
     sums: dict[int, Tensor | None] = {}
     whole: Tensor | None = None
     run.model.train()
@@ -63,8 +68,9 @@ def _mean_cosine(run: Run, a: Tensor, b: Tensor) -> float:
         for parameter, x, y in zip(parameters, a.split(sizes), b.split(sizes), strict=True)
         if parameter.dim() > 1 and bool(y.any())
     ]
-    expected = "a model whose weights get a gradient; a smaller optimizer.lr may help"
-    require(bool(cosines), "task.name", run.task_name, expected)
+    known = bool(cosines) and all(map(math.isfinite, cosines))
+    expected = "a model whose weights get finite gradients; a smaller optimizer.lr may help"
+    require(known, "task.name", run.task_name, expected)
     return fmean(cosines)
 
 
@@ -77,17 +83,30 @@ def added_gradient(so_far: Tensor | None, run: Run, batch: tuple[Any, Any], samp
     try:
         gradient = _gradient(run, batch, samples, size)
     except LocalError as error:
+        if isinstance(error.__cause__, RowsError):
+            expected = f"a model whose layers all have samples as rows ({error.__cause__})"
+            raise ConfigError("task.name", run.task_name, expected) from error
         if isinstance(error.__cause__, BatchError):  # one value per channel has no variance
             return None
         raise
     return gradient if so_far is None else so_far + gradient
 
 
-def _probes(run: Run, samples: int, probes: int) -> Iterator[list[Key]]:
-    order, size = run.schedule.order(0), run.config.global_batch_size
-    length = min(-(-samples // size), max(len(order) // size, 1)) * size
-    number = min(probes, max(len(order) // length, 1))
-    for start in range(0, number * length, length):
+def probe_length(run: Run, samples: int) -> int:
+    """The samples of a probe: whole global batches, as many as the training set has.
+
+    There are at least ``samples``, two global batches, and eight runs of one class: a probe of one class or two would
+    be as bad a reference as a small batch.
+    """
+    c, available = run.config, len(run.data.train)
+    least = max(samples, 2 * c.global_batch_size, 8 * c.data.class_skew)
+    whole = min(-(-least // c.global_batch_size), available // c.global_batch_size) * c.global_batch_size
+    return whole or available // c.per_gpu_batch_size * c.per_gpu_batch_size
+
+
+def _probes(run: Run, length: int, probes: int) -> Iterator[list[Key]]:
+    order = run.schedule.order(0)
+    for start in range(0, min(probes, len(order) // length) * length, length):
         yield [(0, index) for index in order[start : start + length]]
 
 
@@ -103,5 +122,8 @@ def _gradient(run: Run, batch: tuple[Any, Any], samples: int, size: int) -> Tens
     per_gpu = run.config.per_gpu_batch_size
     sizes = [min(per_gpu, samples - start) for start in range(0, samples, per_gpu)]
     total, _ = loss_of(run, forward(run, run.wrapped, inputs, targets), targets, sizes)
-    gradients = torch.autograd.grad(total, _trained(run), allow_unused=True, materialize_grads=True)
-    return torch.cat([each.flatten() for each in gradients])
+    run.model.zero_grad()
+    total.backward()  # autograd.grad does not go through reentrant checkpoints
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in _trained(run)]
+    run.model.zero_grad()
+    return torch.cat([(each.to_dense() if each.is_sparse else each).flatten() for each in gradients])

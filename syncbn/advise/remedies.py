@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from syncbn.advise.alignment import added_gradient, gradient_alignment
+from syncbn.advise.alignment import added_gradient, gradient_alignment, probe_length
 from syncbn.bench.growth import LINKS, Link, step_ms
 from syncbn.population import restored
 from syncbn.train.batches import fetched
@@ -22,7 +22,7 @@ from syncbn.train.loop import take_steps
 from syncbn.train.state import Run, prepare
 from syncbn.train.task import Task
 
-Harm = Literal["none", "some", "large", "cannot be normalized"]
+Harm = Literal["none", "some", "large", "cannot be normalized", "not measured"]
 
 ENOUGH = 0.88
 """Alignment from which on no harm is expected."""
@@ -49,11 +49,13 @@ class Remedy:
     """See :func:`syncbn.advise.alignment.gradient_alignment`; None if a layer cannot normalize such a batch."""
     exchange_ms: float
     """Modelled time of the collectives in a step."""
+    measured: bool = True
+    """False if the training set is too small for two such batches."""
 
     @property
     def harm(self) -> Harm:
         """What is to be expected."""
-        return expected_harm(self.alignment)
+        return expected_harm(self.alignment) if self.measured else "not measured"
 
 
 def expected_harm(alignment: float | None) -> Harm:
@@ -70,6 +72,8 @@ class Advice:
     title: str
     layers: int
     """Layers that normalize."""
+    samples: int
+    """Of a probe."""
     remedies: Sequence[Remedy]
     """From local BatchNorm to statistics of all GPUs."""
     needed: int | None
@@ -108,8 +112,8 @@ def advise(
         task: what is trained, in place of the task that the configuration names.
         steps: optimizer steps to train before, with statistics of all GPUs; 0 measures at the first weights, at which
             alignments are larger.
-        samples: samples of a probe, rounded up to whole global batches.
-        probes: probes to take.
+        samples: samples of a probe, at least two global batches, and as many as eight runs of ``data.class_skew``.
+        probes: probes to take, at most those of the training set.
         link: what connects the GPUs, for the modelled time: ``"nvlink"``, ``"pcie"`` or ``"ethernet"``.
 
     Raises:
@@ -134,29 +138,42 @@ def advise(
     config = synchronized(config)
     with open_session(config, None) as accelerator:
         run = prepare(config, Partition.of(config, placement()), accelerator, given=task)
-        take_steps(run, steps)
-        sizes = {k: k * config.per_gpu_batch_size for k in group_sizes(config.gpus)}
-        larger = _larger(config.global_batch_size, samples)
-        alignment = gradient_alignment(run, [*sizes.values(), *larger], samples, probes)
-        channels = [layer.num_features for layer in run.norms]
-        remedies = [
-            Remedy(
-                gpus=k,
-                normalization_batch_size=size,
-                alignment=alignment[size],
-                exchange_ms=step_ms(links[link], k, channels),
-            )
-            for k, size in sizes.items()
-        ]
-        return Advice(
-            title=config.model.name if task is None and config.task.name == "classification" else run.task_name,
-            layers=len(channels),
-            remedies=remedies,
-            needed=next((size for size, value in sorted(alignment.items()) if expected_harm(value) == "none"), None),
-            step_ms=_step_ms(run),
-            link=links[link],
-            device=str(run.device),
+        title = config.model.name if task is None and config.task.name == "classification" else run.task_name
+        require(bool(run.norms), "task.name", title, "a model with batch normalization")
+        half = "at most half of the training samples"
+        require(
+            2 * config.per_gpu_batch_size <= len(run.data.train), "per_gpu_batch_size", config.per_gpu_batch_size, half
         )
+        take_steps(run, steps)
+        return _measured(run, title, samples, probes, links[link])
+
+
+def _measured(run: Run, title: str, samples: int, probes: int, link: Link) -> Advice:
+    config, length = run.config, probe_length(run, samples)
+    sizes = {k: k * config.per_gpu_batch_size for k in group_sizes(config.gpus)}
+    larger = _larger(config.global_batch_size, length)
+    alignment = gradient_alignment(run, [*sizes.values(), *larger], samples, probes)
+    channels = [layer.num_features for layer in run.norms]
+    remedies = [
+        Remedy(
+            gpus=k,
+            normalization_batch_size=size,
+            alignment=alignment.get(size),
+            exchange_ms=step_ms(link, k, channels),
+            measured=size in alignment,
+        )
+        for k, size in sizes.items()
+    ]
+    return Advice(
+        title=title,
+        layers=len(channels),
+        samples=length,
+        remedies=remedies,
+        needed=next((size for size, value in sorted(alignment.items()) if expected_harm(value) == "none"), None),
+        step_ms=_step_ms(run),
+        link=link,
+        device=str(run.device),
+    )
 
 
 def synchronized(config: RunConfig) -> RunConfig:

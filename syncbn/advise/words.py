@@ -33,7 +33,7 @@ def sentences(found: Advice) -> Iterator[str]:
             "GPUs, or a norm that looks at single samples, such as GroupNorm."
         )
     else:
-        yield "Recommended: none of these, and no larger batch that was tried. Shuffle the samples, or take GroupNorm."
+        yield "Recommended: none of these, and no larger batch that could be tried. GroupNorm looks at single samples."
     yield (
         "Alignment is the cosine between the gradients of the weights with these statistics, and those of the same "
         "samples with statistics of all of them, early in training."
