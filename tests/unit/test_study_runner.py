@@ -252,8 +252,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("study foo", "command: got 'study foo', expected one of train, parity, diagnose, convert-check, study plan"),
-        ("study", "command: got 'study', expected one of train, parity, diagnose, convert-check, study plan"),
+        ("study foo", "command: got 'study foo', expected one of train, parity, diagnose, advise, convert-check"),
+        ("study", "command: got 'study', expected one of train, parity, diagnose, advise, convert-check, study plan"),
         ("", "command: got nothing, expected one of train"),
         ("study run --out x", "config: got nothing, expected text, which syncbn study run needs"),
         ("study status", "config: got nothing, expected text, which syncbn study status needs"),
