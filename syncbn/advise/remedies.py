@@ -27,7 +27,7 @@ Harm = Literal["none", "some", "large", "cannot be normalized", "not measured"]
 ENOUGH = 0.88
 """Alignment from which on no harm is expected."""
 LITTLE = 0.6
-"""Alignment below which training is expected to fail."""
+"""Alignment below which the harm is expected to be large."""
 STEPS = 50
 """Optimizer steps before the measurement, with statistics of all GPUs."""
 SAMPLES = 128
@@ -202,7 +202,7 @@ def _larger(size: int, samples: int) -> list[int]:
 
 def _step_ms(run: Run, steps: int = 5) -> float | None:
     """Milliseconds of a forward and backward pass of one GPU's samples on this device; the median of some."""
-    size = min(run.config.per_gpu_batch_size, len(run.data.train))
+    size = run.config.per_gpu_batch_size
     keys = [(0, index) for index in run.schedule.order(0)[:size]]
     batch = next(fetched(run, batch_loader(run.data.train, [keys], 0)))
     seconds = []
